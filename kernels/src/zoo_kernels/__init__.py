@@ -1,0 +1,40 @@
+"""zoo_kernels: the recurrences of state-space models along any path, on CPU and GPU.
+
+Every operator is a plain function on channel-last tensors ``(batch, length, channels)`` and always returns
+``(output, final_state)``, the state being ``None`` unless ``return_final_state=True``. Operators load on first use,
+so one that a Triton release breaks does not take the package down.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# name -> module that defines it. Importing zoo_kernels imports none of them.
+_LAZY = {
+    "selective_scan": "zoo_kernels.ops.selective_scan",
+    "selective_scan_step": "zoo_kernels.ops.selective_scan",
+    "causal_conv1d": "zoo_kernels.ops.causal_conv1d",
+    "causal_conv1d_step": "zoo_kernels.ops.causal_conv1d",
+}
+
+if TYPE_CHECKING:
+    from zoo_kernels.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+    from zoo_kernels.ops.selective_scan import selective_scan, selective_scan_step
+
+__all__ = ["causal_conv1d", "causal_conv1d_step", "selective_scan", "selective_scan_step"]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        import importlib
+
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'zoo_kernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

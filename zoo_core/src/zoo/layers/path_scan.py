@@ -1,0 +1,91 @@
+"""A selective scan along K paths with K parameter sets: the mixer under Vim, VMamba and their relatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from zoo_kernels import selective_scan
+
+
+class PathScan(nn.Module):
+    """Project, scan each path with its own parameters, sum over the paths.
+
+    ``(dt_r, B, C) = x_proj[k] u``, ``dt = dt_proj[k] dt_r``, then :func:`zoo_kernels.selective_scan` with
+    ``A = -exp(A_log[k])``, ``D[k]`` and softplus of ``dt + dt_bias[k]`` inside the kernel. The projections act row by
+    row, so they are done once in row order, and only the kernel knows about the paths.
+
+    Arguments: ``channels`` E, ``state`` N (per channel), ``dt_rank`` R, ``paths`` K. Parameters: ``x_proj`` (K, R + 2N, E),
+    ``dt_proj`` (K, E, R), ``dt_bias`` (K, E), ``A_log`` (K, E, N), ``D`` (K, E).
+    Source: Gu and Dao, arXiv 2312.00752, section 3; Liu et al., "VMamba", arXiv 2401.10166, section 4.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        state: int = 16,
+        dt_rank: int | None = None,
+        paths: int = 1,
+        *,
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        dt_floor: float = 1e-4,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        kind = {"device": device, "dtype": dtype}
+        self.channels, self.state, self.paths = channels, state, paths
+        self.dt_rank = math.ceil(channels / 32) if dt_rank is None else dt_rank
+        self.x_proj = nn.Parameter(torch.empty(paths, self.dt_rank + 2 * state, channels, **kind))
+        self.dt_proj = nn.Parameter(torch.empty(paths, channels, self.dt_rank, **kind))
+        self.dt_bias = nn.Parameter(torch.empty(paths, channels, **kind))
+        self.A_log = nn.Parameter(torch.empty(paths, channels, state, **kind))
+        self.D = nn.Parameter(torch.empty(paths, channels, **kind))
+        self.dt_limits = (dt_min, dt_max, dt_floor)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Mamba's initialisation: A = -(1..N), D = 1, dt log-uniform in [dt_min, dt_max]."""
+        dt_min, dt_max, floor = self.dt_limits
+        with torch.no_grad():
+            bound = self.channels**-0.5
+            self.x_proj.uniform_(-bound, bound)
+            bound = self.dt_rank**-0.5
+            self.dt_proj.uniform_(-bound, bound)
+            dt = torch.rand_like(self.dt_bias, dtype=torch.float32) * (math.log(dt_max) - math.log(dt_min))
+            dt = (dt + math.log(dt_min)).exp().clamp(min=floor)
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+            self.A_log.copy_(torch.arange(1, self.state + 1, device=self.A_log.device).log().expand_as(self.A_log))
+            self.D.fill_(1.0)
+
+    def forward(
+        self,
+        u: Tensor,
+        *,
+        z: Tensor | None = None,
+        path: Tensor | None = None,
+        reverse: bool | Sequence[bool] = False,
+        resets: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """u: (batch, length, E) shared by all paths, or (batch, length, K, E). z: (batch, length, E), gates the sum.
+
+        path: None, (K, steps) or (batch, K, steps). Returns (batch, length, E), the sum over paths.
+        """
+        K, R, N = self.paths, self.dt_rank, self.state
+        if u.dim() == 3:
+            projected = u @ self.x_proj.flatten(0, 1).t()
+            projected = projected.unflatten(-1, (K, R + 2 * N))  # (batch, length, K, R + 2N)
+        else:
+            projected = torch.einsum("blke,kce->blkc", u, self.x_proj)
+        dt_r, B, C = projected.split([R, N, N], dim=-1)
+        dt = torch.einsum("blkr,ker->blke", dt_r, self.dt_proj)
+        A = -torch.exp(self.A_log.float())
+        y, _ = selective_scan(
+            u, dt, A, B, C, self.D, z, self.dt_bias,
+            dt_softplus=True, path=path, reverse=reverse, resets=resets, lengths=lengths,
+        )  # fmt: skip
+        return y

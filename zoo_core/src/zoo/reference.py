@@ -1,0 +1,132 @@
+"""Reference adapters: from an original's own arguments and weights to our model, and back.
+
+One adapter per published system. It is how published checkpoints are read, how a user brings a checkpoint
+trained with the original code, and how parity with the original is tested::
+
+    adapter = zoo.reference("vim")
+    model = adapter.build(config, state)          # the original constructor's arguments and state dict
+    outputs = adapter.run(model, {"image": x})    # {"features": ..., "logits": ...}
+    outputs = adapter.replay("vim__midclstok_v2.safetensors")   # {"out/logits": ..., "mid/patch_embed": ...}
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One file of golden vectors, read. Names are without their ``in/``, ``out/`` ... prefix."""
+
+    system: str
+    source: str
+    config: dict[str, Any]
+    call: Any
+    notes: str
+    state: dict[str, Tensor] = field(repr=False)
+    inputs: dict[str, Tensor] = field(repr=False)
+    outputs: dict[str, Tensor] = field(repr=False)
+    mids: dict[str, Tensor] = field(repr=False)
+    grads: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def source_class(self) -> str:
+        """What was run in the original, the part of ``source`` after the last colon ("VisionMamba")."""
+        return self.source.rpartition(":")[2]
+
+
+def read_golden(path: str | Path) -> Golden:
+    """Read a golden file (safetensors; ``::complex`` keys become complex tensors)."""
+    from safetensors import safe_open
+
+    groups: dict[str, dict[str, Tensor]] = {"state": {}, "in": {}, "out": {}, "mid": {}, "grad": {}}
+    with safe_open(str(path), framework="pt") as file:
+        meta = file.metadata() or {}
+        for key in file.keys():  # noqa: SIM118 - not a dict
+            tensor = file.get_tensor(key)
+            group, _, name = key.partition("/")
+            if group not in groups:
+                raise ValueError(f"{path}: tensor {key!r} is in no known group; expected one of {sorted(groups)}")
+            if name.endswith("::complex"):
+                name, tensor = name.removesuffix("::complex"), torch.view_as_complex(tensor.contiguous())
+            groups[group][name] = tensor
+    call = meta.get("call", "")
+    try:
+        call = json.loads(call)
+    except ValueError:
+        pass
+    return Golden(
+        system=meta.get("system", ""),
+        source=meta.get("source", ""),
+        config=json.loads(meta.get("config", "{}") or "{}"),
+        call=call,
+        notes=meta.get("notes", ""),
+        state=groups["state"],
+        inputs=groups["in"],
+        outputs=groups["out"],
+        mids=groups["mid"],
+        grads=groups["grad"],
+    )
+
+
+class ReferenceAdapter(ABC):
+    """Reads one original system. Subclasses set ``system`` and implement :meth:`build` and :meth:`run`."""
+
+    system: str = ""
+
+    @abstractmethod
+    def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
+        """Our model in eval mode, holding the original's weights.
+
+        ``config`` are the original constructor's arguments, ``state`` its state dict under its own keys,
+        ``source`` (optional) names what was built ("repo@commit file:Class") where one system has several
+        classes; without it the class follows from the arguments and keys. Raises ValueError for an argument that
+        the system does not have, and KeyError-like ``zoo.errors.KeysDoNotMatch`` for missing or unexpected keys.
+        """
+
+    @abstractmethod
+    def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
+        """Outputs (and the intermediate tensors the system's golden files name) by name, without ``out/``.
+
+        Intermediates are returned under ``mid/<name>`` keys; outputs under their bare names. ``call`` is the
+        golden file's description of what was called, for files that need it.
+        """
+
+    def replay(self, path: str | Path, *, grad: bool = False) -> dict[str, Tensor]:
+        """Recompute every ``out/`` and ``mid/`` tensor of a golden file, under the same names.
+
+        With ``grad=True`` also ``grad/<key>``: gradients of :meth:`loss` with respect to the original's keys.
+        """
+        golden = read_golden(path)
+        model = self.build(golden.config, golden.state, source=golden.source)
+        context = torch.enable_grad() if grad else torch.no_grad()
+        with context:
+            found = self.run(model, golden.inputs, call=golden.call)
+            named = {k if k.startswith(("mid/", "out/")) else f"out/{k}": v for k, v in found.items()}
+            if grad:
+                self.loss(golden, named).backward()
+                gradients = self.gradients(model)
+                named.update({f"grad/{k}": gradients[k] for k in golden.grads if k in gradients})
+        return {k: v.detach() for k, v in named.items()}
+
+    def loss(self, golden: Golden, named: Mapping[str, Tensor]) -> Tensor:
+        """The scalar whose gradients the golden file holds; by default mean(first output^2)."""
+        first = next(k for k in named if k.startswith("out/"))
+        return named[first].float().pow(2).mean()
+
+    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
+        """Parameter gradients under the original's keys; by default through :meth:`to_reference`."""
+        ours = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        return self.to_reference(ours)
+
+    def to_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our state dict under the original's keys (the inverse of what :meth:`build` reads)."""
+        raise NotImplementedError(f"the {self.system} adapter cannot write the original's format")
