@@ -1,0 +1,25 @@
+"""The hooks of the vision plugin: names only. Nothing here imports torch, timm or a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from zoo_registry import ModelCard, hookimpl, load_cards
+
+ZOO_PLUGIN_API = 1
+
+
+@hookimpl
+def zoo_models() -> Iterable[ModelCard]:
+    return load_cards(Path(__file__).parent / "cards")
+
+
+@hookimpl
+def zoo_adapters() -> Mapping[str, str]:
+    return {
+        "vim": "zoo_vision.vim:VimAdapter",
+        "mambaout": "zoo_vision.mambaout:MambaOutAdapter",
+        "efficientvim": "zoo_vision.efficientvim:EfficientViMAdapter",
+        "mambavision": "zoo_vision.mambavision:MambaVisionAdapter",
+    }
