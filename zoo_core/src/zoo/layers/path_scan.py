@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
 from zoo_kernels import selective_scan
+
+from .init import inverse_softplus_log_uniform
 
 
 class PathScan(nn.Module):
@@ -17,7 +20,8 @@ class PathScan(nn.Module):
     ``A = -exp(A_log[k])``, ``D[k]`` and softplus of ``dt + dt_bias[k]`` inside the kernel. The projections act row by
     row, so they are done once in row order, and only the kernel knows about the paths.
 
-    Arguments: ``channels`` E, ``state`` N (per channel), ``dt_rank`` R, ``paths`` K. Parameters: ``x_proj`` (K, R + 2N, E),
+    Arguments: ``channels`` E, ``state`` N (per channel), ``dt_rank`` R, ``paths`` K.
+    Parameters: ``x_proj`` (K, R + 2N, E),
     ``dt_proj`` (K, E, R), ``dt_bias`` (K, E), ``A_log`` (K, E, N), ``D`` (K, E).
     Source: Gu and Dao, arXiv 2312.00752, section 3; Liu et al., "VMamba", arXiv 2401.10166, section 4.
     """
@@ -55,9 +59,7 @@ class PathScan(nn.Module):
             self.x_proj.uniform_(-bound, bound)
             bound = self.dt_rank**-0.5
             self.dt_proj.uniform_(-bound, bound)
-            dt = torch.rand_like(self.dt_bias, dtype=torch.float32) * (math.log(dt_max) - math.log(dt_min))
-            dt = (dt + math.log(dt_min)).exp().clamp(min=floor)
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+            self.dt_bias.copy_(inverse_softplus_log_uniform(self.dt_bias, dt_min, dt_max, floor))
             self.A_log.copy_(torch.arange(1, self.state + 1, device=self.A_log.device).log().expand_as(self.A_log))
             self.D.fill_(1.0)
 

@@ -1,0 +1,220 @@
+"""SS2D: the two-dimensional selective-scan mixer of VMamba and of everything built on it.
+
+Order of reading: the scans over a grid (:class:`GridScan` with Mamba-1's recurrence, :class:`GridSSD` with
+Mamba-2's), the parts around them, and the mixer :class:`SS2D`. A scan strategy is the *name* of its paths
+(see ``zoo_kernels.paths``): nothing here permutes, flips or repeats an image. Layout is (batch, height, width, channels).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo_kernels import paths as grid_paths
+from zoo_kernels import ssd
+
+from .path_scan import PathScan
+
+#: VMamba's four directions, in the order of its weights: rows, columns, and both from their ends.
+CROSS = "cross"
+Init = Literal["mamba", "random", "flat"]
+OutNorm = Literal["norm", "none", "conv", "norm_conv", "softmax", "sigmoid"]
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+def activation(name: str) -> nn.Module:
+    """The activation of that name (silu, gelu with the exact erf, relu, sigmoid)."""
+    if name.lower() not in _ACTIVATIONS:
+        raise ValueError(f"activation is {name!r}; expected one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name.lower()]()
+
+
+class GridScan(PathScan):
+    """A :class:`PathScan` whose paths over an image are given by name.
+
+    ``paths``: names joined by ``+`` (``"cross"``, ``"row+column"``, ``"hilbert+reverse(hilbert)"``); one parameter set
+    a path, outputs summed in place. ``init``: ``"mamba"`` (A = -(1..N), dt in [1e-3, 0.1]), ``"random"`` (A_log normal,
+    dt weights and bias 0.1 times normal) or ``"flat"`` (A = -1, dt weights and bias uniform in [0, 0.1)).
+    Source: Liu et al., "VMamba", arXiv 2401.10166, section 4; MzeroMiko/VMamba ``SS2Dv2`` (``ssm_init`` v0, v1, v2).
+    """
+
+    def __init__(
+        self, channels: int, state: int = 16, dt_rank: int | None = None, paths: str = CROSS, *, init: Init = "mamba"
+    ) -> None:
+        self.path_names, self.init = paths, init
+        super().__init__(channels, state, dt_rank, grid_paths.count(paths))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        reset_scan(self.init, self.A_log, self.dt_bias, self.dt_proj)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """x, z: (batch, height, width, channels). Returns the same shape."""
+        order, reverse = grid_paths.get(self.path_names, x.shape[1:3], device=x.device)
+        y = super().forward(x.flatten(1, 2), z=None if z is None else z.flatten(1, 2), path=order, reverse=reverse)
+        return y.view(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, state={self.state}, dt_rank={self.dt_rank}, paths={self.path_names!r}"
+
+
+def reset_scan(init: Init, A_log: Tensor, *dt: Tensor) -> None:
+    """The two alternatives to Mamba's initialisation, in place ("mamba" leaves everything as it is)."""
+    if init not in ("mamba", "random", "flat"):
+        raise ValueError(f"init is {init!r}; expected 'mamba', 'random' or 'flat'")
+    if init == "mamba":
+        return
+    with torch.no_grad():
+        if init == "random":
+            A_log.normal_()
+        else:
+            A_log.zero_()
+        for t in dt:
+            (t.normal_() if init == "random" else t.uniform_(0.0, 1.0)).mul_(0.1)
+
+
+class GridSSD(nn.Module):
+    """Mamba-2's recurrence along named paths: scalar A and dt per head, B and C shared by the heads of a path.
+
+    ``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T``, ``y_t = h_t C_t + D x_t``, dt = softplus(projection + bias).
+    Parameters, K paths, R heads of width E/R: ``x_proj`` (K, R + 2N, E), ``dt_bias`` (K, R), ``A_log`` (K, R),
+    ``D`` (K, R, E/R). Source: MzeroMiko/VMamba ``SS2Dm0``; Dao and Gu, arXiv 2405.21060.
+    """
+
+    def __init__(
+        self, channels: int, state: int = 64, heads: int = 1, paths: str = CROSS, *, init: Init = "flat"
+    ) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"channels is {channels} and heads {heads}; the heads must divide the channels")
+        K = grid_paths.count(paths)
+        self.channels, self.state, self.heads, self.path_names, self.init = channels, state, heads, paths, init
+        self.x_proj = nn.Parameter(torch.empty(K, heads + 2 * state, channels))
+        self.dt_bias = nn.Parameter(torch.empty(K, heads))
+        self.A_log = nn.Parameter(torch.empty(K, heads))
+        self.D = nn.Parameter(torch.empty(K, heads, channels // heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.x_proj.uniform_(-(self.channels**-0.5), self.channels**-0.5)
+            dt = torch.exp(torch.rand_like(self.dt_bias) * math.log(100.0) + math.log(1e-3))
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+            self.A_log.copy_(torch.arange(1, self.heads + 1).log().expand_as(self.A_log))
+            self.D.fill_(1.0)
+        reset_scan(self.init, self.A_log, self.dt_bias)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """x, z: (batch, height, width, channels). Returns the same shape."""
+        order, reverse = grid_paths.get(self.path_names, x.shape[1:3], device=x.device)
+        R, N = self.heads, self.state
+        rows = x.flatten(1, 2)
+        projected = torch.einsum("ble,kce->blkc", rows, self.x_proj)
+        A = -torch.exp(self.A_log.float())
+        total = torch.zeros_like(rows)
+        for k, backwards in enumerate(reverse):
+            dt, B, C = projected[:, :, k].split([R, N, N], dim=-1)
+            y, _ = ssd(
+                rows.unflatten(-1, (R, -1)), dt, A[k], B[:, :, None], C[:, :, None], D=self.D[k],
+                dt_bias=self.dt_bias[k], dt_softplus=True, path=None if order is None else order[k], reverse=backwards,
+            )  # fmt: skip
+            total = total + y.flatten(2)
+        if z is not None:
+            total = total * F.silu(z.flatten(1, 2))
+        return total.view(x.shape)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution on (batch, height, width, channels); odd kernel, same size out."""
+
+    def __init__(self, channels: int, kernel: int = 3, bias: bool = True) -> None:
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel is {kernel}; a depthwise convolution that keeps the size needs an odd one")
+        super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class SpatialSoftmax(nn.Module):
+    """Softmax over the positions of (batch, height, width, channels), channel by channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1, 2).softmax(1).view(x.shape)
+
+
+def output_norm(kind: OutNorm, channels: int) -> nn.Module:
+    """What stands between the scan and the output projection (VMamba's ``_on...`` tags)."""
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "norm": lambda: nn.LayerNorm(channels),
+        "none": nn.Identity,
+        "conv": lambda: DepthwiseConv2d(channels, 3, bias=False),
+        "norm_conv": lambda: nn.Sequential(nn.LayerNorm(channels), DepthwiseConv2d(channels, 3, bias=False)),
+        "softmax": SpatialSoftmax,
+        "sigmoid": nn.Sigmoid,
+    }
+    if kind not in makers:
+        raise ValueError(f"out_norm is {kind!r}; expected one of {', '.join(makers)}")
+    return makers[kind]()
+
+
+class SS2D(nn.Module):
+    """Project in, depthwise 3x3, scan an image along its paths, norm, optional gate, project out.
+
+    ``x[, z] = in_proj(u)``; ``y = out_norm(scan(act(conv(x))))``; ``y = y * act(z)``; ``out_proj(y)``.
+
+    Arguments: ``dim`` C; ``scan`` the scan over the grid, built for E channels (:class:`GridScan`, :class:`GridSSD`,
+    or any module with the same call); ``gate``: with the branch z; ``gate_act``: z goes through the activation;
+    ``act``: after the convolution; ``conv``: its odd kernel size, below 2 for none; ``out_norm``: see
+    :func:`output_norm`; ``out_act``: GELU after it; ``drop``: dropout after ``out_proj``.
+    Input and output (batch, height, width, C). No projection has a bias.
+    Source: MzeroMiko/VMamba ``classification/models/vmamba.py`` ``SS2Dv0`` and ``SS2Dv2`` (``forwardv2``).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        scan: nn.Module,
+        channels: int,
+        *,
+        gate: bool = True,
+        gate_act: bool = True,
+        act: str = "silu",
+        conv: int = 3,
+        conv_bias: bool = True,
+        out_norm: OutNorm = "norm",
+        out_act: bool = False,
+        drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.channels, self.gate, self.gate_act = channels, gate, gate_act
+        self.in_proj = nn.Linear(dim, channels * (2 if gate else 1), bias=False)
+        self.conv = DepthwiseConv2d(channels, conv, conv_bias) if conv > 1 else nn.Identity()
+        self.act = activation(act)
+        self.scan = scan
+        self.out_norm = output_norm(out_norm, channels)
+        self.out_act = nn.GELU() if out_act else nn.Identity()
+        self.out_proj = nn.Linear(channels, dim, bias=False)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, u: Tensor) -> Tensor:
+        x = self.in_proj(u)
+        z = None
+        if self.gate:
+            x, z = x.chunk(2, dim=-1)
+            z = self.act(z) if self.gate_act else z
+        y = self.out_act(self.out_norm(self.scan(self.act(self.conv(x)))))
+        if z is not None:
+            y = y * z
+        return self.drop(self.out_proj(y))
