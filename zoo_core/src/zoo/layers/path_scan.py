@@ -20,9 +20,9 @@ class PathScan(nn.Module):
     ``A = -exp(A_log[k])``, ``D[k]`` and softplus of ``dt + dt_bias[k]`` inside the kernel. The projections act row by
     row, so they are done once in row order, and only the kernel knows about the paths.
 
-    Arguments: ``channels`` E, ``state`` N (per channel), ``dt_rank`` R, ``paths`` K.
-    Parameters: ``x_proj`` (K, R + 2N, E),
-    ``dt_proj`` (K, E, R), ``dt_bias`` (K, E), ``A_log`` (K, E, N), ``D`` (K, E).
+    Arguments: ``channels`` E, ``state`` N (per channel), ``dt_rank`` R, ``paths`` K. With ``shared`` all paths use one
+    set of everything but A (Vim's "v1" ablation), so S = 1, otherwise S = K.
+    Parameters: ``x_proj`` (S, R + 2N, E), ``dt_proj`` (S, E, R), ``dt_bias`` (S, E), ``A_log`` (K, E, N), ``D`` (S, E).
     Source: Gu and Dao, arXiv 2312.00752, section 3; Liu et al., "VMamba", arXiv 2401.10166, section 4.
     """
 
@@ -33,6 +33,7 @@ class PathScan(nn.Module):
         dt_rank: int | None = None,
         paths: int = 1,
         *,
+        shared: bool = False,
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         dt_floor: float = 1e-4,
@@ -41,13 +42,14 @@ class PathScan(nn.Module):
     ) -> None:
         super().__init__()
         kind = {"device": device, "dtype": dtype}
-        self.channels, self.state, self.paths = channels, state, paths
+        self.channels, self.state, self.paths, self.shared = channels, state, paths, shared
+        sets = 1 if shared else paths
         self.dt_rank = math.ceil(channels / 32) if dt_rank is None else dt_rank
-        self.x_proj = nn.Parameter(torch.empty(paths, self.dt_rank + 2 * state, channels, **kind))
-        self.dt_proj = nn.Parameter(torch.empty(paths, channels, self.dt_rank, **kind))
-        self.dt_bias = nn.Parameter(torch.empty(paths, channels, **kind))
+        self.x_proj = nn.Parameter(torch.empty(sets, self.dt_rank + 2 * state, channels, **kind))
+        self.dt_proj = nn.Parameter(torch.empty(sets, channels, self.dt_rank, **kind))
+        self.dt_bias = nn.Parameter(torch.empty(sets, channels, **kind))
         self.A_log = nn.Parameter(torch.empty(paths, channels, state, **kind))
-        self.D = nn.Parameter(torch.empty(paths, channels, **kind))
+        self.D = nn.Parameter(torch.empty(sets, channels, **kind))
         self.dt_limits = (dt_min, dt_max, dt_floor)
         self.reset_parameters()
 
@@ -78,16 +80,24 @@ class PathScan(nn.Module):
         path: None, (K, steps) or (batch, K, steps). Returns (batch, length, E), the sum over paths.
         """
         K, R, N = self.paths, self.dt_rank, self.state
+        if self.shared and u.dim() != 3:
+            raise ValueError(
+                f"u has shape {tuple(u.shape)}; paths that share their projections share u: (batch, length, E)"
+            )
         if u.dim() == 3:
             projected = u @ self.x_proj.flatten(0, 1).t()
-            projected = projected.unflatten(-1, (K, R + 2 * N))  # (batch, length, K, R + 2N)
+            projected = projected.unflatten(-1, (-1, R + 2 * N))  # (batch, length, S, R + 2N)
         else:
             projected = torch.einsum("blke,kce->blkc", u, self.x_proj)
         dt_r, B, C = projected.split([R, N, N], dim=-1)
         dt = torch.einsum("blkr,ker->blke", dt_r, self.dt_proj)
+        bias, D = self.dt_bias, self.D
+        if self.shared:
+            dt, B, C = (t.expand(-1, -1, K, -1) for t in (dt, B, C))
+            bias, D = bias.expand(K, -1), D.expand(K, -1)
         A = -torch.exp(self.A_log.float())
         y, _ = selective_scan(
-            u, dt, A, B, C, self.D, z, self.dt_bias,
+            u, dt, A, B, C, D, z, bias,
             dt_softplus=True, path=path, reverse=reverse, resets=resets, lengths=lengths,
         )  # fmt: skip
         return y
