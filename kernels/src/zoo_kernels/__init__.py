@@ -3,6 +3,9 @@
 Every operator is a plain function on channel-last tensors ``(batch, length, channels)`` and always returns
 ``(output, final_state)``, the state being ``None`` unless ``return_final_state=True``. Operators load on first use,
 so one that a Triton release breaks does not take the package down.
+
+``backend(name)`` forces an implementation, ``status()`` says which ones can run here and why others cannot, and
+``self_check()`` compares them with the reference on this machine.
 """
 
 from __future__ import annotations
@@ -17,13 +20,32 @@ _LAZY = {
     "selective_scan_step": "zoo_kernels.ops.selective_scan",
     "causal_conv1d": "zoo_kernels.ops.causal_conv1d",
     "causal_conv1d_step": "zoo_kernels.ops.causal_conv1d",
+    "linear": "zoo_kernels.ops.linear",
+    # not operators
+    "backend": "zoo_kernels._backends",
+    "BackendError": "zoo_kernels._backends",
+    "status": "zoo_kernels._status",
+    "self_check": "zoo_kernels._status",
 }
 
 if TYPE_CHECKING:
+    from zoo_kernels._backends import BackendError, backend
+    from zoo_kernels._status import self_check, status
     from zoo_kernels.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+    from zoo_kernels.ops.linear import linear
     from zoo_kernels.ops.selective_scan import selective_scan, selective_scan_step
 
-__all__ = ["causal_conv1d", "causal_conv1d_step", "selective_scan", "selective_scan_step"]
+__all__ = [
+    "BackendError",
+    "backend",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "linear",
+    "selective_scan",
+    "selective_scan_step",
+    "self_check",
+    "status",
+]
 
 
 def __getattr__(name: str):

@@ -2,11 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from zoo_kernels import _checks as checks
+from zoo_kernels._ops import Operator
+
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
+
+NAME = "causal_conv1d"
+
+
+def _fake(x, weight, bias, silu, path, reverse, initial_state, return_final_state, resets, lengths, *, save):
+    shape = (x.shape[0], weight.shape[1], x.shape[2]) if return_final_state else (0,)
+    final = x.new_empty(shape, dtype=checks.state_dtype(x.dtype))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), final
+
+
+def _validate(x, weight, bias, silu, path, reverse, initial_state, return_final_state, resets, lengths) -> None:
+    checks.check_values(NAME, path, lengths, length=x.shape[1])
+
+
+def _cases(device: torch.device, dtype: torch.dtype) -> Iterable[tuple[Any, ...]]:
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    for channels, width, length in ((24, 4, 37), (7, 3, 5)):
+        path = torch.randperm(length, device=device)[None, None] if width == 3 else None
+        yield (
+            r(2, length, channels),
+            r(channels, width),
+            r(channels),
+            True,
+            path,
+            [width == 4],
+            None,
+            False,
+            None,
+            None,
+        )
+
+
+_conv = Operator(
+    NAME,
+    package=__name__,
+    arguments=(
+        "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? path, bool[] reverse, Tensor? initial_state, "
+        "bool return_final_state, Tensor? resets, Tensor? lengths"
+    ),
+    outputs=("y", "final"),
+    differentiable=("x", "weight", "bias", "initial_state"),
+    backends={"reference": ".reference", "native": ".native", "triton": ".gpu"},
+    fake=_fake,
+    cases=_cases,
+    validate=_validate,
+)
+
+
+def checked_weight(operator: str, weight: Any, channels: int, like: Tensor) -> None:
+    checks.has_shape(operator, "weight", weight, [("channels", channels), ("width", None)], like)
+    checks.has_dtype(operator, "weight", weight)
+    if not 1 <= weight.shape[1] <= 8:
+        raise ValueError(
+            f"{operator}: weight has width {weight.shape[1]}; it must be 1 to 8 (longer: zoo_kernels.long_conv)"
+        )
+
+
+def checked_activation(operator: str, activation: str | None) -> bool:
+    """Whether to apply SiLU."""
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"{operator}: activation is {activation!r}; it must be None or 'silu'")
+    return activation is not None
 
 
 def causal_conv1d(
@@ -26,66 +95,51 @@ def causal_conv1d(
 
     ``y_t = act(bias + sum_w weight[:, w] * x_{t - (W - 1) + w})``; rows before the start are ``initial_state`` or 0.
 
-    x: (batch, length, channels); weight: (channels, width), width 2 to 8, the last column meets the newest row;
+    x: (batch, length, channels); weight: (channels, width), width 1 to 8, the last column meets the newest row;
     bias: (channels,); activation: None or "silu"; path: (steps,) or (batch, steps); reverse: walk from the end;
     initial_state, final state: (batch, width, channels): the last ``width`` rows of the walk, newest last (one more
     than a step needs, so that the originals' caches convert without loss). resets: (batch, length) bool, rows before a
     reset are not seen. lengths: (batch,) steps to walk; rows not visited give 0.
-    Returns ``(y, final_state)``, y like x. Source: Dao-AILab/causal-conv1d ``causal_conv1d_ref``.
+    Returns ``(y, final_state)``, y like x. Raises ValueError naming the argument, what it is and what it must be.
+    Source: Dao-AILab/causal-conv1d ``causal_conv1d_ref``.
     """
+    checks.has_shape(NAME, "x", x, [("batch", None), ("length", None), ("channels", None)])
+    checks.has_dtype(NAME, "x", x)
     batch, length, channels = x.shape
-    width = weight.shape[1]
-    rows = torch.arange(batch, device=x.device)[:, None]
-    order = torch.arange(length, device=x.device)[None] if path is None else (path.long() if path.dim() == 2 else path.long()[None])
-    order = order.expand(batch, -1)
-    steps = order.shape[1]
-    count = torch.full((batch,), steps, device=x.device) if lengths is None else lengths.to(x.device)
-    t = torch.arange(steps, device=x.device)[None].expand(batch, -1)
-    position = count[:, None] - 1 - t if reverse else t
-    valid = t < count[:, None]
-    order = order.gather(1, position.clamp(min=0, max=max(steps - 1, 0)))
-    work = torch.promote_types(x.dtype, torch.float32)
-    walk = torch.where(valid[..., None], x[rows, order].to(work), torch.zeros((), dtype=work, device=x.device))
-    before = x.new_zeros(batch, width, channels, dtype=work) if initial_state is None else initial_state.to(work)
-    full = torch.cat([before, walk], dim=1)  # (batch, width + steps, channels); step t is at width + t
-    segment = None
-    if resets is not None:
-        started = resets[rows, order].long().cumsum(1)
-        segment = torch.cat([started.new_zeros(batch, width), started], dim=1)
-    y = torch.zeros(batch, steps, channels, dtype=work, device=x.device)
-    for w in range(width):
-        offset = w + 1  # row index of tap w for step 0
-        tap = full[:, offset : offset + steps]
-        if segment is not None:
-            same = segment[:, offset : offset + steps] == segment[:, width:]
-            tap = torch.where(same[..., None], tap, torch.zeros_like(tap))
-        y = y + weight[:, w].to(work) * tap
+    checked_weight(NAME, weight, channels, x)
     if bias is not None:
-        y = y + bias.to(work)
-    if activation == "silu":
-        y = F.silu(y)
-    elif activation is not None:
-        raise ValueError(f"activation is {activation!r}; expected None or 'silu'")
-    y = torch.where(valid[..., None], y, torch.zeros_like(y))
-    out = torch.zeros(batch, length, channels, dtype=work, device=x.device).index_put((rows, order), y, accumulate=True)
-    final = None
-    if return_final_state:
-        last = count[:, None] + torch.arange(width, device=x.device)[None]
-        final = full[rows, last]
-        if segment is not None:
-            same = segment[rows, last] == segment[rows, count[:, None] + width - 1]
-            final = torch.where(same[..., None], final, torch.zeros_like(final))
-    return out.to(x.dtype), final
+        checks.has_shape(NAME, "bias", bias, [("channels", channels)], x)
+    if initial_state is not None:
+        checks.has_shape(
+            NAME,
+            "initial_state",
+            initial_state,
+            [("batch", batch), ("width", weight.shape[1]), ("channels", channels)],
+            x,
+        )
+    args = (
+        x, weight, bias, checked_activation(NAME, activation),
+        checks.canonical_path(NAME, path, batch=batch, length=length, paths=None, like=x),
+        checks.canonical_reverse(NAME, reverse, paths=1), initial_state, bool(return_final_state),
+        checks.canonical_resets(NAME, resets, batch=batch, length=length, like=x),
+        checks.canonical_lengths(NAME, lengths, batch=batch, like=x),
+    )  # fmt: skip
+    if _conv.exporting():  # the reference has no loop over time: it is the export form too
+        from .reference import forward
+
+        y, final = forward(*args)
+    else:
+        y, final = _conv(*args)
+    return y, final if return_final_state else None
 
 
 def causal_conv1d_step(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: Tensor, activation: str | None = None
 ) -> Tensor:
-    """One step of :func:`causal_conv1d`: x (batch, channels); ``state`` (batch, width, channels) updated in place."""
-    state.copy_(torch.cat([state[:, 1:], x[:, None].to(state.dtype)], dim=1))
-    y = (state.to(torch.promote_types(x.dtype, torch.float32)) * weight.t()).sum(1)
-    if bias is not None:
-        y = y + bias
-    if activation == "silu":
-        y = F.silu(y)
-    return y.to(x.dtype)
+    """One step of :func:`causal_conv1d`: x (batch, channels); ``state`` (batch, width, channels) updated in place.
+
+    The state is that of :func:`causal_conv1d`: the last ``width`` rows, newest last. Returns y: (batch, channels).
+    """
+    from .step import step
+
+    return step(x, weight, bias, state, activation)

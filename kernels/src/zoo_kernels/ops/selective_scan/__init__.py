@@ -2,13 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from .reference import selective_scan_reference
+from zoo_kernels import _checks as checks
+from zoo_kernels._ops import Operator
 
 __all__ = ["selective_scan", "selective_scan_step"]
+
+NAME = "selective_scan"
+# Steps between the states that forward keeps for backward, which replays one such chunk at a time.
+CHUNK = 64
+
+
+def work_dtype(u: Tensor, A: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
+
+
+def empty_borders(u: Tensor, A: Tensor, path: Tensor | None, save: bool) -> Tensor:
+    """The states before each chunk of ``CHUNK`` steps: (batch, K, chunks, state, channels)."""
+    if not save:
+        return u.new_empty(0, dtype=work_dtype(u, A))
+    steps = u.shape[1] if path is None else path.shape[-1]
+    K, channels, N = A.shape
+    chunks = (steps + CHUNK - 1) // CHUNK
+    return u.new_empty(u.shape[0], K, chunks, N, channels, dtype=work_dtype(u, A))
+
+
+def _fake(
+    u,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    dt_softplus,
+    path,
+    reverse,
+    initial_state,
+    return_final_state,
+    resets,
+    lengths,
+    *,
+    save,
+):
+    y = u.new_empty(u.shape[0], u.shape[1], u.shape[3])
+    final = u.new_empty((u.shape[0], *A.shape) if return_final_state else (0,), dtype=work_dtype(u, A))
+    return y, final, empty_borders(u, A, path, save)
+
+
+def _validate(
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths
+) -> None:
+    checks.check_values(NAME, path, lengths, length=u.shape[1])
+
+
+def _cases(device: torch.device, dtype: torch.dtype) -> Iterable[tuple[Any, ...]]:
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    for K, groups, N, channels, length in ((1, 1, 16, 24, 70), (2, 2, 4, 6, 33)):
+        path = None if K == 1 else torch.stack([torch.randperm(length) for _ in range(K)])[None].to(device)
+        yield (
+            r(2, length, 1, channels), r(2, length, K, channels), -torch.rand(K, channels, N, device=device) - 0.1,
+            r(2, length, K, groups, N), r(2, length, K, groups, N), r(K, channels), r(2, length, channels),
+            r(K, channels), True, path, [False, True][:K], None, False, None, None,
+        )  # fmt: skip
+
+
+_scan = Operator(
+    NAME,
+    package=__name__,
+    arguments=(
+        "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
+        "Tensor? path, bool[] reverse, Tensor? initial_state, bool return_final_state, Tensor? resets, Tensor? lengths"
+    ),
+    outputs=("y", "final"),
+    saved=("borders",),
+    differentiable=("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"),
+    backends={"reference": ".reference", "native": ".native", "triton": ".gpu"},
+    fake=_fake,
+    cases=_cases,
+    validate=_validate,
+)
 
 
 def selective_scan(
@@ -16,7 +97,7 @@ def selective_scan(
     dt: Tensor,
     A: Tensor,
     B: Tensor,
-    C: Tensor,
+    C: Tensor | None,
     D: Tensor | None = None,
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
@@ -38,7 +119,8 @@ def selective_scan(
 
     One path (A has 2 axes):
         u, dt: (batch, length, channels)
-        A: (channels, state), real and negative in every published model; used as given
+        A: (channels, state), real and negative in every published model; used as given. Complex: reference only, and
+            y is twice the real part of the sum
         B, C: (batch, length, state) or, with groups of neighbouring channels, (batch, length, groups, state)
         D, dt_bias: (channels,)
         z: (batch, length, channels)
@@ -56,6 +138,8 @@ def selective_scan(
     reverse: walk the path from its end (each direction's own end when ``lengths`` is given).
     resets: (batch, length) bool, by row: the state is dropped before the input of that row is added.
     lengths: (batch,) int: only the first ``lengths[b]`` steps of the path are walked; rows not visited give 0.
+    C None: the states themselves instead of their weighted sum, ``y`` (batch, length, channels, state) in u's dtype
+        (summed over paths, if several); D and z must be None. This is what A2Mamba's mixer gathers from.
 
     Returns ``(y, final_state)``; y has u's dtype and shape (batch, length, channels). Inputs are not modified.
     Raises ValueError naming the argument, what it is and what it must be.
@@ -65,10 +149,116 @@ def selective_scan(
 
         y, _ = selective_scan(u, dt, A, B, C, D, dt_bias=bias, dt_softplus=True)
     """
-    flags = reverse if isinstance(reverse, bool) else list(reverse)
-    return selective_scan_reference(
-        u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, flags, initial_state, return_final_state, resets, lengths
+    states = C is None
+    if states:
+        if D is not None or z is not None:
+            raise ValueError(f"{NAME}: D and z must be None where C is None, for the result is the states themselves")
+        C = B
+    args = _canonical(
+        u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths
     )
+    if states:
+        args = _with_states_as_channels(*args)
+    if _scan.exporting() and not A.is_complex():
+        from .export import selective_scan_export
+
+        y, final = selective_scan_export(*args)
+    else:
+        y, final = _scan(*args)
+    if states:
+        y = y.unflatten(-1, (A.shape[-1], A.shape[-2])).transpose(-1, -2)
+    if not return_final_state:
+        return y, None
+    if states:
+        final = final.squeeze(-1).unflatten(-1, (A.shape[-1], A.shape[-2])).transpose(-1, -2)
+    return y, final[:, 0] if A.dim() == 2 else final
+
+
+def _canonical(
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths
+) -> tuple[Any, ...]:
+    """Check everything and give every argument its K axis and B, C their groups axis (views: nothing is copied)."""
+    checks.is_tensor(NAME, "u", u)
+    checks.has_dtype(NAME, "u", u)
+    checks.is_tensor(NAME, "A", A, u)
+    if A.dim() not in (2, 3):
+        raise ValueError(
+            f"{NAME}: A has shape {tuple(A.shape)}; it must be (channels, state) or (paths, channels, state)"
+        )
+    checks.has_dtype(NAME, "A", A, (*checks.FLOATS, torch.complex64, torch.complex128))
+    single = A.dim() == 2
+    K = 1 if single else A.shape[0]
+    channels, state = A.shape[-2:]
+    if u.dim() not in ((3,) if single else (3, 4)):
+        words = "(batch, length, channels)" + ("" if single else " or (batch, length, paths, channels)")
+        raise ValueError(f"{NAME}: u has shape {tuple(u.shape)}; it must be {words}")
+    batch, length = u.shape[:2]
+    rows: list[tuple[str, int | None]] = [("batch", batch), ("length", length)]
+    paths: list[tuple[str, int | None]] = [] if single else [("paths", K)]
+    width: list[tuple[str, int | None]] = [("channels", channels)]
+    checks.has_shape(NAME, "u", u, rows + (paths if u.dim() == 4 else []) + width)
+    checks.has_shape(NAME, "dt", dt, rows + paths + width, u)
+    checks.has_dtype(NAME, "dt", dt)
+    allowed = (*checks.FLOATS, torch.complex64, torch.complex128) if A.is_complex() else checks.FLOATS
+    for name, value in (("B", B), ("C", C)):
+        checks.is_tensor(NAME, name, value, u)
+        grouped = value.dim() == len(rows + paths) + 2
+        groups: list[tuple[str, int | None]] = [("groups", value.shape[-2])] if grouped else []
+        checks.has_shape(NAME, name, value, rows + paths + groups + [("state", state)], u)
+        checks.has_dtype(NAME, name, value, allowed)
+        if grouped and (value.shape[-2] == 0 or channels % value.shape[-2]):
+            raise ValueError(f"{NAME}: {name} has {value.shape[-2]} groups; they must divide the {channels} channels")
+    if B.shape[:-1] != C.shape[:-1]:
+        raise ValueError(f"{NAME}: C has shape {tuple(C.shape)}; it must be {tuple(B.shape)}, as B is")
+    for name, value, axes in (
+        ("D", D, paths + width),
+        ("z", z, rows + width),
+        ("dt_bias", dt_bias, paths + width),
+        ("initial_state", initial_state, [("batch", batch), *paths, *width, ("state", state)]),
+    ):
+        if value is not None:
+            checks.has_shape(NAME, name, value, axes, u)
+            checks.has_dtype(NAME, name, value, allowed if name == "initial_state" else checks.FLOATS)
+    path = checks.canonical_path(NAME, path, batch=batch, length=length, paths=None if single else K, like=u)
+    flags = checks.canonical_reverse(NAME, reverse, paths=K)
+    resets = checks.canonical_resets(NAME, resets, batch=batch, length=length, like=u)
+    lengths = checks.canonical_lengths(NAME, lengths, batch=batch, like=u)
+    if B.dim() == len(rows + paths) + 1:
+        B, C = B.unsqueeze(-2), C.unsqueeze(-2)
+    if u.dim() == 3:
+        u = u.unsqueeze(2)
+    if single:
+        dt, B, C = dt.unsqueeze(2), B.unsqueeze(2), C.unsqueeze(2)
+        A = A.unsqueeze(0)
+        D, dt_bias = (None if p is None else p.unsqueeze(0) for p in (D, dt_bias))
+        initial_state = None if initial_state is None else initial_state.unsqueeze(1)
+    return (
+        u, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), path, flags, initial_state, bool(return_final_state), resets,
+        lengths,
+    )  # fmt: skip
+
+
+def _with_states_as_channels(
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths
+) -> tuple[Any, ...]:
+    """Canonical arguments whose outputs are the states: each (state, channel) becomes a channel of one state, C = 1.
+
+    The channels are ordered by state first, so that the states of B become its groups.
+    """
+    if A.is_complex():
+        raise ValueError(f"{NAME}: C is None; it must be given where A is complex")
+    K, channels, N = A.shape
+    if N > 1:
+        u, dt = u.repeat(1, 1, 1, N), dt.repeat(1, 1, 1, N)
+        dt_bias = None if dt_bias is None else dt_bias.repeat(1, N)
+        A = A.transpose(1, 2).reshape(K, N * channels, 1)
+        B = B.transpose(3, 4).reshape(*B.shape[:3], -1, 1)
+        if initial_state is not None:
+            initial_state = initial_state.transpose(2, 3).reshape(-1, K, N * channels, 1)
+    return (
+        u, dt, A, B, torch.ones_like(B), None, None, dt_bias, dt_softplus, path, reverse, initial_state,
+        return_final_state, resets, lengths,
+    )  # fmt: skip
 
 
 def selective_scan_step(
@@ -88,10 +278,6 @@ def selective_scan_step(
 
     u, dt, z: (batch, channels); B, C: (batch, state) or (batch, groups, state). Returns y: (batch, channels).
     """
-    y, new = selective_scan_reference(
-        u[:, None], dt[:, None], A, B[:, None], C[:, None], D, None if z is None else z[:, None], dt_bias,
-        dt_softplus, None, False, state, True, None, None,
-    )  # fmt: skip
-    assert new is not None
-    state.copy_(new)
-    return y[:, 0]
+    from .step import step
+
+    return step(u, dt, A, B, C, D, z, dt_bias, state, dt_softplus)

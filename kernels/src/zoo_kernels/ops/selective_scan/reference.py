@@ -1,4 +1,4 @@
-"""The definition of the selective scan in plain torch: slow, any dtype, differentiable by autograd."""
+"""The definition of the selective scan in plain torch: any dtype, one step after another, differentiable."""
 
 from __future__ import annotations
 
@@ -6,64 +6,67 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo_kernels._walk import put_sum, take, walk
 
-def selective_scan_reference(
-    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths
-) -> tuple[Tensor, Tensor | None]:
-    """See :func:`zoo_kernels.selective_scan`; the same arguments."""
-    single = A.dim() == 2
+from . import empty_borders, work_dtype
+
+
+def forward(
+    u,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    dt_softplus,
+    path,
+    reverse,
+    initial_state,
+    return_final_state,
+    resets,
+    lengths,
+    *,
+    save,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Canonical arguments: u (batch, length, 1 or K, channels); dt (batch, length, K, channels);
+    A (K, channels, state); B, C (batch, length, K, groups, state); D, dt_bias (K, channels); z (batch, length, channels);
+    path (1 or batch, K, steps); initial_state (batch, K, channels, state). See :func:`zoo_kernels.selective_scan`.
+    """
     batch, length = u.shape[:2]
-    K = 1 if single else A.shape[0]
-    work = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
+    K, channels, N = A.shape
+    work = work_dtype(u, A)
     real = work.to_real() if work.is_complex else work
-    if single:  # give every argument its K axis
-        u_, dt_, A_ = u[:, :, None], dt[:, :, None], A[None]
-        B_, C_ = B[:, :, None], C[:, :, None]
-        D_, bias_ = (None if p is None else p[None] for p in (D, dt_bias))
-        init = None if initial_state is None else initial_state[:, None]
-        path_ = None if path is None else (path[None, None] if path.dim() == 1 else path[:, None])
-    else:
-        u_ = u[:, :, None].expand(-1, -1, K, -1) if u.dim() == 3 else u
-        dt_, A_, B_, C_, D_, bias_, init = dt, A, B, C, D, dt_bias, initial_state
-        path_ = None if path is None else (path[None] if path.dim() == 2 else path)
-    B_, C_ = (t[:, :, :, None] if t.dim() == 4 else t for t in (B_, C_))  # (batch, length, K, groups, state)
-    repeat = A_.shape[1] // B_.shape[3]
-    flags = [reverse] * K if isinstance(reverse, bool) else list(reverse)
-    rows = torch.arange(batch, device=u.device)
-
-    y = torch.zeros(batch, length, A_.shape[1], dtype=work, device=u.device)
-    finals = []
-    for k in range(K):
-        d = dt_[:, :, k].to(real)
-        if bias_ is not None:
-            d = d + bias_[k].to(real)
-        if dt_softplus:
-            d = F.softplus(d)
-        order = torch.arange(length, device=u.device)[None] if path_ is None else path_[:, k].long()
-        order = order.expand(batch, -1)
-        steps = order.shape[1]
-        h = u.new_zeros(batch, *A_.shape[1:], dtype=work) if init is None else init[:, k].to(work)
-        for t in range(steps):
-            count = steps if lengths is None else lengths
-            position = torch.as_tensor((count - 1 - t) if flags[k] else t, device=u.device).expand(batch)
-            walked = (position >= 0) & (position < torch.as_tensor(count, device=u.device))
-            row = order[rows, position.clamp(min=0)]
-            x, dx = u_[rows, row, k].to(work), d[rows, row]
-            b = B_[rows, row, k].to(work).repeat_interleave(repeat, dim=1)  # (batch, channels, state)
-            c = C_[rows, row, k].to(work).repeat_interleave(repeat, dim=1)
-            old = h if resets is None else torch.where(resets[rows, row][:, None, None], torch.zeros_like(h), h)
-            new = torch.exp(dx[..., None] * A_[k].to(work)) * old + (dx * x)[..., None] * b
-            h = torch.where(walked[:, None, None], new, h)
-            out = (h * c).sum(-1)
-            if D_ is not None:
-                out = out + D_[k].to(work) * x
-            y = y.index_put((rows, row), torch.where(walked[:, None], out, torch.zeros_like(out)), accumulate=True)
-        finals.append(h)
+    rows, walked = walk(path, reverse, lengths, batch=batch, length=length, device=u.device)
+    steps = rows.shape[2]
+    x = take(u, rows).to(real)  # (batch, K, steps, channels)
+    d = take(dt, rows).to(real)
+    if dt_bias is not None:
+        d = d + dt_bias[:, None].to(real)
+    if dt_softplus:
+        d = F.softplus(d)
+    b, c = (take(t, rows).to(work) for t in (B, C))  # (batch, K, steps, groups, state)
+    repeat = channels // B.shape[3]
+    drop = None if resets is None else resets[torch.arange(batch, device=u.device)[:, None, None], rows]
+    h = u.new_zeros(batch, K, channels, N, dtype=work) if initial_state is None else initial_state.to(work)
+    A = A.to(work)
+    zero = torch.zeros((), dtype=work, device=u.device)
+    outputs = []
+    for t in range(steps):
+        old = h if drop is None else torch.where(drop[:, :, t, None, None], zero, h)
+        decay = torch.exp(d[:, :, t, :, None] * A)
+        put = (d[:, :, t] * x[:, :, t])[..., None] * b[:, :, t].repeat_interleave(repeat, dim=2)
+        new = decay * old + put
+        h = new if walked is None else torch.where(walked[:, t, None, None, None], new, h)
+        outputs.append((h * c[:, :, t].repeat_interleave(repeat, dim=2)).sum(-1))
+    y = torch.stack(outputs, dim=2) if outputs else x.to(work)
     if work.is_complex:
         y = 2 * y.real  # conjugate pairs, as the original does for complex A
+    if D is not None:
+        y = y + D[:, None].to(real) * x
+    y = put_sum(y, rows, walked, length)
     if z is not None:
-        y = y * F.silu(z.to(y.dtype))
-    final = None
-    if return_final_state:
-        final = finals[0] if single else torch.stack(finals, dim=1)
-    return y.to(u.dtype), final
+        y = y * F.silu(z.to(real))
+    final = h.clone() if return_final_state else h.new_empty(0)
+    return y.to(u.dtype), final, empty_borders(u, A, path, save).zero_()
