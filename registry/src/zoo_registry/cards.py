@@ -1,8 +1,8 @@
 """Cards: everything the zoo knows about a model and about its published weights, as data.
 
 A card never imports the model it describes. The data lives in TOML files beside the plugin's code
-(``cards/*.toml``); this module gives it types and checks it. Unknown facts are absent, never guessed:
-every optional field defaults to ``None`` and nothing else.
+(``cards/*.toml``, read by :func:`zoo_registry.load_cards`); this module gives it types and checks it. Unknown facts
+are absent, never guessed: every optional field defaults to ``None`` and nothing else.
 
 A card file holds one family::
 
@@ -10,16 +10,22 @@ A card file holds one family::
     system = "vim"
     domain = "vision"
 
+    [weights_defaults]              # merged into every weights card of the file
+    licence = "apache-2.0"
+
     [models.vim_tiny]
     builder = "zoo_vision.vim:Vim"
     config = { embed_dim = 192 }
 
     [models.vim_tiny.weights.in1k]
     repo_id = "hustvl/Vim-tiny-midclstok"
+
+A card that breaks a rule cannot be built: the constructors raise ``ValueError`` with the field and the rule.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import msgspec
@@ -28,6 +34,30 @@ import msgspec
 Faithful = Literal["code", "paper"]
 #: File formats that the converter knows. ``torch`` is a pickle, opened with ``weights_only=True`` alone.
 Format = Literal["safetensors", "torch", "flax-msgpack", "orbax", "numpy"]
+
+#: Names of models, systems and domains: lower case, digits, underscores, beginning with a letter.
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+#: Tags may begin with a digit ("100k") and hold dashes never.
+TAG = re.compile(r"[a-z0-9][a-z0-9_]*")
+TASK = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+IMPORT_STRING = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+REVISION = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _require(pattern: re.Pattern[str], value: str | None, field: str, rule: str) -> None:
+    if value is not None and not pattern.fullmatch(value):
+        raise ValueError(f"{field} is {value!r}; expected {rule}")
+
+
+def _inside(path: str | None, field: str) -> None:
+    """Paths on cards are relative, with forward slashes, and stay inside their repository or package."""
+    if path is None:
+        return
+    parts = path.split("/")
+    if not path or path.startswith("/") or "\\" in path or ":" in path or any(p in ("", ".", "..") for p in parts):
+        raise ValueError(f"{field} is {path!r}; expected a relative path with forward slashes and without '..'")
 
 
 class Metric(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -57,6 +87,7 @@ class WeightsCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     revision: str | None = None  #: a 40-digit commit hash, never a branch
     sha256: str | None = None
     size: int | None = None  #: bytes
+    shard_sha256: dict[str, str] = {}  #: file name -> digest, where ``filename`` is the index of several shards
     package_file: str | None = None
     where: str | None = None
     # -- what the bytes are
@@ -71,6 +102,41 @@ class WeightsCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     metrics: tuple[Metric, ...] = ()
     trained_on: str | None = None
     notes: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(TAG, self.tag, "tag", "lower case, digits, underscores")
+        places = [f for f in ("repo_id", "package_file", "where") if getattr(self, f) is not None]
+        if len(places) != 1:
+            raise ValueError(
+                f"the bytes of {self.tag!r} have {len(places)} places ({', '.join(places) or 'none'}); expected "
+                "exactly one of repo_id with filename (the Hub), package_file (inside the plugin), where (a sentence "
+                "with the address off the Hub)"
+            )
+        if (self.repo_id is None) != (self.filename is None):
+            raise ValueError("repo_id and filename belong together; one of them is missing")
+        if self.repo_id is None and self.revision is not None:
+            raise ValueError("revision is given without repo_id")
+        _require(REPO_ID, self.repo_id, "repo_id", "'organisation/repository'")
+        _require(REVISION, self.revision, "revision", "a commit hash of 40 hexadecimal digits, never a branch or tag")
+        _require(SHA256, self.sha256, "sha256", "64 lower-case hexadecimal digits")
+        for name, digest in self.shard_sha256.items():
+            _inside(name, "shard_sha256")
+            _require(SHA256, digest, f"shard_sha256[{name!r}]", "64 lower-case hexadecimal digits")
+        if self.shard_sha256 and not self.sharded:
+            raise ValueError(f"shard_sha256 is given, but filename {self.filename!r} is no index ('*.index.json')")
+        _inside(self.filename, "filename")
+        _inside(self.package_file, "package_file")
+        if self.size is not None and self.size <= 0:
+            raise ValueError(f"size is {self.size}; expected a positive number of bytes")
+        if self.num_classes is not None and self.num_classes < 0:
+            raise ValueError(f"num_classes is {self.num_classes}; expected zero or more")
+        if self.where is not None and not self.where.strip():
+            raise ValueError("where is empty; expected a sentence with the address of the file")
+
+    @property
+    def sharded(self) -> bool:
+        """True when ``filename`` is an index that names the files holding the tensors."""
+        return (self.filename or self.package_file or "").endswith(".index.json")
 
     @property
     def on_hub(self) -> bool:
@@ -108,3 +174,41 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     weights: dict[str, WeightsCard] = {}
     notes: str | None = None
     plugin: str = ""  #: distribution that brought the card; filled in by the registry
+    package: str = ""  #: import package whose files ``package_file`` and ``labels`` name; filled in by load_cards
+
+    def __post_init__(self) -> None:
+        _require(NAME, self.name, "name", "lower case, digits, underscores, beginning with a letter")
+        _require(NAME, self.system, "system", "lower case, digits, underscores, beginning with a letter")
+        _require(NAME, self.domain, "domain", "lower case, digits, underscores, beginning with a letter")
+        _require(TASK, self.task, "task", "lower-case words joined by dashes, as 'image-classification'")
+        _require(IMPORT_STRING, self.builder, "builder", "an import string 'package.module:callable'")
+        for alias in self.aliases:
+            _require(NAME, alias, "aliases", "lower case, digits, underscores, beginning with a letter")
+            if alias == self.name:
+                raise ValueError(f"aliases holds the model's own name {alias!r}")
+        if len(set(self.aliases)) != len(self.aliases):
+            raise ValueError(f"aliases holds a name twice: {', '.join(self.aliases)}")
+        for key, weights in self.weights.items():
+            if key != weights.tag:
+                raise ValueError(f"weights[{key!r}] has tag {weights.tag!r}; expected the same name in both places")
+        if self.default_tag is not None and self.default_tag not in self.weights:
+            raise ValueError(
+                f"default_tag is {self.default_tag!r}; the model has {', '.join(self.weights) or 'no weights'}"
+            )
+        if self.params is not None and self.params < 0:
+            raise ValueError(f"params is {self.params}; expected zero or more")
+        if self.reference_code is None and self.reference_commit is not None:
+            raise ValueError("reference_commit is given without reference_code")
+
+    @property
+    def default_weights(self) -> WeightsCard | None:
+        """What the untagged name means: ``default_tag``, else the first weights of the card that can be loaded, else
+        the first; None for a model without weights."""
+        if self.default_tag is not None:
+            return self.weights[self.default_tag]
+        every = list(self.weights.values())
+        return next((w for w in every if w.loadable), every[0] if every else None)
+
+    def full_name(self, weights: WeightsCard | None = None) -> str:
+        """``arch.tag``, or ``arch`` where there are no weights."""
+        return f"{self.name}.{weights.tag}" if weights is not None else self.name
