@@ -11,7 +11,10 @@ trained with the original code, and how parity with the original is tested::
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .rules import Rules
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,8 @@ def read_golden(path: str | Path) -> Golden:
                 name, tensor = name.removesuffix("::complex"), torch.view_as_complex(tensor.contiguous())
             groups[group][name] = tensor
     call = meta.get("call", "")
-    try:
+    with contextlib.suppress(ValueError):  # a plain sentence, not JSON
         call = json.loads(call)
-    except ValueError:
-        pass
     return Golden(
         system=meta.get("system", ""),
         source=meta.get("source", ""),
@@ -125,8 +128,54 @@ class ReferenceAdapter(ABC):
     def gradients(self, model: nn.Module) -> dict[str, Tensor]:
         """Parameter gradients under the original's keys; by default through :meth:`to_reference`."""
         ours = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-        return self.to_reference(ours)
+        return self.to_reference(ours, model=model)
 
-    def to_reference(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our state dict under the original's keys (the inverse of what :meth:`build` reads)."""
-        raise NotImplementedError(f"the {self.system} adapter cannot write the original's format")
+    def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
+        """The key table of this system (see :mod:`zoo.rules`), for the variant that ``state`` and ``model`` show.
+
+        ``state`` is the state dict to convert, in either format; ``model`` our model where there is one (perhaps on
+        the meta device: configuration only). Most systems ignore both and return one constant table.
+        """
+        raise NotImplementedError(f"the {self.system} adapter has no key table")
+
+    def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
+        """Our keys and layouts from the original's state dict. It is how published checkpoints are read.
+
+        Give ``model`` (our model, also on the meta device) where it exists; systems whose table depends on the
+        variant need it.
+        """
+        return self.rules(state, model=model).to_zoo(state)
+
+    def to_reference(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
+        """Our state dict under the original's keys (the inverse of :meth:`to_zoo`)."""
+        return self.rules(state, model=model).to_reference(state)
+
+    def load(self, model: nn.Module, state: Mapping[str, Tensor], *, what: str = "the given state dict") -> nn.Module:
+        """Put the original's ``state`` into our ``model``, strictly, in place, and switch it to eval mode.
+
+        The usual last line of :meth:`build`. Raises ``zoo.errors.KeysDoNotMatch``; keys are named in our format.
+        """
+        from .building import fill
+
+        ours = self.to_zoo(state, model=model)
+        return fill(model, ours, what=f"{what}, read as {self.system}").eval()
+
+
+def adapter(system: str) -> ReferenceAdapter:
+    """The reference adapter of a published system, by its id; also spelled ``zoo.reference(system)``.
+
+    Raises ``zoo.errors.UnknownSystem`` naming the nearest ids, and says which plugin failed if its import did.
+    """
+    from . import catalog
+
+    return catalog.adapter(system)
+
+
+class _CallableModule(types.ModuleType):
+    """``zoo.reference`` is this module, and calling it is :func:`adapter`: one name for the verb and its classes."""
+
+    def __call__(self, system: str) -> ReferenceAdapter:
+        return adapter(system)
+
+
+sys.modules[__name__].__class__ = _CallableModule
