@@ -9,16 +9,38 @@ if TYPE_CHECKING:
     from .mamba2 import Mamba2
     from .norm import GatedRMSNorm, RMSNorm
     from .path_scan import PathScan
+    from .ss2d import SS2D, GridScan, GridSSD
+    from .vss import ConvDownsample, PatchEmbed, PatchMerging, VSSBlock
 
 _LAZY = {
+    "ConvDownsample": "vss",
     "GatedRMSNorm": "norm",
+    "GridSSD": "ss2d",
+    "GridScan": "ss2d",
     "Mamba": "mamba",
     "Mamba2": "mamba2",
+    "PatchEmbed": "vss",
+    "PatchMerging": "vss",
     "PathScan": "path_scan",
     "RMSNorm": "norm",
+    "SS2D": "ss2d",
+    "VSSBlock": "vss",
 }
 
-__all__ = ["GatedRMSNorm", "Mamba", "Mamba2", "PathScan", "RMSNorm"]
+__all__ = [
+    "SS2D",
+    "ConvDownsample",
+    "GatedRMSNorm",
+    "GridSSD",
+    "GridScan",
+    "Mamba",
+    "Mamba2",
+    "PatchEmbed",
+    "PatchMerging",
+    "PathScan",
+    "RMSNorm",
+    "VSSBlock",
+]
 
 
 def __getattr__(name: str):

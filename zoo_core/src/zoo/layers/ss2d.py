@@ -8,6 +8,7 @@ Mamba-2's), the parts around them, and the mixer :class:`SS2D`. A scan strategy 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo_kernels import paths as grid_paths
-from zoo_kernels import ssd
+from zoo_kernels import selective_scan
 
 from .path_scan import PathScan
 
 #: VMamba's four directions, in the order of its weights: rows, columns, and both from their ends.
 CROSS = "cross"
 Init = Literal["mamba", "random", "flat"]
+Core = Literal["scan", "cascade", "ssd"]
 OutNorm = Literal["norm", "none", "conv", "norm_conv", "softmax", "sigmoid"]
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -31,6 +33,11 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "sigmoid": nn.Sigmoid,
 }
+
+
+def count_paths(names: str) -> int:
+    """How many paths an expression such as ``"row+reverse(row)"`` names."""
+    return grid_paths.get(names, (16, 16)).shape[0]
 
 
 def activation(name: str) -> nn.Module:
@@ -53,7 +60,7 @@ class GridScan(PathScan):
         self, channels: int, state: int = 16, dt_rank: int | None = None, paths: str = CROSS, *, init: Init = "mamba"
     ) -> None:
         self.path_names, self.init = paths, init
-        super().__init__(channels, state, dt_rank, grid_paths.count(paths))
+        super().__init__(channels, state, dt_rank, count_paths(paths))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -61,8 +68,8 @@ class GridScan(PathScan):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """x, z: (batch, height, width, channels). Returns the same shape."""
-        order, reverse = grid_paths.get(self.path_names, x.shape[1:3], device=x.device)
-        y = super().forward(x.flatten(1, 2), z=None if z is None else z.flatten(1, 2), path=order, reverse=reverse)
+        order = grid_paths.get(self.path_names, x.shape[1:3], device=x.device)
+        y = super().forward(x.flatten(1, 2), z=None if z is None else z.flatten(1, 2), path=order)
         return y.view(x.shape)
 
     def extra_repr(self) -> str:
@@ -84,6 +91,38 @@ def reset_scan(init: Init, A_log: Tensor, *dt: Tensor) -> None:
             (t.normal_() if init == "random" else t.uniform_(0.0, 1.0)).mul_(0.1)
 
 
+class CascadeScan(GridScan):
+    """Rows first, then columns of the result: VMamba's cascade (``v052dc``), not a sum over paths.
+
+    Every row is a sequence of its own, walked forwards with parameter set 0 and backwards with set 1; the two are added
+    *as walked*: the backward output stays in its reversed order. Then the columns likewise with sets 2 and 3. A LayerNorm
+    without parameters stands before each of the two. Source: MzeroMiko/VMamba ``SS2Dv2`` (``cross_selective_scanv2``).
+    """
+
+    def __init__(self, channels: int, state: int = 16, dt_rank: int | None = None, *, init: Init = "mamba") -> None:
+        super().__init__(channels, state, dt_rank, CROSS, init=init)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """x, z: (batch, height, width, channels). Returns the same shape."""
+        y = self._lines(x, 0)
+        y = self._lines(y.transpose(1, 2), 2).transpose(1, 2)
+        return y if z is None else y * F.silu(z)
+
+    def _lines(self, x: Tensor, first: int) -> Tensor:
+        """Both directions along axis 2 of (batch, lines, length, channels) with sets ``first`` and ``first + 1``."""
+        rows = F.layer_norm(x, x.shape[-1:]).flatten(0, 1)
+        total = torch.zeros_like(rows)
+        for backwards in (False, True):
+            k = first + int(backwards)
+            dt_r, B, C = F.linear(rows, self.x_proj[k]).split([self.dt_rank, self.state, self.state], dim=-1)
+            y, _ = selective_scan(
+                rows, F.linear(dt_r, self.dt_proj[k]), -torch.exp(self.A_log[k].float()), B, C, self.D[k],
+                dt_bias=self.dt_bias[k], dt_softplus=True, reverse=backwards,
+            )  # fmt: skip
+            total = total + (y.flip(1) if backwards else y)
+        return total.view(x.shape)
+
+
 class GridSSD(nn.Module):
     """Mamba-2's recurrence along named paths: scalar A and dt per head, B and C shared by the heads of a path.
 
@@ -98,7 +137,7 @@ class GridSSD(nn.Module):
         super().__init__()
         if channels % heads:
             raise ValueError(f"channels is {channels} and heads {heads}; the heads must divide the channels")
-        K = grid_paths.count(paths)
+        K = count_paths(paths)
         self.channels, self.state, self.heads, self.path_names, self.init = channels, state, heads, paths, init
         self.x_proj = nn.Parameter(torch.empty(K, heads + 2 * state, channels))
         self.dt_bias = nn.Parameter(torch.empty(K, heads))
@@ -117,17 +156,19 @@ class GridSSD(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """x, z: (batch, height, width, channels). Returns the same shape."""
-        order, reverse = grid_paths.get(self.path_names, x.shape[1:3], device=x.device)
+        from zoo_kernels import ssd
+
+        order = grid_paths.get(self.path_names, x.shape[1:3], device=x.device)
         R, N = self.heads, self.state
         rows = x.flatten(1, 2)
         projected = torch.einsum("ble,kce->blkc", rows, self.x_proj)
         A = -torch.exp(self.A_log.float())
         total = torch.zeros_like(rows)
-        for k, backwards in enumerate(reverse):
+        for k in range(order.shape[0]):
             dt, B, C = projected[:, :, k].split([R, N, N], dim=-1)
             y, _ = ssd(
                 rows.unflatten(-1, (R, -1)), dt, A[k], B[:, :, None], C[:, :, None], D=self.D[k],
-                dt_bias=self.dt_bias[k], dt_softplus=True, path=None if order is None else order[k], reverse=backwards,
+                dt_bias=self.dt_bias[k], dt_softplus=True, path=order[k],
             )  # fmt: skip
             total = total + y.flatten(2)
         if z is not None:
@@ -159,8 +200,10 @@ def output_norm(kind: OutNorm, channels: int) -> nn.Module:
     makers: dict[str, Callable[[], nn.Module]] = {
         "norm": lambda: nn.LayerNorm(channels),
         "none": nn.Identity,
-        "conv": lambda: DepthwiseConv2d(channels, 3, bias=False),
-        "norm_conv": lambda: nn.Sequential(nn.LayerNorm(channels), DepthwiseConv2d(channels, 3, bias=False)),
+        "conv": lambda: nn.Sequential(OrderedDict(conv=DepthwiseConv2d(channels, 3, bias=False))),
+        "norm_conv": lambda: nn.Sequential(
+            OrderedDict(norm=nn.LayerNorm(channels), conv=DepthwiseConv2d(channels, 3, bias=False))
+        ),
         "softmax": SpatialSoftmax,
         "sigmoid": nn.Sigmoid,
     }
@@ -172,22 +215,28 @@ def output_norm(kind: OutNorm, channels: int) -> nn.Module:
 class SS2D(nn.Module):
     """Project in, depthwise 3x3, scan an image along its paths, norm, optional gate, project out.
 
-    ``x[, z] = in_proj(u)``; ``y = out_norm(scan(act(conv(x))))``; ``y = y * act(z)``; ``out_proj(y)``.
+    ``x[, z] = in_proj(u)``; ``y = out_norm(scan(act(conv(x))))``; ``y = y * act(z)``; ``out_proj(y)``. No projection
+    has a bias. Input and output are (batch, height, width, dim).
 
-    Arguments: ``dim`` C; ``scan`` the scan over the grid, built for E channels (:class:`GridScan`, :class:`GridSSD`,
-    or any module with the same call); ``gate``: with the branch z; ``gate_act``: z goes through the activation;
-    ``act``: after the convolution; ``conv``: its odd kernel size, below 2 for none; ``out_norm``: see
-    :func:`output_norm`; ``out_act``: GELU after it; ``drop``: dropout after ``out_proj``.
-    Input and output (batch, height, width, C). No projection has a bias.
-    Source: MzeroMiko/VMamba ``classification/models/vmamba.py`` ``SS2Dv0`` and ``SS2Dv2`` (``forwardv2``).
+    Arguments: ``dim`` C; ``expand``: the scan has E = int(expand * C) channels; ``state`` N; ``dt_rank`` R, by default
+    ceil(C / 16) (in an ``"ssd"`` core it is the number of heads); ``paths``: names of the visiting orders, see
+    :class:`GridScan`; ``core``: ``"scan"``, ``"cascade"`` (its paths are fixed) or ``"ssd"``; ``init``: see
+    :class:`GridScan`; ``gate``: with the branch z; ``gate_act``: z goes through the activation; ``act``: after the
+    convolution; ``conv``: its odd kernel size, below 2 for none; ``out_norm``: see :func:`output_norm`; ``out_act``: GELU
+    after it; ``drop``: dropout after ``out_proj``.
+    Source: MzeroMiko/VMamba ``classification/models/vmamba.py`` ``SS2Dv0``, ``SS2Dv2`` (``forwardv2``), ``SS2Dm0``.
     """
 
     def __init__(
         self,
         dim: int,
-        scan: nn.Module,
-        channels: int,
         *,
+        expand: float = 2.0,
+        state: int = 16,
+        dt_rank: int | None = None,
+        paths: str = CROSS,
+        core: Core = "scan",
+        init: Init = "mamba",
         gate: bool = True,
         gate_act: bool = True,
         act: str = "silu",
@@ -198,17 +247,30 @@ class SS2D(nn.Module):
         drop: float = 0.0,
     ) -> None:
         super().__init__()
-        self.channels, self.gate, self.gate_act = channels, gate, gate_act
+        channels = int(expand * dim)
+        rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        self.dim, self.channels, self.gate, self.gate_act = dim, channels, gate, gate_act
         self.in_proj = nn.Linear(dim, channels * (2 if gate else 1), bias=False)
         self.conv = DepthwiseConv2d(channels, conv, conv_bias) if conv > 1 else nn.Identity()
         self.act = activation(act)
-        self.scan = scan
+        self.scan: nn.Module
+        if core == "scan":
+            self.scan = GridScan(channels, state, rank, paths, init=init)
+        elif core == "ssd":
+            self.scan = GridSSD(channels, state, rank, paths, init=init)
+        elif core == "cascade":
+            if paths != CROSS:
+                raise ValueError(f"paths is {paths!r}; the cascade walks rows, then columns, and takes no other paths")
+            self.scan = CascadeScan(channels, state, rank, init=init)
+        else:
+            raise ValueError(f"core is {core!r}; expected 'scan', 'cascade' or 'ssd'")
         self.out_norm = output_norm(out_norm, channels)
         self.out_act = nn.GELU() if out_act else nn.Identity()
         self.out_proj = nn.Linear(channels, dim, bias=False)
         self.drop = nn.Dropout(drop)
 
     def forward(self, u: Tensor) -> Tensor:
+        """u: (batch, height, width, dim). Returns the same shape."""
         x = self.in_proj(u)
         z = None
         if self.gate:
