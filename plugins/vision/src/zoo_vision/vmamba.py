@@ -3,7 +3,8 @@
 Paper: Liu et al., "VMamba: Visual State Space Model", arXiv 2401.10166. Original: MzeroMiko/VMamba (MIT),
 ``classification/models/vmamba.py`` (``VSSM``, ``Backbone_VSSM``). The blocks are ``zoo.layers``' (``vss``, ``ss2d``).
 Differences: everything is channels last inside, also where the original works channels first (``ln2d``, ``bn``: the
-same numbers); the directions are named paths that the kernel walks, so ``paths="hilbert+reverse(hilbert)"`` is a model too.
+same numbers); the directions are named paths that the kernel walks, so
+``paths="hilbert+reverse(hilbert)"`` is a model too.
 """
 
 from __future__ import annotations
@@ -319,8 +320,8 @@ _OUT_NORMS = {
 def forward_type(name: str) -> dict[str, Any]:
     """The mixer's options for one of the original's ``forward_type`` strings, for example ``"v05_noz"``.
 
-    Tags are read from the right as the original does: ``_no32`` (a matter of casts), ``_oact``, ``_noz``, ``_nozact``, then
-    one output norm. Raises ValueError for a type that the original does not have or that does not run there.
+    Tags are read from the right as the original does: ``_no32`` (a matter of casts), ``_oact``, ``_noz``, ``_nozact``,
+    then one output norm. Raises ValueError for a type that the original does not have or that does not run there.
     """
     if name in ("v0", "v0seq"):
         return {"act": "silu", "conv": 3, "conv_bias": True, "init": "mamba", "gate": True}
@@ -348,8 +349,9 @@ def forward_type(name: str) -> dict[str, Any]:
             raise ValueError(f"forward_type={name!r}: the SSD mixer runs without a gate only; expected 'm0_noz'")
         return {**options, "core": "ssd"}
     raise ValueError(
-        f"forward_type={name!r} is not known; expected v0, v0seq, v01 to v05, v2, v3, v051d, v052d, v052dc or m0 with tags "
-        "_on(none|dwconv3|cnorm|softmax|sigmoid), _nozact, _noz, _oact, _no32 (SS2Dv3's xv1a, xv2a and xv3a are not built)"
+        f"forward_type={name!r} is not known; expected v0, v0seq, v01 to v05, v2, v3, v051d, v052d, v052dc or m0, with "
+        "tags _on(none|dwconv3|cnorm|softmax|sigmoid), _nozact, _noz, _oact, _no32 (SS2Dv3's xv1a, xv2a and xv3a are "
+        "not built)"
     )
 
 
@@ -372,7 +374,7 @@ def _choice(config: Mapping[str, Any], key: str, table: Mapping[str, str]) -> st
 
 
 def translate(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our constructor's arguments for the original's (``VSSM`` and ``Backbone_VSSM``; what is left out is its default)."""
+    """Our constructor's arguments for those of ``VSSM`` and ``Backbone_VSSM``; what is left out is their default."""
     unknown = sorted(set(config) - set(_DEFAULTS))
     if unknown:
         raise ValueError(f"VMamba has no argument {', '.join(unknown)}; it has {', '.join(_DEFAULTS)}")
@@ -411,7 +413,7 @@ class VMambaAdapter(ReferenceAdapter):
             pyramid = source.rpartition(":")[2] == "Backbone_VSSM"
         if pyramid:  # it makes a position table and never adds it
             config = {
-                "norm_layer": "ln2d" if "norm_layer" not in config else config["norm_layer"],
+                "norm_layer": config.get("norm_layer", "ln2d"),
                 **config,
                 "posembed": False,
             }
@@ -431,8 +433,8 @@ class VMambaAdapter(ReferenceAdapter):
         return self.rules(state, model=model).to_zoo(state)
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
-        """``image`` (batch, channels, H, W) to ``logits``, or to ``stage<i>`` (batch, C, h, w). Intermediates are in the
-        original's layout: (batch, C, h, w) where it works channels first."""
+        """``image`` (batch, channels, H, W) to ``logits``, or to ``stage<i>`` (batch, C, h, w). Intermediates are in
+        the original's layout: (batch, C, h, w) where it works channels first."""
         assert isinstance(model, VMamba)
         mids: dict[str, Tensor] = {}
 

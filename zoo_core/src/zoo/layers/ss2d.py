@@ -2,7 +2,8 @@
 
 Order of reading: the scans over a grid (:class:`GridScan` with Mamba-1's recurrence, :class:`GridSSD` with
 Mamba-2's), the parts around them, and the mixer :class:`SS2D`. A scan strategy is the *name* of its paths
-(see ``zoo_kernels.paths``): nothing here permutes, flips or repeats an image. Layout is (batch, height, width, channels).
+(see ``zoo_kernels.paths``): nothing here permutes, flips or repeats an image. Layout is (batch, height, width,
+channels).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import zoo_kernels
 from zoo_kernels import paths as grid_paths
 from zoo_kernels import selective_scan
 
@@ -94,9 +96,10 @@ def reset_scan(init: Init, A_log: Tensor, *dt: Tensor) -> None:
 class CascadeScan(GridScan):
     """Rows first, then columns of the result: VMamba's cascade (``v052dc``), not a sum over paths.
 
-    Every row is a sequence of its own, walked forwards with parameter set 0 and backwards with set 1; the two are added
-    *as walked*: the backward output stays in its reversed order. Then the columns likewise with sets 2 and 3. A LayerNorm
-    without parameters stands before each of the two. Source: MzeroMiko/VMamba ``SS2Dv2`` (``cross_selective_scanv2``).
+    Every row is a sequence of its own, walked forwards with parameter set 0 and backwards with set 1; the two are
+    added *as walked*: the backward output stays in its reversed order. Then the columns likewise with sets 2 and 3.
+    A LayerNorm without parameters stands before each of the two. Source: MzeroMiko/VMamba ``SS2Dv2``, scan mode
+    ``cascade2d``.
     """
 
     def __init__(self, channels: int, state: int = 16, dt_rank: int | None = None, *, init: Init = "mamba") -> None:
@@ -156,24 +159,16 @@ class GridSSD(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """x, z: (batch, height, width, channels). Returns the same shape."""
-        from zoo_kernels import ssd
-
         order = grid_paths.get(self.path_names, x.shape[1:3], device=x.device)
         R, N = self.heads, self.state
         rows = x.flatten(1, 2)
-        projected = torch.einsum("ble,kce->blkc", rows, self.x_proj)
-        A = -torch.exp(self.A_log.float())
-        total = torch.zeros_like(rows)
-        for k in range(order.shape[0]):
-            dt, B, C = projected[:, :, k].split([R, N, N], dim=-1)
-            y, _ = ssd(
-                rows.unflatten(-1, (R, -1)), dt, A[k], B[:, :, None], C[:, :, None], D=self.D[k],
-                dt_bias=self.dt_bias[k], dt_softplus=True, path=order[k],
-            )  # fmt: skip
-            total = total + y.flatten(2)
-        if z is not None:
-            total = total * F.silu(z.flatten(1, 2))
-        return total.view(x.shape)
+        dt, B, C = torch.einsum("ble,kce->blkc", rows, self.x_proj).split([R, N, N], dim=-1)
+        y, _ = zoo_kernels.ssd(
+            rows.unflatten(-1, (R, -1)), dt, -torch.exp(self.A_log.float()), B, C, self.D,
+            None if z is None else z.flatten(1, 2).unflatten(-1, (R, -1)), self.dt_bias,
+            dt_softplus=True, path=order,
+        )  # fmt: skip
+        return y.reshape(x.shape)
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -222,8 +217,8 @@ class SS2D(nn.Module):
     ceil(C / 16) (in an ``"ssd"`` core it is the number of heads); ``paths``: names of the visiting orders, see
     :class:`GridScan`; ``core``: ``"scan"``, ``"cascade"`` (its paths are fixed) or ``"ssd"``; ``init``: see
     :class:`GridScan`; ``gate``: with the branch z; ``gate_act``: z goes through the activation; ``act``: after the
-    convolution; ``conv``: its odd kernel size, below 2 for none; ``out_norm``: see :func:`output_norm`; ``out_act``: GELU
-    after it; ``drop``: dropout after ``out_proj``.
+    convolution; ``conv``: its odd kernel size, below 2 for none; ``out_norm``: see :func:`output_norm`; ``out_act``:
+    GELU after it; ``drop``: dropout after ``out_proj``.
     Source: MzeroMiko/VMamba ``classification/models/vmamba.py`` ``SS2Dv0``, ``SS2Dv2`` (``forwardv2``), ``SS2Dm0``.
     """
 

@@ -1,6 +1,7 @@
-"""The VSS block of VMamba and what stands around it in a hierarchical backbone, all on (batch, height, width, channels).
+"""The VSS block of VMamba and what stands around it in a hierarchical backbone.
 
-Shared by VMamba itself, Res-VMamba, and the encoders and decoders that other domains build from the same blocks.
+Shared by VMamba itself, Res-VMamba, and the encoders and decoders that other domains build
+from the same blocks. Layout is (batch, height, width, channels) everywhere.
 """
 
 from __future__ import annotations
@@ -160,8 +161,8 @@ class ConvDownsample(nn.Module):
 class PatchEmbed(nn.Module):
     """Image (batch, channels, H, W) to (batch, H/patch, W/patch, dim), by one convolution or by two.
 
-    ``overlap=False``: kernel and stride ``patch``, then the norm. ``overlap=True``: two convolutions of stride patch/2 and
-    kernel patch/2 + 1 through dim/2 channels, a norm after each and GELU between.
+    ``overlap=False``: kernel and stride ``patch``, then the norm. ``overlap=True``: two convolutions of stride patch/2
+    and kernel patch/2 + 1 through dim/2 channels, a norm after each and GELU between.
     Source: MzeroMiko/VMamba ``_make_patch_embed`` and ``_make_patch_embed_v2``.
     """
 
