@@ -8,7 +8,8 @@ answer the same calls: ``forward_features``, ``forward_head``, ``forward_interme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from timm.layers import get_device_dtype
@@ -78,7 +79,7 @@ class VisionModel(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """timm's call: maps at ``indices`` (None: all; n: the last n), with or without the body's output before them."""
+        """timm's call: the maps at ``indices`` (None: all; n: the last n), alone or after the body's last output."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; expected 'NCHW' or 'NHWC'")
         take, _ = feature_take_indices(len(self.feature_info), self._indices(indices))
@@ -167,3 +168,19 @@ def build(cls: type[Model], *, features_only: bool = False, out_indices: Indices
     elif out_indices is not None:
         raise ValueError(f"out_indices={out_indices!r} has a meaning only together with features_only=True")
     return model
+
+
+def check_reference_config(
+    system: str, config: Mapping[str, Any], defaults: Mapping[str, Any], ignored: Collection[str] = ()
+) -> dict[str, Any]:
+    """An original constructor's arguments with its ``defaults`` filled in.
+
+    ``ignored``: arguments that the original accepts and never reads. Raises ValueError for any other that is not in
+    ``defaults``, naming it and the nearest that exist.
+    """
+    for key in config:
+        if key not in defaults and key not in ignored:
+            near = get_close_matches(key, defaults, n=3)
+            hint = f"nearest: {', '.join(near)}" if near else f"it has: {', '.join(defaults)}"
+            raise ValueError(f"the original {system} has no argument {key!r} (received {config[key]!r}); {hint}")
+    return {**defaults, **{k: v for k, v in config.items() if k in defaults}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from zoo_registry import ModelCard, hookimpl, load_cards
 
@@ -12,13 +11,13 @@ ZOO_PLUGIN_API = 1
 
 @hookimpl
 def zoo_models() -> Iterable[ModelCard]:
-    return load_cards(Path(__file__).parent / "cards")
+    return load_cards("zoo_vision")
 
 
 @hookimpl
 def zoo_adapters() -> Mapping[str, str]:
     return {
-        "vim": "zoo_vision.vim:VimAdapter",
+        "vim": "zoo_vision.vim_reference:VimAdapter",
         "mambaout": "zoo_vision.mambaout:MambaOutAdapter",
         "efficientvim": "zoo_vision.efficientvim:EfficientViMAdapter",
         "mambavision": "zoo_vision.mambavision:MambaVisionAdapter",
