@@ -6,10 +6,14 @@ plugin's code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from zoo_registry import ModelName, resolve
+import msgspec
+
+from zoo_registry import ModelName, query, resolve
 from zoo_registry.names import adapter_for, pipeline_for
 
 if TYPE_CHECKING:
@@ -50,3 +54,105 @@ def import_object(target: str) -> Any:
     for part in attribute.split(".") if attribute else ():
         value = getattr(value, part)
     return value
+
+
+def list_models(pattern: str | Sequence[str] = "*", **filters: Any) -> list[str]:
+    """Names of models and checkpoints, in natural order; ``zoo.list()``.
+
+    ``pattern``: a shell pattern or several ("vim*", "*.in1k", "vision/*"). Filters: ``exclude``, ``domain``, ``task``,
+    ``system``, ``licence``, ``min_params``, ``max_params``, ``pretrained``, ``on_hub``, ``plugin``
+    (see :func:`zoo_registry.query`). A model with weights is listed once for each of its tags.
+
+    Raises ``zoo.errors.BadFilter`` for a filter that nothing can match.
+    """
+    return [entry.name for entry in query(pattern, **filters)]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Everything the cards say about a model; ``print`` it, or take ``to_dict()``."""
+
+    card: ModelCard
+    weights: WeightsCard | None
+
+    @property
+    def name(self) -> str:
+        return self.card.full_name(self.weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts that are known, as plain Python; unknown ones are absent."""
+        card = _facts(self.card)
+        card.pop("weights", None)
+        tags = list(self.card.weights)
+        found = {"name": self.name, **{k: v for k, v in card.items() if k != "name"}, "architecture": self.card.name}
+        if tags:
+            found["tags"] = tags
+        if self.weights is not None:
+            found["weights"] = _facts(self.weights)
+            found["loadable"] = self.weights.loadable
+        return found
+
+    def __str__(self) -> str:
+        return "\n".join(f"{key:<18}{value}" for key, value in self.rows())
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(title, text) for display, in a fixed order."""
+        card, weights = self.card, self.weights
+        rows: list[tuple[str, Any]] = [
+            ("model", self.name),
+            ("description", card.description),
+            ("system", card.system),
+            ("domain, task", f"{card.domain}, {card.task}"),
+            ("parameters", f"{card.params:,}" if card.params is not None else None),
+            ("paper", " ".join(filter(None, (card.paper, card.paper_title))) or None),
+            ("original code", "@".join(filter(None, (card.reference_code, card.reference_commit))) or None),
+            ("after", "the paper alone (no public code)" if card.faithful == "paper" else None),
+            ("licence of code", card.licence_code),
+            ("input", _short(card.input)),
+            ("output", _short(card.output)),
+            ("plugin", card.plugin),
+            ("tags", ", ".join(_mark(tag, card) for tag in card.weights) or "none (random weights only)"),
+        ]
+        if weights is not None:
+            rows += [
+                ("licence of weights", weights.licence or "unknown"),
+                ("weights", _place(weights)),
+                ("trained on", weights.trained_on),
+                ("classes", weights.num_classes),
+                ("preprocess", _short(weights.preprocess)),
+                *(("metric", _metric(m)) for m in weights.metrics),
+                ("notes", weights.notes),
+            ]
+        rows.append(("notes", card.notes))
+        return [(title, str(value)) for title, value in rows if value not in (None, "")]
+
+
+def info(name: str) -> ModelInfo:
+    """What the cards say about "architecture" or "architecture.tag" (the untagged name shows its default tag)."""
+    return ModelInfo(*find(name))
+
+
+def _facts(card: Any) -> dict[str, Any]:
+    return {k: v for k, v in msgspec.to_builtins(card).items() if v not in (None, "", {}, [], ())}
+
+
+def _short(table: dict[str, Any]) -> str | None:
+    return ", ".join(f"{k} {v}" for k, v in table.items()) or None
+
+
+def _mark(tag: str, card: ModelCard) -> str:
+    return f"{tag} (default)" if card.weights[tag] is card.default_weights else tag
+
+
+def _place(weights: WeightsCard) -> str:
+    if weights.repo_id is not None:
+        pinned = f"@{weights.revision[:12]}" if weights.revision else " (not pinned)"
+        return f"hf-hub:{weights.repo_id}{pinned} {weights.filename}"
+    if weights.package_file is not None:
+        return f"in the plugin ({weights.package_file})"
+    return f"not on the Hub: {weights.where}"
+
+
+def _metric(metric: Any) -> str:
+    split = f" {metric.split}" if metric.split else ""
+    return f"{metric.name} {metric.value:g} on {metric.dataset}{split} ({metric.source})"
