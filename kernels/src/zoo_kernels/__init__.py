@@ -21,6 +21,17 @@ _LAZY = {
     "causal_conv1d": "zoo_kernels.ops.causal_conv1d",
     "causal_conv1d_step": "zoo_kernels.ops.causal_conv1d",
     "linear": "zoo_kernels.ops.linear",
+    "cauchy": "zoo_kernels.ops.cauchy",
+    "unit_roots": "zoo_kernels.ops.cauchy",
+    "gated_rms_norm": "zoo_kernels.ops.rms_norm",
+    "rms_norm": "zoo_kernels.ops.rms_norm",
+    "linear_scan": "zoo_kernels.ops.linear_scan",
+    "linear_scan_step": "zoo_kernels.ops.linear_scan",
+    "kernel_spectrum": "zoo_kernels.ops.long_conv",
+    "long_conv": "zoo_kernels.ops.long_conv",
+    "long_conv_nd": "zoo_kernels.ops.long_conv",
+    "long_conv_step": "zoo_kernels.ops.long_conv",
+    "vandermonde_kernel": "zoo_kernels.ops.long_conv",
     # not operators
     "backend": "zoo_kernels._backends",
     "BackendError": "zoo_kernels._backends",
@@ -31,20 +42,41 @@ _LAZY = {
 if TYPE_CHECKING:
     from zoo_kernels._backends import BackendError, backend
     from zoo_kernels._status import self_check, status
+    from zoo_kernels.ops.cauchy import cauchy, unit_roots
     from zoo_kernels.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
     from zoo_kernels.ops.linear import linear
+    from zoo_kernels.ops.linear_scan import linear_scan, linear_scan_step
+    from zoo_kernels.ops.long_conv import (
+        kernel_spectrum,
+        long_conv,
+        long_conv_nd,
+        long_conv_step,
+        vandermonde_kernel,
+    )
+    from zoo_kernels.ops.rms_norm import gated_rms_norm, rms_norm
     from zoo_kernels.ops.selective_scan import selective_scan, selective_scan_step
 
 __all__ = [
     "BackendError",
     "backend",
+    "cauchy",
     "causal_conv1d",
     "causal_conv1d_step",
+    "gated_rms_norm",
+    "kernel_spectrum",
     "linear",
+    "linear_scan",
+    "linear_scan_step",
+    "long_conv",
+    "long_conv_nd",
+    "long_conv_step",
+    "rms_norm",
     "selective_scan",
     "selective_scan_step",
     "self_check",
     "status",
+    "unit_roots",
+    "vandermonde_kernel",
 ]
 
 
