@@ -54,6 +54,8 @@ class Mamba2(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        if conv_activation not in (None, "silu", "hardswish"):
+            raise ValueError(f"conv_activation is {conv_activation!r}; expected None, 'silu' or 'hardswish'")
         kind = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_state, d_conv, headdim, ngroups
         self.d_inner = int(expand * d_model)
@@ -124,6 +126,10 @@ class Mamba2(nn.Module):
             C.unflatten(-1, (self.ngroups, self.d_state)),
         )
 
+    def _act(self, x: Tensor) -> Tensor:
+        """What the convolution kernel does not apply itself."""
+        return nn.functional.hardswish(x) if self.conv_activation == "hardswish" else x
+
     def _skip(self) -> Tensor:
         return self.D.float().unflatten(0, (self.nheads, self.headdim)) if self.D_has_hdim else self.D.float()
 
@@ -166,12 +172,12 @@ class Mamba2(nn.Module):
             xBC,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
-            activation=self.conv_activation,
+            activation="silu" if self.conv_activation == "silu" else None,
             initial_state=state["conv"] if state is not None else None,
             return_final_state=keep,
             **walk,
         )
-        x, B, C = self._parts(xBC)
+        x, B, C = self._parts(self._act(xBC))
         y, ssm = ssd(
             x,
             dt,
@@ -182,7 +188,6 @@ class Mamba2(nn.Module):
             dt_bias=self.dt_bias.float(),
             dt_softplus=True,
             dt_limit=self.dt_limit,
-            chunk_size=self.chunk_size,
             initial_state=state["ssm"] if state is not None else None,
             return_final_state=keep,
             **walk,
@@ -198,9 +203,13 @@ class Mamba2(nn.Module):
         """One token: (batch, D) to (batch, D); ``state`` moves on in place."""
         z0, x0, z, xBC, dt = self._split(u)
         xBC = causal_conv1d_step(
-            xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, state=state["conv"], activation=self.conv_activation
+            xBC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            state=state["conv"],
+            activation="silu" if self.conv_activation == "silu" else None,
         )
-        x, B, C = self._parts(xBC)
+        x, B, C = self._parts(self._act(xBC))
         y = ssd_step(
             x,
             dt,

@@ -1,0 +1,121 @@
+"""What every sequential recommender of this plugin is: items in, scores over all items out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LossType = Literal["CE", "BPR"]
+#: What a user is to a recurrent recommender: one dictionary of tensors a layer, each (batch, ...), of fixed size.
+UserState = list[dict[str, Tensor]]
+
+
+class SequentialRecommender(nn.Module):
+    """Next-item prediction: encode a history, score every item by the product with its embedding.
+
+    Item 0 is padding. Histories are right-padded with 0 to ``max_length``. Subclasses implement :meth:`encode` and,
+    where a user can be held as a state, :meth:`init_state` and :meth:`step`.
+    """
+
+    item_embedding: nn.Embedding
+    #: True where :meth:`step` gives what :meth:`encode` of the whole history gives, at constant cost.
+    recurrent = False
+
+    def __init__(self, n_items: int, hidden_size: int, max_length: int, loss_type: LossType = "CE") -> None:
+        super().__init__()
+        if loss_type not in ("CE", "BPR"):
+            raise ValueError(f"loss_type is {loss_type!r}; expected 'CE' (cross entropy) or 'BPR'")
+        if n_items < 2:
+            raise ValueError(f"n_items is {n_items}; it counts the padding item 0 and needs at least one real item")
+        self.n_items, self.hidden_size, self.max_length, self.loss_type = n_items, hidden_size, max_length, loss_type
+        self.item_embedding = nn.Embedding(n_items, hidden_size, padding_idx=0)
+
+    def encode(self, item_seq: Tensor, times: Tensor | None = None) -> Tensor:
+        """item_seq (batch, length) int64, times (batch, length) seconds or scaled; hidden (batch, length, hidden)."""
+        raise NotImplementedError
+
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor, times: Tensor | None = None) -> Tensor:
+        """The user's vector (batch, hidden): the encoding at the last item, ``item_seq_len - 1``."""
+        self._check(item_seq, item_seq_len)
+        hidden = self.encode(item_seq, times)
+        index = (item_seq_len - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
+        return hidden.gather(1, index).squeeze(1)
+
+    def _check(self, item_seq: Tensor, item_seq_len: Tensor) -> None:
+        if item_seq.dim() != 2:
+            raise ValueError(f"item_seq has shape {tuple(item_seq.shape)}; expected (batch, length)")
+        if item_seq_len.shape != item_seq.shape[:1]:
+            raise ValueError(
+                f"item_seq_len has shape {tuple(item_seq_len.shape)}; expected ({item_seq.shape[0]},), one length a row"
+            )
+
+    def scores(self, user: Tensor) -> Tensor:
+        """(batch, hidden) to (batch, n_items): column 0 is the padding item, masked by whoever ranks."""
+        return user @ self.item_embedding.weight.t()
+
+    def loss(self, user: Tensor, target: Tensor, negative: Tensor | None = None) -> Tensor:
+        """Cross entropy over all items (padding included, as the originals do), or BPR against ``negative``."""
+        if self.loss_type == "CE":
+            return F.cross_entropy(self.scores(user), target)
+        if negative is None:
+            raise ValueError("the BPR loss needs negative items: pass negative=(batch,) int64")
+        positive_score = (user * self.item_embedding(target)).sum(-1)
+        negative_score = (user * self.item_embedding(negative)).sum(-1)
+        return -torch.log(1e-10 + torch.sigmoid(positive_score - negative_score)).mean()
+
+    def init_state(self, batch: int) -> UserState:
+        """Users without history."""
+        raise NotImplementedError(f"{type(self).__name__} has no state of fixed size: recompute from the history")
+
+    def step(self, item: Tensor, state: UserState) -> Tensor:
+        """One more item for each user: item (batch,) int64; returns the user vectors, ``state`` moves in place."""
+        raise NotImplementedError(f"{type(self).__name__} has no state of fixed size: recompute from the history")
+
+
+class FeedForward(nn.Module):
+    """``LN(drop(W2 drop(act(W1 x))) + x)``, hidden size 4D: the post-norm block of RecBole's transformers."""
+
+    def __init__(self, hidden_size: int, dropout: float, activation: nn.Module, eps: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
+        self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
+        self.activation = activation
+        self.dropout = nn.Dropout(dropout)
+        self.layer_norm = nn.LayerNorm(hidden_size, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.dropout(self.activation(self.fc1(x)))
+        return self.layer_norm(self.dropout(self.fc2(hidden)) + x)
+
+
+def init_normal(module: nn.Module, std: float = 0.02) -> None:
+    """RecBole's initialiser: normal weights of Linear and Embedding, zero biases, unit norms."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def take(config: Mapping[str, Any], names: Mapping[str, str], ignored: frozenset[str], system: str) -> dict[str, Any]:
+    """The original's configuration under our argument names; an unknown key is an error that names it."""
+    unknown = sorted(set(config) - set(names) - ignored)
+    if unknown:
+        raise ValueError(f"{system} has no configuration key {', '.join(map(repr, unknown))}; known: {sorted(names)}")
+    return {names[key]: value for key, value in config.items() if key in names}
+
+
+def outputs(model: SequentialRecommender, user: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The originals' outputs that follow from the user vector: full scores, scores of candidates, the loss."""
+    found = {"seq_output": user, "full_sort_scores": model.scores(user)}
+    if "cand_items" in inputs:
+        found["predict"] = (user * model.item_embedding(inputs["cand_items"])).sum(-1)
+    if "pos_items" in inputs:
+        found["loss"] = model.loss(user, inputs["pos_items"], inputs.get("cand_items")).reshape(1)
+    return found

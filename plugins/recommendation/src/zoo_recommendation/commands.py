@@ -1,0 +1,150 @@
+"""``zoo train`` and ``zoo recommend``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("model")
+@click.argument("interactions", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the run.")
+@click.option("--epochs", default=300, show_default=True, help="At most so many epochs.")
+@click.option("--batch-size", default=2048, show_default=True)
+@click.option("--lr", default=1e-3, show_default=True, help="Adam's learning rate.")
+@click.option("--patience", default=10, show_default=True, help="Epochs without a better validation NDCG@10.")
+@click.option("--core", default=5, show_default=True, help="Users and items need so many interactions.")
+@click.option("--max-length", type=int, help="Items of history in a training sample (default: the model's).")
+@click.option("--scale-time/--raw-time", default=False, help="Scale timestamps to [0, 1] over the data.")
+@click.option("--seed", default=2020, show_default=True)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another model argument; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def train(
+    model: str,
+    interactions: Path,
+    out: Path,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    patience: int,
+    core: int,
+    max_length: int | None,
+    scale_time: bool,
+    seed: int,
+    settings: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Train MODEL (a name from `zoo list --domain recommendation`, or sasrec, gru4rec) on INTERACTIONS.
+
+    INTERACTIONS is a CSV, TSV, parquet or RecBole .inter file with the columns user, item and timestamp. The protocol
+    is RecBole's: 5-core filter, the last interaction of each user for the test, the one before for validation, full
+    ranking. A run that was stopped goes on when the same command is given again.
+    """
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from . import artifact
+    from .protocol import prepare, read_table, split
+    from .training import Settings, evaluate, fit, plot
+
+    console = Console(stderr=True)
+    table = prepare(*read_table(interactions), core=core, scale_time=scale_time)
+    arguments: dict[str, Any] = dict(_setting(text) for text in settings)
+    if max_length is not None:
+        arguments["max_length"] = max_length
+    torch.manual_seed(seed)
+    network = create(model, n_items=table.n_items, **arguments)
+    parts = split(table, network.max_length)
+    console.print(
+        f"{len(table.user)} interactions of {table.n_users - 1} users with {table.n_items - 1} items after the "
+        f"{core}-core filter; {len(parts[0])} training samples"
+    )
+    if not len(parts[1]) or not len(parts[2]):
+        raise click.ClickException("no validation or test samples: users need at least three interactions")
+    chosen = Settings(epochs, batch_size, lr, patience, seed=seed)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=as_json) as bar:
+        task = bar.add_task("training", total=len(parts[0]), note="")
+
+        def on_epoch(row: dict[str, float]) -> None:
+            bar.update(task, note=f"epoch {row['epoch']:.0f}  loss {row['loss']:.1f}  NDCG@10 {row['ndcg@10']:.4f}")
+
+        history = fit(
+            network, parts[0], parts[1], out, chosen,
+            progress=lambda done, _: bar.update(task, completed=done), on_epoch=on_epoch,
+        )  # fmt: skip
+    scores = evaluate(network, parts[2])
+    plot(history, out / "curve.png")
+    (out / "results.json").write_text(json.dumps({"test": scores, "best_epoch": history.best_epoch}, indent=1))
+    recommender = artifact.save(out, network, table)
+    if as_json:
+        click.echo(json.dumps({"test": scores, "best_epoch": history.best_epoch, "folder": str(out)}))
+        return
+    click.echo(f"best epoch {history.best_epoch} of {len(history.epochs)}; on the test interactions:")
+    for name, value in scores.items():
+        click.echo(f"  {name:8} {value:.4f}")
+    click.echo(f"saved to {out} ({len(recommender.store)} users); try: zoo recommend {out} --user NAME")
+
+
+def create(name: str, **arguments: Any) -> Any:
+    """A recommender by name, with random weights; the baselines sasrec and gru4rec have no card."""
+    import zoo
+
+    if name in ("sasrec", "gru4rec"):
+        from .baselines import GRU4Rec, SASRec
+
+        return (SASRec if name == "sasrec" else GRU4Rec)(**arguments)
+    return zoo.create(name, **arguments)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{text!r}: expected KEY=VALUE, for example num_layers=1", param_hint="--set")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--user", "users", multiple=True, help="A user's name in the interaction file; repeatable.")
+@click.option("-k", default=10, show_default=True, help="How many items.")
+@click.option("--all", "everyone", is_flag=True, help="Every user; with --out to a parquet file.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write a parquet file instead.")
+@click.option("--seen/--no-seen", default=False, help="Also recommend what the user already took.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def recommend(
+    folder: Path, users: tuple[str, ...], k: int, everyone: bool, out: Path | None, seen: bool, as_json: bool
+) -> None:
+    """Answer from the trained recommender in FOLDER (made by `zoo train`)."""
+    from . import artifact
+    from .serving import write_parquet
+
+    if bool(users) == everyone:
+        raise click.UsageError("say whom to answer: --user NAME (once or more), or --all")
+    recommender = artifact.load(folder)
+    answers = (
+        recommender.recommend_all(k, exclude_seen=not seen)
+        if everyone
+        else (recommender.recommend(user, k, exclude_seen=not seen) for user in users)
+    )
+    if out is not None:
+        rows = write_parquet(answers, out)
+        click.echo(f"{rows} rows in {out}")
+        return
+    for answer in answers:
+        if as_json:
+            items = [{"item": r.item, "score": r.score} for r in answer.items]
+            click.echo(json.dumps({"user": answer.user, "cold": answer.cold, "items": items}))
+            continue
+        note = "  (no history: the most popular items)" if answer.cold else ""
+        click.echo(f"{answer.user}{note}")
+        for rank, found in enumerate(answer.items, start=1):
+            click.echo(f"  {rank:3}  {found.item:20} {found.score:.3f}")

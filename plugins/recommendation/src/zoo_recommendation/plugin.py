@@ -1,0 +1,37 @@
+"""The hooks of the recommendation plugin: names only. Nothing here imports torch or a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from zoo_registry import ModelCard, hookimpl, load_cards
+
+ZOO_PLUGIN_API = 1
+
+
+@hookimpl
+def zoo_models() -> Iterable[ModelCard]:
+    return load_cards(Path(__file__).parent / "cards")
+
+
+@hookimpl
+def zoo_adapters() -> Mapping[str, str]:
+    return {
+        "tim4rec": "zoo_recommendation.tim4rec:TiM4RecAdapter",
+        "ssd4rec": "zoo_recommendation.tim4rec:SSD4RecAdapter",
+        "mamba4rec": "zoo_recommendation.mamba4rec:Mamba4RecAdapter",
+    }
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {"next-item": "zoo_recommendation.pipelines:NextItem"}
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {
+        "train": "zoo_recommendation.commands:train",
+        "recommend": "zoo_recommendation.commands:recommend",
+    }

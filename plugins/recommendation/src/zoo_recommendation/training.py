@@ -1,0 +1,233 @@
+"""Training and evaluation under RecBole's protocol: early stopping, checkpoints that resume bit by bit.
+
+A run is a folder::
+
+    last.safetensors      weights, optimiser, random state and history after the last finished epoch
+    best.safetensors      weights of the best validation epoch
+    history.json          the history once more, to read: settings, one row an epoch, the best epoch
+
+Every file is written beside its name and moved into place, and ``last.safetensors`` alone decides where a run stands:
+one that is killed at any moment goes on from the last finished epoch and gives what it would have given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ._base import SequentialRecommender
+from .protocol import Ranking, Samples
+
+
+@dataclass(frozen=True)
+class Settings:
+    """RecBole's training settings, under its defaults for these models."""
+
+    epochs: int = 300
+    batch_size: int = 2048
+    learning_rate: float = 1e-3
+    patience: int = 10  #: epochs without a better validation score before the run ends
+    metric: str = "ndcg@10"  #: chosen on the validation samples
+    topk: tuple[int, ...] = (10, 20)
+    eval_batch_size: int = 4096
+    seed: int = 2020
+
+
+@dataclass
+class History:
+    """What a run has done so far."""
+
+    settings: dict[str, Any]
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0  #: counted from 1
+    finished: bool = False
+
+    @property
+    def best(self) -> dict[str, float]:
+        return self.epochs[self.best_epoch - 1]
+
+
+@torch.no_grad()
+def evaluate(
+    model: SequentialRecommender, samples: Samples, topk: tuple[int, ...] = (10, 20), batch_size: int = 4096
+) -> dict[str, float]:
+    """Full ranking of every sample: {"hit@10": ..., "ndcg@10": ..., "mrr@10": ..., ...}, means over samples."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ranking = Ranking(topk)
+    for batch in samples.batches(batch_size):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        scores = model.scores(model(batch["item_seq"], batch["item_seq_len"], batch["times"]))
+        ranking.add(scores, batch["target"])
+    model.train(was_training)
+    return ranking.result()
+
+
+def train_epoch(
+    model: SequentialRecommender,
+    optimizer: torch.optim.Optimizer,
+    samples: Samples,
+    batch_size: int,
+    generator: torch.Generator,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """One pass over the shuffled samples; returns the sum of the batch losses (as RecBole prints it)."""
+    model.train()
+    device = next(model.parameters()).device
+    total, done = 0.0, 0
+    for batch in samples.batches(batch_size, generator):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        negative = None
+        if model.loss_type == "BPR":
+            negative = torch.randint(1, model.n_items, batch["target"].shape, generator=generator).to(device)
+        optimizer.zero_grad(set_to_none=True)
+        user = model(batch["item_seq"], batch["item_seq_len"], batch["times"])
+        loss = model.loss(user, batch["target"], negative)
+        value = float(loss.detach())
+        if value != value:
+            raise FloatingPointError(
+                "the loss is not a number; lower the learning rate, or look for extreme timestamps in the data"
+            )
+        loss.backward()
+        optimizer.step()
+        total += value
+        done += len(batch["target"])
+        if progress is not None:
+            progress(done, len(samples))
+    return total
+
+
+def fit(
+    model: SequentialRecommender,
+    train: Samples,
+    valid: Samples,
+    folder: str | Path,
+    settings: Settings = Settings(),
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> History:
+    """Train until the validation score stops rising; ``model`` ends with the best epoch's weights.
+
+    ``folder`` keeps the run (see the module's text); a run found there goes on. ``progress(done, all)`` is called
+    after each batch, ``on_epoch(row)`` after each epoch. Raises ValueError when the folder holds a run with other
+    settings or another model.
+    """
+    if not len(train):
+        raise ValueError("no training samples: every user needs at least two interactions after the filter")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(settings.seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+    history = _resume(folder, model, optimizer, settings)
+    while not history.finished and len(history.epochs) < settings.epochs:
+        epoch = len(history.epochs) + 1
+        generator = torch.Generator().manual_seed(settings.seed * 100_003 + epoch)
+        started = time.perf_counter()
+        loss = train_epoch(model, optimizer, train, settings.batch_size, generator, progress)
+        seconds = time.perf_counter() - started
+        scores = evaluate(model, valid, settings.topk, settings.eval_batch_size)
+        row = {"epoch": epoch, "loss": loss, "seconds": seconds, **scores}
+        history.epochs.append(row)
+        if epoch == 1 or row[settings.metric] > history.best[settings.metric]:
+            history.best_epoch = epoch
+            _write(folder / "best.safetensors", {k: v.contiguous() for k, v in model.state_dict().items()})
+        history.finished = epoch - history.best_epoch >= settings.patience or epoch >= settings.epochs
+        text = json.dumps(asdict(history), indent=1)
+        _write(folder / "last.safetensors", _pack(model, optimizer), {"history": text})
+        _write_text(folder / "history.json", text)
+        if on_epoch is not None:
+            on_epoch(row)
+    model.load_state_dict(load_file(folder / "best.safetensors"))
+    model.eval()
+    return history
+
+
+def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings) -> History:
+    """The run in ``folder``, model and optimiser brought to its last finished epoch; a new one if there is none."""
+    wanted = json.loads(json.dumps(asdict(settings))) | {"model": _fingerprint(model)}
+    path = folder / "last.safetensors"
+    if not path.exists():
+        return History(settings=wanted)
+    with safe_open(path, framework="pt") as file:
+        stored = History(**json.loads(file.metadata()["history"]))
+    changed = {k for k in wanted if k not in ("epochs", "patience") and stored.settings.get(k) != wanted[k]}
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with other settings ({', '.join(sorted(changed))}); "
+            "continue it with its own settings, or train into an empty folder"
+        )
+    state = load_file(path)
+    _unpack(state, model, optimizer)
+    stored.settings = wanted
+    stored.finished = len(stored.epochs) - stored.best_epoch >= settings.patience
+    return stored
+
+
+def _fingerprint(model: nn.Module) -> str:
+    return f"{type(model).__name__} " + ", ".join(f"{k}{list(v.shape)}" for k, v in model.state_dict().items())
+
+
+def _pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights, Adam's moments and torch's random state as one flat dictionary of tensors."""
+    flat = {f"model/{k}": v.contiguous() for k, v in model.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        flat |= {f"optimizer/{index}/{k}": torch.as_tensor(v).contiguous() for k, v in moments.items()}
+    flat["random"] = torch.get_rng_state()
+    return flat
+
+
+def _unpack(flat: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model.load_state_dict({k.removeprefix("model/"): v for k, v in flat.items() if k.startswith("model/")})
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        if key.startswith("optimizer/"):
+            _, index, name = key.split("/")
+            moments.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(flat["random"])
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write beside, then move into place: the file is whole or it is the old one."""
+    temporary = path.with_name(path.name + ".part")
+    save_file(tensors, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def plot(history: History, path: str | Path) -> Path:
+    """The learning curve as a picture: training loss and the validation metrics by epoch, the best one marked."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history.epochs]
+    left.plot(epochs, [row["loss"] for row in history.epochs], color="tab:blue")
+    left.set(xlabel="epoch", ylabel="sum of batch losses", title="training")
+    for name in [k for k in history.epochs[0] if "@10" in k]:
+        right.plot(epochs, [row[name] for row in history.epochs], label=name)
+    right.axvline(history.best_epoch, color="grey", linestyle=":", label=f"best: epoch {history.best_epoch}")
+    right.set(xlabel="epoch", title="validation, full ranking", ylim=(0, None))
+    right.legend(frameon=False)
+    path = Path(path)
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,146 @@
+"""Users as states: updates, stores, answers."""
+
+import numpy as np
+import pytest
+import torch
+
+from zoo_recommendation.baselines import SASRec
+from zoo_recommendation.mamba4rec import Mamba4Rec
+from zoo_recommendation.protocol import prepare
+from zoo_recommendation.serving import MemoryStore, Recommender, SQLiteStore, UnknownItem, write_parquet
+
+ITEMS = ["[PAD]", *[f"i{n}" for n in range(1, 30)]]
+
+
+def network(cls=Mamba4Rec, **more):
+    torch.manual_seed(0)
+    return cls(n_items=30, hidden_size=16, num_layers=2, max_length=6, **more).eval()
+
+
+def events(users=5, length=12, seed=0):
+    generator = np.random.default_rng(seed)
+    return [(f"u{u}", f"i{generator.integers(1, 30)}", float(t)) for t in range(length) for u in range(users)]
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def store(request, tmp_path):
+    return MemoryStore() if request.param == "memory" else SQLiteStore(tmp_path / "users.sqlite")
+
+
+def test_update_equals_recomputing_the_whole_history(store):
+    model = network()
+    recommender = Recommender(model, ITEMS, store)
+    for event in events():
+        recommender.update(*event)
+    for user in ("u0", "u4"):
+        history = torch.tensor([[recommender.item_ids[i] for u, i, _ in events() if u == user]])
+        with torch.no_grad():
+            expected = model.scores(model(history, torch.tensor([history.shape[1]])))[0].numpy()
+        found = recommender.scores(user)
+        np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_loaded_histories_equal_updates(store):
+    model = network()
+    one_by_one = Recommender(model, ITEMS)
+    rows = [*events(), ("short", "i3", 0.0)]
+    for event in rows:
+        one_by_one.update(*event)
+    at_once = Recommender(model, ITEMS, store)
+    table = prepare(*zip(*rows, strict=True), core=1)
+    renumbered = np.array([0, *[one_by_one.item_ids[t] for t in table.item_tokens[1:]]])
+    object.__setattr__(table, "item", renumbered[table.item])
+    at_once.load_histories(table, batch_size=2)
+    for user in one_by_one.store.users():
+        np.testing.assert_allclose(at_once.scores(user)[1:], one_by_one.scores(user)[1:], rtol=1e-4, atol=1e-5)
+        at_once.update(user, "i7", 99.0)
+        one_by_one.update(user, "i7", 99.0)
+        np.testing.assert_allclose(at_once.scores(user)[1:], one_by_one.scores(user)[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_models_without_a_state_recompute():
+    model = network(SASRec)
+    recommender = Recommender(model, ITEMS)
+    for event in events():
+        recommender.update(*event)
+    last = torch.tensor([[recommender.item_ids[i] for u, i, _ in events() if u == "u1"][-6:]])
+    with torch.no_grad():
+        expected = model.scores(model(last, torch.tensor([6])))[0].numpy()
+    np.testing.assert_allclose(recommender.scores("u1")[1:], expected[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_seen_items_are_left_out_unless_asked_for():
+    recommender = Recommender(network(), ITEMS)
+    for event in events(users=1):
+        recommender.update(*event)
+    seen = {i for _, i, _ in events(users=1)}
+    answer = recommender.recommend("u0", k=100)
+    assert not seen & {r.item for r in answer.items}
+    assert len(answer.items) == 29 - len(seen)
+    assert len(recommender.recommend("u0", k=100, exclude_seen=False).items) == 29
+    scores = [r.score for r in answer.items]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_cold_users_get_what_is_popular():
+    counts = np.zeros(30)
+    counts[[5, 9]] = 10, 20
+    answer = Recommender(network(), ITEMS, popularity=counts).recommend("nobody", k=2)
+    assert answer.cold
+    assert [r.item for r in answer.items] == ["i9", "i5"]
+
+
+def test_unknown_items_change_nothing():
+    recommender = Recommender(network(), ITEMS)
+    recommender.update("u", "i1")
+    before = recommender.scores("u")
+    with pytest.raises(UnknownItem, match="item 'other' was not in the training data"):
+        recommender.update("u", "other")
+    np.testing.assert_array_equal(recommender.scores("u"), before)
+
+
+def test_memory_store_is_a_file(tmp_path):
+    recommender = Recommender(network(), ITEMS)
+    for event in events():
+        recommender.update(*event)
+    again = Recommender(network(), ITEMS, MemoryStore.open(recommender.store.save(tmp_path / "users.safetensors")))
+    assert len(again.store) == 5
+    for user in again.store.users():
+        np.testing.assert_array_equal(again.scores(user), recommender.scores(user))
+        again.update(user, "i2")
+        recommender.update(user, "i2")
+        np.testing.assert_array_equal(again.scores(user), recommender.scores(user))
+
+
+def test_sqlite_store_survives_closing(tmp_path):
+    store = SQLiteStore(tmp_path / "users.sqlite")
+    Recommender(network(), ITEMS, store).update("u", "i1", 5.0)
+    store.close()
+    record = SQLiteStore(tmp_path / "users.sqlite").get("u")
+    assert record.items.tolist() == [1]
+    assert record.times.tolist() == [5.0]
+
+
+def test_a_store_of_another_model_is_refused():
+    recommender = Recommender(network(), ITEMS)
+    recommender.update("u", "i1")
+    other = Recommender(network(d_state=8), ITEMS, recommender.store)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        other.update("u", "i2")
+
+
+def test_parquet(tmp_path):
+    import pyarrow.parquet as parquet
+
+    recommender = Recommender(network(), ITEMS)
+    for event in events(users=3):
+        recommender.update(*event)
+    assert write_parquet(recommender.recommend_all(k=4), tmp_path / "out.parquet") == 12
+    table = parquet.read_table(tmp_path / "out.parquet").to_pydict()
+    assert table["rank"] == [1, 2, 3, 4] * 3
+    assert set(table["user"]) == {"u0", "u1", "u2"}
+
+
+def test_wrong_number_of_names():
+    with pytest.raises(ValueError, match="3 item names for a model of 30 items"):
+        Recommender(network(), ["[PAD]", "a", "b"])

@@ -1,0 +1,83 @@
+"""Training: early stopping, resuming bit by bit, evaluation."""
+
+import numpy as np
+import pytest
+import torch
+
+from zoo_recommendation.mamba4rec import Mamba4Rec
+from zoo_recommendation.protocol import prepare, split
+from zoo_recommendation.training import Settings, evaluate, fit, plot
+
+
+def data(users=40):
+    """Everyone walks a circle of 12 items: the next item follows from the last."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for user in range(users):
+        start = generator.integers(12)
+        rows += [(f"u{user}", f"i{(start + t) % 12}", float(t)) for t in range(8)]
+    table = prepare(*zip(*rows, strict=True), core=1)
+    return table, split(table, 6)
+
+
+def network(n_items):
+    torch.manual_seed(3)
+    return Mamba4Rec(n_items=n_items, hidden_size=16, num_layers=1, max_length=6, d_state=4, dropout=0.1)
+
+
+SETTINGS = Settings(epochs=4, batch_size=32, learning_rate=1e-2, patience=4, seed=5)
+
+
+def test_learns_the_circle(tmp_path):
+    table, (train, valid, test) = data()
+    model = network(table.n_items)
+    history = fit(model, train, valid, tmp_path, Settings(epochs=15, batch_size=16, learning_rate=1e-2, patience=15))
+    assert history.finished
+    assert evaluate(model, test, (1, 10))["hit@1"] > 0.9
+    assert plot(history, tmp_path / "curve.png").stat().st_size > 5000
+
+
+def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path):
+    table, (train, valid, _) = data()
+    whole = network(table.n_items)
+    fit(whole, train, valid, tmp_path / "whole", SETTINGS)
+
+    class Killed(Exception):
+        pass
+
+    def stop(row):
+        if row["epoch"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(network(table.n_items), train, valid, tmp_path / "cut", SETTINGS, on_epoch=stop)
+    torch.manual_seed(99)  # the new process has another random state
+    again = network(table.n_items)
+    history = fit(again, train, valid, tmp_path / "cut", SETTINGS)
+    assert len(history.epochs) == 4
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_other_settings_are_refused(tmp_path):
+    table, (train, valid, _) = data(10)
+    fit(network(table.n_items), train, valid, tmp_path, Settings(epochs=1, batch_size=32))
+    with pytest.raises(ValueError, match="other settings \\(batch_size\\)"):
+        fit(network(table.n_items), train, valid, tmp_path, Settings(epochs=1, batch_size=64))
+
+
+def test_early_stopping_keeps_the_best(tmp_path):
+    table, (train, valid, _) = data(10)
+    model = network(table.n_items)
+    history = fit(model, train, valid, tmp_path, Settings(epochs=50, batch_size=64, learning_rate=0.0, patience=2))
+    assert len(history.epochs) == 3  # nothing is learnt: the first epoch stays the best
+    assert history.best_epoch == 1
+
+
+def test_a_broken_loss_ends_the_run(tmp_path):
+    table, (train, valid, _) = data(10)
+    model = network(table.n_items)
+    with torch.no_grad():
+        model.item_embedding.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not a number"):
+        fit(model, train, valid, tmp_path, Settings(epochs=1))
