@@ -32,6 +32,21 @@ _LAZY = {
     "long_conv_nd": "zoo_kernels.ops.long_conv",
     "long_conv_step": "zoo_kernels.ops.long_conv",
     "vandermonde_kernel": "zoo_kernels.ops.long_conv",
+    "ssd": "zoo_kernels.ops.ssd",
+    "ssd_replay": "zoo_kernels.ops.ssd",
+    "ssd_step": "zoo_kernels.ops.ssd",
+    "ssd_tree": "zoo_kernels.ops.ssd",
+    "tree_mask": "zoo_kernels.ops.ssd",
+    "ancestor_windows": "zoo_kernels.ops.ssd",
+    "causal_conv1d_tree": "zoo_kernels.ops.ssd",
+    "linear_attention": "zoo_kernels.ops.linear_attention",
+    "linear_attention_step": "zoo_kernels.ops.linear_attention",
+    "mlstm": "zoo_kernels.ops.mlstm",
+    "mlstm_step": "zoo_kernels.ops.mlstm",
+    "slstm": "zoo_kernels.ops.slstm",
+    "slstm_step": "zoo_kernels.ops.slstm",
+    "mamba3_scan": "zoo_kernels.ops.mamba3_scan",
+    "mamba3_step": "zoo_kernels.ops.mamba3_scan",
     # not operators
     "backend": "zoo_kernels._backends",
     "BackendError": "zoo_kernels._backends",
@@ -45,6 +60,7 @@ if TYPE_CHECKING:
     from zoo_kernels.ops.cauchy import cauchy, unit_roots
     from zoo_kernels.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
     from zoo_kernels.ops.linear import linear
+    from zoo_kernels.ops.linear_attention import linear_attention, linear_attention_step
     from zoo_kernels.ops.linear_scan import linear_scan, linear_scan_step
     from zoo_kernels.ops.long_conv import (
         kernel_spectrum,
@@ -53,28 +69,47 @@ if TYPE_CHECKING:
         long_conv_step,
         vandermonde_kernel,
     )
+    from zoo_kernels.ops.mamba3_scan import mamba3_scan, mamba3_step
+    from zoo_kernels.ops.mlstm import mlstm, mlstm_step
     from zoo_kernels.ops.rms_norm import gated_rms_norm, rms_norm
     from zoo_kernels.ops.selective_scan import selective_scan, selective_scan_step
+    from zoo_kernels.ops.slstm import slstm, slstm_step
+    from zoo_kernels.ops.ssd import ancestor_windows, causal_conv1d_tree, ssd, ssd_replay, ssd_step, ssd_tree, tree_mask
 
 __all__ = [
     "BackendError",
+    "ancestor_windows",
     "backend",
     "cauchy",
     "causal_conv1d",
     "causal_conv1d_step",
+    "causal_conv1d_tree",
     "gated_rms_norm",
     "kernel_spectrum",
     "linear",
+    "linear_attention",
+    "linear_attention_step",
     "linear_scan",
     "linear_scan_step",
     "long_conv",
     "long_conv_nd",
     "long_conv_step",
+    "mamba3_scan",
+    "mamba3_step",
+    "mlstm",
+    "mlstm_step",
     "rms_norm",
     "selective_scan",
     "selective_scan_step",
     "self_check",
+    "slstm",
+    "slstm_step",
+    "ssd",
+    "ssd_replay",
+    "ssd_step",
+    "ssd_tree",
     "status",
+    "tree_mask",
     "unit_roots",
     "vandermonde_kernel",
 ]
