@@ -20,5 +20,8 @@ def zoo_adapters() -> Mapping[str, str]:
         "vim": "zoo_vision.vim_reference:VimAdapter",
         "mambaout": "zoo_vision.mambaout:MambaOutAdapter",
         "efficientvim": "zoo_vision.efficientvim:EfficientViMAdapter",
+        "vmamba": "zoo_vision.vmamba:VMambaAdapter",
+        "res_vmamba": "zoo_vision.res_vmamba:ResVMambaAdapter",
+        "a2mamba": "zoo_vision.a2mamba:A2MambaAdapter",
         "mambavision": "zoo_vision.mambavision:MambaVisionAdapter",
     }

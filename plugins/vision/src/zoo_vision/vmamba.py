@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from zoo.adapting import Converted, NewHead
 from zoo.layers.ss2d import CROSS
 from zoo.layers.vss import ConvDownsample, PatchEmbed, PatchMerging, VSSBlock, channel_norm
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Reshape, Rules
 
-from ._base import Indices, VisionModel, build
+from ._base import Indices, VisionModel, build, check_reference_config
 
 STAGES = 4
 
@@ -64,6 +66,8 @@ class VMamba(VisionModel):
 
     Input (batch, in_chans, H, W), any size whose map survives four halvings. Source: arXiv 2401.10166, sections 4, 5.
     """
+
+    first_conv = "patch_embed.conv1"
 
     def __init__(
         self,
@@ -114,8 +118,8 @@ class VMamba(VisionModel):
         )
         self.pos_embed: nn.Parameter | None = None
         if pos_embed:
-            grid = [s // patch_size for s in ((img_size, img_size) if isinstance(img_size, int) else img_size)]
-            self.pos_embed = nn.Parameter(torch.zeros(1, widths[0], *grid))
+            self.img_size = to_2tuple(img_size)
+            self.pos_embed = nn.Parameter(torch.zeros(1, widths[0], *(s // patch_size for s in self.img_size)))
         mixer = None
         if expand > 0:
             mixer = {
@@ -154,9 +158,6 @@ class VMamba(VisionModel):
                     nn.init.zeros_(module.bias)
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
-
-    #: keys of a pyramid that the classifier does not have: a loader leaves them as they start when a file lacks them
-    added_keys: frozenset[str] = frozenset()
 
     # -- forward
 
@@ -201,13 +202,19 @@ class VMamba(VisionModel):
 
     # -- habits
 
+    @property
+    def ends(self) -> dict[str, Any]:
+        """What arguments change in a checkpoint: the head, the first convolution, the table, a pyramid's own norms."""
+        fit = Converted("pos_embed", resize_table)
+        return super().ends | {"img_size": fit, "patch_size": fit, "features_only": NewHead("out_norms")}
+
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample the position table (bicubic) for images of another size; without a table nothing is needed."""
         if self.pos_embed is None:
             return
-        grid = [s // self.patch_size for s in ((img_size, img_size) if isinstance(img_size, int) else img_size)]
-        table = F.interpolate(self.pos_embed.detach().float(), size=grid, mode="bicubic", align_corners=False)
-        self.pos_embed = nn.Parameter(table.to(self.pos_embed.dtype))
+        self.img_size = to_2tuple(img_size)
+        grid = tuple(s // self.patch_size for s in self.img_size)
+        self.pos_embed = nn.Parameter(resize_table(self.pos_embed.detach(), (1, 1, *grid)))
 
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
@@ -232,8 +239,14 @@ class VMamba(VisionModel):
                 norm = channel_norm(self.norm_kind, widths[i])
                 self.out_norms[str(i)] = norm.to(device=like.device, dtype=like.dtype)
         after = set(self.state_dict())
-        self.dropped_keys, self.added_keys = frozenset(before - after), frozenset(after - before)
+        self.dropped_keys = frozenset(before - after)
         return self
+
+
+def resize_table(table: Tensor, shape: Sequence[int]) -> Tensor:
+    """A position table (1, C, h, w) for the grid ``shape[2:]``, bicubic."""
+    found = F.interpolate(table.float(), size=tuple(shape[2:]), mode="bicubic", align_corners=False)
+    return found.to(table.dtype)
 
 
 def make_downsample(kind: str, dim: int, out: int, norm: str) -> nn.Module:
@@ -257,7 +270,7 @@ _LEGACY = Rules(
     Rename("patch_embed.proj.{leaf}", "patch_embed.0.{leaf}"),
     Rename("patch_embed.norm.{leaf}", "patch_embed.2.{leaf}"),
     Rename("layers.{s}.blocks.{b}.ln_1.{leaf}", "layers.{s}.blocks.{b}.norm.{leaf}"),
-    Rename("layers.{s}.blocks.{b}.self_attention.{rest:*}", "layers.{s}.blocks.{b}.op.{rest}"),
+    Rename("layers.{s}.blocks.{b}.self_attention.{rest:*}", "layers.{s}.blocks.{b}.op.{rest:*}"),
     Rename("norm.{leaf}", "classifier.norm.{leaf}"),
     Rename("head.{leaf}", "classifier.head.{leaf}"),
 )
@@ -269,11 +282,10 @@ _PER_PATH = Reshape(zoo=lambda s: (4, s[0] // 4, *s[1:]), reference=lambda s: (s
 
 def key_table(state: Mapping[str, Tensor]) -> Rules:
     """The table between the current original's keys and ours, for the variant that ``state`` (either format) shows."""
-    overlap = any(k.startswith(("patch_embed.5.", "patch_embed.conv2.")) for k in state)
     ssd = not any(k.endswith(("op.dt_projs_weight", "op.scan.dt_proj")) for k in state)
     both = any(k.endswith(("op.out_norm.0.weight", "op.out_norm.norm.weight")) for k in state)
     per_path = () if ssd else (_PER_PATH,)
-    stem = {0: "conv1", 2: "norm1", 5: "conv2", 7: "norm2"} if overlap else {0: "conv", 2: "norm"}
+    stem = {0: "conv1", 2: "norm1", 5: "conv2", 7: "norm2"}
     return Rules(
         *(Rename(f"patch_embed.{i}.{{leaf}}", f"patch_embed.{name}.{{leaf}}") for i, name in stem.items()),
         Rename(_BLOCK + "op.in_proj.weight", _OURS + "op.in_proj.weight", _LINEAR),
@@ -289,7 +301,7 @@ def key_table(state: Mapping[str, Tensor]) -> Rules:
             _BLOCK + ("op.out_norm.2.weight" if both else "op.out_norm.1.weight"), _OURS + "op.out_norm.conv.weight"
         ),
         Rename(_BLOCK + "mlp.{fc}.weight", _OURS + "mlp.{fc}.weight", _LINEAR),
-        Rename(_BLOCK + "{rest:*}", _OURS + "{rest}"),
+        Rename(_BLOCK + "{rest:*}", _OURS + "{rest:*}"),
         Rename("layers.{s}.downsample.reduction.weight", "stages.{s}.downsample.reduction.weight", _LINEAR),
         Rename("layers.{s}.downsample.1.{leaf}", "stages.{s}.downsample.conv.{leaf}"),
         Rename("layers.{s}.downsample.3.{leaf}", "stages.{s}.downsample.norm.{leaf}"),
@@ -375,10 +387,7 @@ def _choice(config: Mapping[str, Any], key: str, table: Mapping[str, str]) -> st
 
 def translate(config: Mapping[str, Any]) -> dict[str, Any]:
     """Our constructor's arguments for those of ``VSSM`` and ``Backbone_VSSM``; what is left out is their default."""
-    unknown = sorted(set(config) - set(_DEFAULTS))
-    if unknown:
-        raise ValueError(f"VMamba has no argument {', '.join(unknown)}; it has {', '.join(_DEFAULTS)}")
-    c = {**_DEFAULTS, **config}
+    c = check_reference_config("VMamba", config, _DEFAULTS)
     norm = str(c["norm_layer"]).lower()
     if norm not in ("ln", "ln2d", "bn"):
         raise ValueError(f"norm_layer is {c['norm_layer']!r}; expected ln, ln2d or bn")

@@ -179,11 +179,10 @@ class PatchEmbed(nn.Module):
             self.conv2 = ConvLast(dim // 2, dim, stride + 1, stride=stride, padding=1)
             self.norm2 = channel_norm(norm, dim)
         else:
-            self.conv = ConvLast(in_chans, dim, patch, stride=patch)
-            self.norm = channel_norm(norm, dim)
+            self.conv1 = ConvLast(in_chans, dim, patch, stride=patch)
+            self.norm1 = channel_norm(norm, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)  # (batch, H, W, channels): a view, which the first convolution takes as it is
-        if self.overlap:
-            return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
-        return self.norm(self.conv(x))
+        x = self.norm1(self.conv1(x))
+        return self.norm2(self.conv2(self.act(x))) if self.overlap else x
