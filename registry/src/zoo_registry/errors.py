@@ -113,6 +113,10 @@ class NotPinnedWarning(ZooWarning):
     """A card names no revision or no digest, so that what is loaded may change when its authors change it."""
 
 
+class LicenceWarning(ZooWarning):
+    """Weights whose licence restricts their use are being downloaded for the first time."""
+
+
 # -- bytes -------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +152,10 @@ class FileNotInRepo(StoreError, FileNotFoundError):
 
 class AccessDenied(StoreError, PermissionError):
     """The Hub refuses: the repository is gated or private, or the token is wrong (401, 403). ``status``."""
+
+
+class RepoHidden(RepoNotFound, AccessDenied):
+    """The Hub answers 401 both for repositories that do not exist and for private ones: it can be either."""
 
 
 class HubUnavailable(StoreError, ConnectionError):
