@@ -228,7 +228,9 @@ class Operator:
                 found = backward(grads, arguments, saved, needs)
             else:
                 found = self._recompute(module, grads, arguments, needs)
-        out = []
+        out: list[Tensor] = []
+        # torch allows no result of a custom operator to share memory with an argument or with another result.
+        shared = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
         for gradient, need, i in zip(found, needs, self.differentiable, strict=True):
             like = arguments[i]
             if not need:
@@ -236,7 +238,11 @@ class Operator:
             elif gradient is None:
                 out.append(torch.zeros_like(like, memory_format=torch.contiguous_format))
             else:
-                out.append(gradient.to(like.dtype).contiguous())
+                gradient = gradient.to(like.dtype).contiguous()
+                if gradient.untyped_storage().data_ptr() in shared or gradient.numel() == 0:
+                    gradient = gradient.clone()
+                shared.add(gradient.untyped_storage().data_ptr())
+                out.append(gradient)
         return out
 
     def _absent(self, arguments: Sequence[Any]) -> Tensor:

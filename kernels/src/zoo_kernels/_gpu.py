@@ -1,0 +1,177 @@
+"""What the Triton kernels share: when they can run, how they are launched and tuned, and small device functions.
+
+Every kernel is launched through :func:`launch` on a linear program number, so that no axis of a problem (a batch of 70
+000, say) can exceed a limit of the grid, and every offset derives from that 64-bit number. Only public
+``triton.language`` is used. With ``TRITON_INTERPRET=1`` in the environment before the first use, the kernels run on CPU
+tensors in Triton's interpreter: slow, and the way to test and to debug them without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _triton
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# A folded grid's first axis; the second takes the rest. The first may reach 2^31 - 1, the others 65535.
+GRID_FOLD = 1 << 30
+HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# -- when they can run -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why no Triton kernel can run in this process, or None."""
+    reason = _triton.unavailable()
+    if reason is None and not INTERPRET and not torch.cuda.is_available():
+        reason = "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels on a CPU, for tests)"
+    return reason
+
+
+def unsupported(arguments: Sequence[Any], dtypes: Sequence[torch.dtype] = HALF_OR_FLOAT) -> str | None:
+    """Why tensors like these cannot be served, or None: device, and the dtype of every floating-point tensor."""
+    for value in arguments:
+        if not isinstance(value, Tensor):
+            continue
+        if value.device.type != ("cpu" if INTERPRET else "cuda"):
+            if INTERPRET:
+                return f"a tensor is on {value.device}; the interpreter (TRITON_INTERPRET=1) takes CPU tensors"
+            return f"a tensor is on {value.device}; Triton compiles for CUDA devices"
+        if (value.is_floating_point() or value.is_complex()) and value.dtype not in dtypes:
+            words = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            return f"a tensor is {str(value.dtype).removeprefix('torch.')}; the Triton kernel takes {words}"
+    return None
+
+
+# -- launching ---------------------------------------------------------------------------------------------------------
+
+
+def guard(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's device current: Triton launches on the current one, whatever the tensors say."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def launch(kernel: Any, total: int, *args: Any, **meta: Any) -> None:
+    """Run ``kernel`` as ``total`` programs; in it, :func:`program` is the number of the program."""
+    if total <= 0:
+        return
+    grid = (total,) if total <= GRID_FOLD else (GRID_FOLD, triton.cdiv(total, GRID_FOLD))
+    kernel[grid](*args, total, **meta)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """How many there are on the tensor's device (2 in the interpreter, so that small tests split their work)."""
+    return _multiprocessors(tensor.device.index) if tensor.device.type == "cuda" else 2
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last axis is contiguous, as the kernels want it; else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def power_of_two(value: int, low: int = 1) -> int:
+    return max(low, triton.next_power_of_2(max(1, value)))
+
+
+# -- choosing a configuration ------------------------------------------------------------------------------------------
+
+_choices: dict[Hashable, Any] = {}
+
+
+def tuned(key: Hashable, candidates: Sequence[Any], run: Callable[[Any], Any], tensor: Tensor, work: int) -> Any:
+    """The fastest candidate, timed once for each ``key`` and kept; the first where timing is not worth it.
+
+    ``run(candidate)`` does the whole call and must not change its inputs. ``key`` names what decides the choice (state
+    size, dtypes, device: not lengths). Small calls (``work`` below 2^24) take the first candidate and leave the key
+    open; so do captured CUDA graphs, in which nothing can be timed.
+    """
+    if len(candidates) == 1 or tensor.device.type != "cuda":
+        return candidates[0]
+    key = (tensor.device.index, key)
+    if key in _choices:
+        return _choices[key]
+    if work < 1 << 24 or torch.cuda.is_current_stream_capturing():
+        return candidates[0]
+    best, best_time = candidates[0], float("inf")
+    for candidate in candidates:
+        try:
+            run(candidate)
+        except triton.runtime.errors.OutOfResources:
+            continue  # too large for this device: another candidate serves
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(3):
+            run(candidate)
+        end.record()
+        end.synchronize()
+        if start.elapsed_time(end) < best_time:
+            best, best_time = candidate, start.elapsed_time(end)
+    _choices[key] = best
+    return best
+
+
+# -- device functions --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def program():
+    """The number of this program, 64 bits wide so that all offsets that derive from it are."""
+    return tl.program_id(0).to(tl.int64) + tl.program_id(1).to(tl.int64) * tl.num_programs(0)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x); torch's threshold of 20, above which it is x. log1p by Kahan's correction: right for very negative
+    x."""
+    e = tl.exp2(tl.minimum(x, 20.0) * LOG2E)
+    w = 1.0 + e
+    log1p = tl.where(w == 1.0, e, tl.log2(w) * LN2 * e / tl.where(w == 1.0, 1.0, w - 1.0))
+    return tl.where(x > 20.0, x, log1p)
+
+
+@triton.jit
+def exp2_fma(x):
+    """2^x on the multiply-add units: round to nearest by an added constant, a polynomial of degree 6 (1e-7
+    relative)."""
+    clamped = tl.minimum(tl.maximum(x, -126.0), 128.0)
+    shifted = clamped + 12582912.0
+    f = clamped - (shifted - 12582912.0)
+    p = 1.535336188319500e-4 * f + 1.339887440266574e-3
+    p = p * f + 9.618437357674640e-3
+    p = p * f + 5.550332471162809e-2
+    p = p * f + 2.402264791363012e-1
+    p = p * f + 6.931472028550421e-1
+    p = p * f + 1.0
+    bits = p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
+    value = tl.where(x >= 128.0, float("inf"), bits.to(tl.float32, bitcast=True))
+    return tl.where(x < -126.0, 0.0, value)
+
+
+@triton.jit
+def silu_grad(x):
+    """d silu(x) / dx."""
+    s = sigmoid(x)
+    return s * (1.0 + x * (1.0 - s))

@@ -1,0 +1,114 @@
+"""Shared by the tests of the Triton kernels: run in the interpreter, compare with the float64 reference, poison memory.
+
+Triton decides when it is imported whether it interprets, so a test module re-runs itself in a process of its own with
+TRITON_INTERPRET=1: ``test_module = in_the_interpreter(__file__)`` at its end, and its other tests marked
+``interpreted``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRET, reason="runs inside test_module, in a process with TRITON_INTERPRET=1")
+pytest.importorskip("triton")
+
+
+def in_the_interpreter(file: str) -> Callable[[], None]:
+    def test_module() -> None:
+        if INTERPRET:
+            pytest.skip("this is the process inside")
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        environment.pop("PYTEST_ADDOPTS", None)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", file]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=os.path.dirname(file))
+        passed = re.search(r"(\d+) passed", done.stdout)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        assert passed, done.stdout[-2000:]
+        assert int(passed.group(1)) > 0
+
+    return test_module
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and its kin give NaN (or large integers): what a kernel forgets to write shows."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype != torch.bool:
+                tensor.fill_(torch.iinfo(tensor.dtype).max)
+            return tensor
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """Largest difference relative to the largest wanted value; infinite where a value is NaN or a shape differs."""
+    if got.shape != want.shape:
+        return float("inf")
+    if want.numel() == 0:
+        return 0.0
+    got, want = (t.detach().to(torch.promote_types(t.dtype, torch.float64)) for t in (got, want))
+    worst = float((got - want).abs().max())
+    return worst / max(float(want.abs().max()), 1e-12) if worst == worst else float("inf")
+
+
+def agrees(
+    function: Callable[..., tuple[Tensor, Tensor | None]],
+    tensors: dict[str, Tensor],
+    options: dict[str, object],
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 1e-5,
+    keep: tuple[str, ...] = (),
+) -> None:
+    """``function(**tensors, **options)`` on the triton back end in ``dtype`` against the reference in float64.
+
+    Outputs and the gradients of all ``tensors`` are compared; those named in ``keep`` stay float32.
+    """
+    import zoo_kernels
+
+    low = {
+        name: t.to(t.dtype if t.is_complex() else torch.float32 if name in keep else dtype)
+        for name, t in tensors.items()
+    }
+    low = {name: t.detach().requires_grad_() for name, t in low.items()}
+    high = {
+        name: t.detach().to(torch.complex128 if t.is_complex() else torch.float64).requires_grad_()
+        for name, t in low.items()
+    }
+    with zoo_kernels.backend("reference"):
+        want = [t for t in function(**high, **options) if t is not None]
+        torch.manual_seed(1)
+        weights = [torch.randn_like(t) for t in want]
+        weights = [
+            w.to(dtype).to(w.dtype) if not w.is_complex() else w.to(torch.complex64).to(w.dtype) for w in weights
+        ]
+        sums = torch.autograd.grad(want, list(high.values()), weights, allow_unused=True)
+    with zoo_kernels.backend("triton"):
+        got = [t for t in function(**low, **options) if t is not None]
+        assert len(got) == len(want)
+        found = torch.autograd.grad(
+            got, list(low.values()), [w.to(t.dtype) for w, t in zip(weights, got, strict=True)], allow_unused=True
+        )
+    errors = {f"output {i}": difference(g, w) for i, (g, w) in enumerate(zip(got, want, strict=True))}
+    for name, g, w in zip(high, found, sums, strict=True):
+        if w is not None:
+            errors[f"gradient of {name}"] = difference(g if g is not None else torch.zeros_like(w), w)
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    assert not wrong, f"larger than {tolerance}: {wrong}"
