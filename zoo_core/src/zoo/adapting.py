@@ -111,7 +111,8 @@ def channels(weight: Tensor, wanted: int, *, axis: int = 1) -> Tensor:
 
 def adapt(model: nn.Module, state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> tuple[State, Report]:
     """Fit ``state`` to ``model`` as far as ``overrides`` account for differences. Returns (state, report)."""
-    fitted, report = dict(state), {}
+    fitted = dict(state)
+    report: Report = {}
     for key in getattr(model, "dropped_keys", ()):
         fitted.pop(key, None)
     if not overrides:

@@ -6,8 +6,10 @@ restores what a state dict does not carry: buffers that are not persistent, plai
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -76,10 +78,14 @@ def construct(card: ModelCard, config: Mapping[str, Any], *, device: torch.devic
     """Call the card's builder under ``torch.device(device)``, with its arguments checked first."""
     builder = import_object(card.builder)
     check_arguments(card.name, builder, config)
-    if device is None:
-        return builder(**config)
-    with torch.device(device):
-        return builder(**config)
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        try:
+            return builder(**config)
+        except TypeError as error:  # behind **kwargs the class itself finds out
+            unknown = re.search(r"(\S+) got an unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None or unknown[2] not in config:
+                raise
+            raise _unknown_argument(card.name, unknown[2], config, builder) from error
 
 
 def check_arguments(name: str, builder: Any, config: Mapping[str, Any]) -> None:
@@ -92,14 +98,17 @@ def check_arguments(name: str, builder: Any, config: Mapping[str, Any]) -> None:
         return
     for key in config:
         if key not in parameters:
-            accepted = [k for k in parameters if k not in ("self", "cls")]
-            near = get_close_matches(key, accepted, n=3, cutoff=0.5)
-            hint = f"nearest: {', '.join(near)}" if near else f"it accepts: {', '.join(accepted)}"
-            raise errors.BadArgument(
-                f"{name} has no argument {key!r} (received {key}={config[key]!r}); {hint}",
-                argument=key,
-                accepted=accepted,
-            )
+            raise _unknown_argument(name, key, config, builder)
+
+
+def _unknown_argument(name: str, key: str, config: Mapping[str, Any], builder: Any) -> errors.BadArgument:
+    named = (p.name for p in inspect.signature(builder).parameters.values() if p.kind is not p.VAR_KEYWORD)
+    accepted = [k for k in dict.fromkeys([*named, *config]) if k not in ("self", "cls", key)]
+    near = get_close_matches(key, accepted, n=3, cutoff=0.5)
+    hint = f"nearest: {', '.join(near)}" if near else f"among those it has: {', '.join(accepted)}"
+    return errors.BadArgument(
+        f"{name} has no argument {key!r} (received {key}={config[key]!r}); {hint}", argument=key, accepted=accepted
+    )
 
 
 # -- building without memory -----------------------------------------------------------------------------------------

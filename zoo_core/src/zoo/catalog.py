@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -156,3 +157,16 @@ def _place(weights: WeightsCard) -> str:
 def _metric(metric: Any) -> str:
     split = f" {metric.split}" if metric.split else ""
     return f"{metric.name} {metric.value:g} on {metric.dataset}{split} ({metric.source})"
+
+
+def download(name: str, to: str | Path | None = None, **options: Any) -> list[Path]:
+    """Fetch a published checkpoint without loading it; returns its files.
+
+    Into the Hub's cache, or with ``to`` into a folder that another machine can load: ``zoo.load("./folder")``. Options:
+    ``cache_dir``, ``token``, ``local_files_only``, ``force_download``, ``verify``.
+    """
+    from zoo_registry import store
+
+    resolved = resolve(name)
+    files = store.fetch(resolved, **options) if to is None else store.download(resolved, to, **options)
+    return list(files.paths)

@@ -363,15 +363,15 @@ def pipeline(model: str | Path | nn.Module, task: str | None = None, **options: 
     Raises ``zoo.errors.UnknownTask`` when no installed plugin answers the task.
     """
     from . import catalog
-    from .loading import load
+    from .loading import card_of, load
 
     if isinstance(model, nn.Module):
         info = getattr(model, "zoo_info", None)
         own = info.card.task if info is not None and info.card is not None else None
         cls = catalog.pipeline_class(_task(task or own, model))
         return cls(model, **options)
-    card = catalog.card_of(model)
-    cls = catalog.pipeline_class(_task(task or (card.task if card is not None else None), model))
+    card = card_of(model)
+    cls = catalog.pipeline_class(_task(task or card.task, model))
     accepted = inspect.signature(cls).parameters
     mine = {k: v for k, v in options.items() if k in accepted and k != "model"}
     return cls(load(model, **{k: v for k, v in options.items() if k not in mine}), **mine)

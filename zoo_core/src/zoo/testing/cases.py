@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo_registry import ModelCard, errors
-
 from zoo.building import ZooInfo, construct, describe
 from zoo.catalog import find
+from zoo_registry import ModelCard, errors
 
 
 def is_specification(entry: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zoo.building import check_arguments, construct
 from zoo.catalog import import_object
+
 from .cases import Case, call, case, tensors
 from .compare import assert_close, relative_error
 from .fullsize import count
@@ -133,9 +134,8 @@ def check_save_load(what: str | Case) -> bool:
 
 def check_exact_keys(what: str | Case) -> bool:
     """Filling is strict: one key too few, one too many and a wrong shape are errors, and change nothing."""
-    from zoo_registry import errors
-
     from zoo.building import fill, tied_groups
+    from zoo_registry import errors
 
     c = case(what)
     model = c.build()
@@ -255,7 +255,6 @@ def check_features(what: str | Case) -> bool:
 def check_adapt(what: str | Case) -> bool:
     """``zoo.load(..., num_classes=, in_chans=)`` keeps all other weights and reports what it changed."""
     import zoo
-
     from zoo.adapting import ends_of
 
     c = case(what)
@@ -269,7 +268,8 @@ def check_adapt(what: str | Case) -> bool:
         zoo.save(model, Path(folder) / "model")
         for argument in sorted(arguments):
             wanted = 5 if argument == "num_classes" else 2
-            other = zoo.load(Path(folder) / "model", **{argument: wanted})
+            overrides: dict[str, Any] = {argument: wanted}
+            other = zoo.load(Path(folder) / "model", **overrides)
             info = other.zoo_info
             assert info.changes, f"{c.name}: {argument}={wanted} changed nothing, or did not say so"
             own, was = other.state_dict(), model.state_dict()
