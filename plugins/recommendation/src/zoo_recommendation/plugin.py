@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from zoo_registry import ModelCard, hookimpl, load_cards
 
@@ -12,7 +11,7 @@ ZOO_PLUGIN_API = 1
 
 @hookimpl
 def zoo_models() -> Iterable[ModelCard]:
-    return load_cards(Path(__file__).parent / "cards")
+    return load_cards("zoo_recommendation")
 
 
 @hookimpl

@@ -19,7 +19,8 @@ class Mamba2(nn.Module):
     Arguments (mamba_ssm's): ``d_model`` D, ``d_state`` N, ``d_conv`` W, ``expand`` (d_inner E), ``headdim`` P,
     ``d_ssm`` (channels that go through the scan, E by default; the rest is a gated MLP beside it), ``ngroups`` G,
     ``D_has_hdim`` (skip weight per channel instead of per head), ``rmsnorm`` and ``norm_before_gate`` (the output
-    norm; without it only the gate), ``dt_limit``, ``chunk_size`` (of the kernel: changes speed, not numbers).
+    norm; without it only the gate), ``dt_limit``, ``chunk_size`` (of the original's kernel; ours chooses its own),
+    ``conv_activation`` ("silu", "hardswish" or None), ``learnable_init_states`` (the first state is a parameter).
 
     Parameters: ``in_proj`` (2E + 2GN + H, D), ``conv1d`` (d_ssm + 2GN, 1, W), ``dt_bias``, ``A_log`` (H), ``D`` (H) or
     (d_ssm), ``norm.weight`` (d_ssm), ``out_proj`` (D, E).
@@ -50,6 +51,7 @@ class Mamba2(nn.Module):
         chunk_size: int = 256,
         norm_eps: float = 1e-5,
         conv_activation: str | None = "silu",
+        learnable_init_states: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -69,6 +71,7 @@ class Mamba2(nn.Module):
         self.D_has_hdim, self.chunk_size = D_has_hdim, chunk_size
         self.dt_limit = (float(dt_limit[0]), float(dt_limit[1]))
         self.conv_activation = conv_activation
+        self.conv_resets = True  #: False: ``resets`` drop the state but not the convolution's rows (Mamba2Simple)
         self.init_ranges = (dt_min, dt_max, dt_init_floor, A_init_range, conv_init)
         conv_dim = self.d_ssm + 2 * ngroups * d_state
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner + 2 * ngroups * d_state + self.nheads, bias=bias, **kind)
@@ -88,6 +91,8 @@ class Mamba2(nn.Module):
             else None
         )
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **kind)
+        shape = (self.nheads, headdim, d_state)
+        self.init_states = nn.Parameter(torch.zeros(shape, **kind)) if learnable_init_states else None
         self.reset_scan_parameters()
 
     def reset_scan_parameters(self) -> None:
@@ -105,9 +110,12 @@ class Mamba2(nn.Module):
         """At rest: ``conv`` (batch, W, d_ssm + 2GN) and ``ssm`` (batch, H, P, N)."""
         device = self.A_log.device if device is None else device
         dtype = self.in_proj.weight.dtype if dtype is None else dtype
+        ssm = torch.zeros(batch, self.nheads, self.headdim, self.d_state, device=device, dtype=torch.float32)
+        if self.init_states is not None:
+            ssm = ssm + self.init_states.detach()
         return {
             "conv": torch.zeros(batch, self.d_conv, self.conv1d.weight.shape[0], device=device, dtype=dtype),
-            "ssm": torch.zeros(batch, self.nheads, self.headdim, self.d_state, device=device, dtype=torch.float32),
+            "ssm": ssm,
         }
 
     def _split(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -175,8 +183,9 @@ class Mamba2(nn.Module):
             activation="silu" if self.conv_activation == "silu" else None,
             initial_state=state["conv"] if state is not None else None,
             return_final_state=keep,
-            **walk,
+            **(walk if self.conv_resets else walk | {"resets": None}),
         )
+        first = None if self.init_states is None else self.init_states.expand(xBC.shape[0], -1, -1, -1)
         x, B, C = self._parts(self._act(xBC))
         y, ssm = ssd(
             x,
@@ -188,7 +197,7 @@ class Mamba2(nn.Module):
             dt_bias=self.dt_bias.float(),
             dt_softplus=True,
             dt_limit=self.dt_limit,
-            initial_state=state["ssm"] if state is not None else None,
+            initial_state=state["ssm"] if state is not None else first,
             return_final_state=keep,
             **walk,
         )

@@ -1,0 +1,181 @@
+"""What every language model of this plugin is: token ids in, logits out, and a :class:`State` between calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .state import LayerState, State
+
+
+class CausalLM(nn.Module):
+    """A causal language model.
+
+    Subclasses have ``embedding`` (or override :meth:`embed`), ``layers`` of blocks with the methods of
+    :class:`Block`, a last norm ``norm_f`` and :meth:`head`. Logits cover the padded vocabulary; ids of
+    ``vocab_size`` and above are padding and never generated.
+    """
+
+    vocab_size: int
+    layers: nn.ModuleList
+    norm_f: nn.Module
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(batch, length) ids to (batch, length, channels)."""
+        return self.embedding(input_ids)  # type: ignore[operator]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., channels) after the last norm to (..., padded vocabulary)."""
+        raise NotImplementedError
+
+    @property
+    def state_name(self) -> str:
+        """What a state belongs to: the zoo's name for these weights, or the class and its size."""
+        info = getattr(self, "zoo_info", None)
+        if info is not None and getattr(info, "name", None):
+            return info.name
+        return f"{type(self).__name__}-{sum(p.numel() for p in self.parameters())}"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def init_state(self, batch: int = 1) -> State:
+        """The state of ``batch`` empty texts."""
+        layers: list[LayerState] = [layer.init_state(batch) for layer in self.layers]  # type: ignore[operator, misc]
+        return State(layers, torch.zeros(batch, dtype=torch.long, device=self.device), None, self.state_name)
+
+    def backbone(self, input_ids: Tensor, *, state: State | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Hidden states after the last norm, (batch, length, channels). ``state`` moves on, logits aside."""
+        self._check(input_ids, state, lengths)
+        x = self.embed(input_ids)
+        for i, layer in enumerate(self.layers):
+            own = None if state is None else state.layers[i]
+            x = layer(x, state=own, position=None if state is None else state.position, lengths=lengths)
+        if state is not None:
+            state.position += input_ids.shape[1] if lengths is None else lengths
+        return self.norm_f(x)
+
+    def forward(self, input_ids: Tensor, *, state: State | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Logits of every position, (batch, length, padded vocabulary).
+
+        input_ids: (batch, length) int64, right-padded where ``lengths`` (batch,) says so. state: go on from it; it is
+        moved on in place. Raises ValueError for ids outside the vocabulary or a state of another batch size.
+        """
+        return self.head(self.backbone(input_ids, state=state, lengths=lengths))
+
+    @torch.no_grad()
+    def prefill(
+        self, input_ids: Tensor, *, state: State | None = None, lengths: Tensor | None = None, chunk: int = 4096
+    ) -> State:
+        """Read texts and return the state after them (a new one, or ``state`` moved on), with the next token's logits.
+
+        Long texts are read ``chunk`` tokens at a time, so memory does not grow with their length. A row whose
+        ``lengths`` entry is 0 stays as it was.
+        """
+        state = self.init_state(input_ids.shape[0]) if state is None else state
+        state.check(self.state_name)
+        batch, length = input_ids.shape
+        count = torch.full((batch,), length, device=input_ids.device) if lengths is None else lengths
+        for start in range(0, length, chunk):
+            piece = input_ids[:, start : start + chunk]
+            own = (count - start).clamp(min=0, max=piece.shape[1])
+            padded = bool((own < piece.shape[1]).any())
+            hidden = self.backbone(piece, state=state, lengths=own if padded else None)
+            ends = (own > 0) & (count <= start + piece.shape[1])
+            if bool(ends.any()):
+                last = hidden[torch.arange(batch, device=hidden.device), (own - 1).clamp(min=0)]
+                logits = self.head(last)
+                if state.logits is None:
+                    state.logits = torch.zeros_like(logits)
+                state.logits = torch.where(ends[:, None], logits.to(state.logits.dtype), state.logits)
+        return state
+
+    @torch.no_grad()
+    def step(self, token: Tensor, state: State) -> Tensor:
+        """Read one token of each text, (batch,) ids; returns the next token's logits (batch, padded vocabulary)."""
+        x = self.embed(token[:, None])[:, 0]
+        for layer, own in zip(self.layers, state.layers, strict=True):
+            x = layer.step(x, own, state.position)  # type: ignore[operator]
+        state.position += 1
+        state.logits = self.head(self.norm_f(x))
+        return state.logits
+
+    def _check(self, input_ids: Tensor, state: State | None, lengths: Tensor | None) -> None:
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids is {input_ids.dtype} of shape {tuple(input_ids.shape)}; expected integers (batch, length)"
+            )
+        if state is not None and state.batch != input_ids.shape[0]:
+            raise ValueError(f"the state holds {state.batch} texts, input_ids {input_ids.shape[0]}")
+        if lengths is not None and lengths.shape != input_ids.shape[:1]:
+            raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected ({input_ids.shape[0]},)")
+
+    # -- what trainers expect ---------------------------------------------------------------------------------------
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward instead of keeping its activations."""
+        for layer in self.layers:
+            layer.checkpointing = enable  # type: ignore[assignment]
+
+
+class Block(nn.Module):
+    """``x + mixer(norm(x))``, and with an MLP ``x + mlp(norm2(x))`` behind it: the pre-norm residual block.
+
+    The originals carry (hidden, residual) and add before each norm; the sums are the same. ``residual_in_fp32`` keeps x
+    in float32 while the mixer computes in its weights' dtype.
+    """
+
+    def __init__(
+        self, norm: nn.Module, mixer: nn.Module, norm2: nn.Module | None = None, mlp: nn.Module | None = None,
+        *, residual_in_fp32: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.norm, self.mixer = norm, mixer
+        self.norm2, self.mlp = norm2, mlp
+        self.residual_in_fp32 = residual_in_fp32
+        self.checkpointing = False
+        self._positional = hasattr(mixer, "cache")  # attention needs to know where it is
+
+    def init_state(self, batch: int) -> LayerState:
+        return self.mixer.init_state(batch)  # type: ignore[operator]
+
+    def _in(self, x: Tensor) -> Tensor:
+        return x.float() if self.residual_in_fp32 and x.dtype in (torch.bfloat16, torch.float16) else x
+
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        weight = getattr(norm, "weight", None)
+        return norm(x.to(weight.dtype)) if weight is not None and weight.dtype != x.dtype else norm(x)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: LayerState | None = None,
+        position: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        if self.checkpointing and self.training and state is None:
+            return torch.utils.checkpoint.checkpoint(self._forward, x, None, None, lengths, use_reentrant=False)
+        return self._forward(x, state, position, lengths)
+
+    def _forward(self, x: Tensor, state: LayerState | None, position: Tensor | None, lengths: Tensor | None) -> Tensor:
+        x = self._in(x)
+        where: dict[str, Any] = {"position": position} if self._positional else {}
+        x = x + self.mixer(self._normed(self.norm, x), state=state, lengths=lengths, **where)
+        if self.mlp is not None:
+            assert self.norm2 is not None
+            x = x + self.mlp(self._normed(self.norm2, x))
+        return x
+
+    def step(self, x: Tensor, state: LayerState, position: Tensor) -> Tensor:
+        x = self._in(x)
+        normed = self._normed(self.norm, x)
+        mixed = self.mixer.step(normed, state, position) if self._positional else self.mixer.step(normed, state)  # type: ignore[operator]
+        x = x + mixed
+        if self.mlp is not None:
+            assert self.norm2 is not None
+            x = x + self.mlp(self._normed(self.norm2, x))
+        return x

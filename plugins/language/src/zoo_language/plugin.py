@@ -1,0 +1,36 @@
+"""The hooks of the language plugin: names only. Nothing here imports torch, transformers or a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from zoo_registry import ModelCard, hookimpl, load_cards
+
+ZOO_PLUGIN_API = 1
+
+
+@hookimpl
+def zoo_models() -> Iterable[ModelCard]:
+    return load_cards("zoo_language")
+
+
+@hookimpl
+def zoo_adapters() -> Mapping[str, str]:
+    return {
+        "mamba": "zoo_language.mamba:MambaAdapter",
+        "mamba2": "zoo_language.mamba:Mamba2Adapter",
+    }
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {"text-generation": "zoo_language.pipelines:TextGeneration"}
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {
+        "generate": "zoo_language.commands:generate",
+        "score": "zoo_language.commands:score",
+        "chat": "zoo_language.commands:chat",
+    }
