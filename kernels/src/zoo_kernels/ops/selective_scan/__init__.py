@@ -69,7 +69,7 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterable[tuple[Any, ...]
     for K, groups, N, channels, length in ((1, 1, 16, 24, 70), (2, 2, 4, 6, 33)):
         path = None if K == 1 else torch.stack([torch.randperm(length) for _ in range(K)])[None].to(device)
         yield (
-            r(2, length, 1, channels), r(2, length, K, channels), -torch.rand(K, channels, N, device=device) - 0.1,
+            r(2, length, 1, channels), r(2, length, K, channels), -torch.rand(K, channels, N, device=device).to(dtype) - 0.1,
             r(2, length, K, groups, N), r(2, length, K, groups, N), r(K, channels), r(2, length, channels),
             r(K, channels), True, path, [False, True][:K], None, False, None, None,
         )  # fmt: skip
