@@ -18,14 +18,18 @@ import torch
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs inside test_module, in a process with TRITON_INTERPRET=1")
 pytest.importorskip("triton")
 
 
-def in_the_interpreter(file: str) -> Callable[[], None]:
+def interpreted(test: Callable[..., None]) -> Callable[..., None] | None:
+    """Collect this test only inside :func:`in_the_interpreter`."""
+    return test if INTERPRET else None
+
+
+def in_the_interpreter(file: str) -> Callable[[], None] | None:
+    """A test that runs the tests of ``file`` in a process that interprets; nothing inside that process."""
+
     def test_module() -> None:
-        if INTERPRET:
-            pytest.skip("this is the process inside")
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         environment.pop("PYTEST_ADDOPTS", None)
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", file]
@@ -35,7 +39,7 @@ def in_the_interpreter(file: str) -> Callable[[], None]:
         assert passed, done.stdout[-2000:]
         assert int(passed.group(1)) > 0
 
-    return test_module
+    return None if INTERPRET else test_module
 
 
 @pytest.fixture

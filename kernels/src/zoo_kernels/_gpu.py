@@ -175,3 +175,23 @@ def silu_grad(x):
     """d silu(x) / dx."""
     s = sigmoid(x)
     return s * (1.0 + x * (1.0 - s))
+
+
+# -- walks -------------------------------------------------------------------------------------------------------------
+
+
+def walk_of(path: Tensor | None) -> tuple[Tensor | None, int]:
+    """A path (1 or batch, steps) or (1 or batch, 1, steps) and its stride per sequence, 0 where all share it."""
+    if path is None:
+        return None, 0
+    return path, path.stride(0) if path.shape[0] > 1 else 0
+
+
+@triton.jit
+def row_of(t, count, b, path, path_b, REVERSE: tl.constexpr):
+    """The row that step ``t`` of ``count`` visits; row 0 where there is no such step (its loads are to be masked)."""
+    there = (t >= 0) & (t < count)
+    position = tl.where(there, count - 1 - t if REVERSE else t, 0).to(tl.int64)
+    if path is not None:
+        position = tl.load(path + b * path_b + position, mask=there, other=0)
+    return position

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo_kernels._gpu import LN2, exp2_fma, program, sigmoid, silu_grad, softplus
+from zoo_kernels._gpu import LN2, exp2_fma, program, row_of, sigmoid, silu_grad, softplus
 
 
 def _jit(function):
@@ -38,16 +38,6 @@ def locate(work, segments, blocks, width, BC: tl.constexpr, G: tl.constexpr):
     group = block // blocks
     inside = (block % blocks) * BC + tl.arange(0, BC)
     return rest // (blocks * G), segment, group, block % blocks, group * width + inside, inside, inside < width
-
-
-@triton.jit
-def row_of(t, count, b, path, path_b, REVERSE: tl.constexpr):
-    """The row that step ``t`` visits (row 0 for steps past the end: their loads and stores are masked)."""
-    position = count - 1 - t if REVERSE else t
-    position = tl.where(t < count, position, 0)
-    if path is not None:
-        return tl.load(path + b * path_b + position, mask=t < count, other=0)
-    return position
 
 
 @triton.jit
@@ -104,7 +94,7 @@ def scan_kernel(
                 drops = ()
                 for j in tl.static_range(U):
                     ok = t0 + j < stop
-                    row = row_of(t0 + j, count, b, path, path_b, REVERSE).to(tl.int64)
+                    row = row_of(t0 + j, count, b, path, path_b, REVERSE)
                     m = inside < tl.where(ok, width, 0)
                     nm = n < tl.where(ok, N, 0)
                     raw = tl.load(dt + b * dt_b + row * dt_l + c, mask=m, other=0.0).to(tl.float32)
@@ -217,7 +207,7 @@ def backward_summary_kernel(
             for j in tl.static_range(U):
                 t = stop - 1 - i - j
                 ok = t >= start
-                row = row_of(tl.maximum(t, 0), count, b, path, path_b, REVERSE).to(tl.int64)
+                row = row_of(tl.maximum(t, 0), count, b, path, path_b, REVERSE)
                 m = inside < tl.where(ok, width, 0)
                 raw = tl.load(dt + b * dt_b + row * dt_l + c, mask=m, other=0.0).to(tl.float32)
                 d = step_size(raw, bias_c, m, SOFTPLUS)
@@ -291,7 +281,7 @@ def backward_kernel(
                 for j in tl.static_range(U):
                     t = first + q * U + j
                     ok = t < last
-                    row = row_of(t, count, b, path, path_b, REVERSE).to(tl.int64)
+                    row = row_of(t, count, b, path, path_b, REVERSE)
                     m = inside < tl.where(ok, width, 0)
                     raw = tl.load(dt + b * dt_b + row * dt_l + c, mask=m, other=0.0).to(tl.float32)
                     d = step_size(raw, bias_c, m, SOFTPLUS)
@@ -315,7 +305,7 @@ def backward_kernel(
                 for j in tl.static_range(U):
                     t = base + j
                     ok = t < last
-                    row = row_of(t, count, b, path, path_b, REVERSE).to(tl.int64)
+                    row = row_of(t, count, b, path, path_b, REVERSE)
                     m = inside < tl.where(ok, width, 0)
                     raw = tl.load(dt + b * dt_b + row * dt_l + c, mask=m, other=0.0).to(tl.float32)
                     d = step_size(raw, bias_c, m, SOFTPLUS)
