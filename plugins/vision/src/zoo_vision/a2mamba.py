@@ -396,9 +396,9 @@ class A2Mamba(VisionModel):
         return take
 
 
-def a2mamba(**config: Any) -> A2Mamba:
-    """The builder of the cards."""
-    return build(A2Mamba, **config)
+def a2mamba(*, features_only: bool = False, out_indices: Indices = None, **config: Any) -> A2Mamba:
+    """Builder of the cards: a :class:`A2Mamba`, as a pyramid of the maps at ``out_indices`` with ``features_only``."""
+    return build(A2Mamba, features_only=features_only, out_indices=out_indices, **config)
 
 
 # -- the original's format -------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rules
 
-from ._base import build, check_reference_config
+from ._base import Indices, build, check_reference_config
 from .vmamba import STAGES, VMamba, current_names, key_table, vmamba
 
 FUSIONS = ("fixed", "random", "learned", "none")
@@ -122,9 +122,9 @@ class ResVMamba(VMamba):
         return x, maps
 
 
-def res_vmamba(**config: Any) -> ResVMamba:
-    """The builder of the cards."""
-    return build(ResVMamba, **config)
+def res_vmamba(*, features_only: bool = False, out_indices: Indices = None, **config: Any) -> ResVMamba:
+    """Builder of the cards: a :class:`ResVMamba`, with ``features_only`` a pyramid of the maps at ``out_indices``."""
+    return build(ResVMamba, features_only=features_only, out_indices=out_indices, **config)
 
 
 _DEFAULTS: dict[str, Any] = {

@@ -258,9 +258,9 @@ def make_downsample(kind: str, dim: int, out: int, norm: str) -> nn.Module:
     raise ValueError(f"downsample is {kind!r}; expected 'merge', 'conv2' or 'conv3'")
 
 
-def vmamba(**config: Any) -> VMamba:
-    """The builder of the cards."""
-    return build(VMamba, **config)
+def vmamba(*, features_only: bool = False, out_indices: Indices = None, **config: Any) -> VMamba:
+    """Builder of the cards: a :class:`VMamba`, as a pyramid of the maps at ``out_indices`` with ``features_only``."""
+    return build(VMamba, features_only=features_only, out_indices=out_indices, **config)
 
 
 # -- the original's format -------------------------------------------------------------------------------------------
@@ -282,6 +282,7 @@ _PER_PATH = Reshape(zoo=lambda s: (4, s[0] // 4, *s[1:]), reference=lambda s: (s
 
 def key_table(state: Mapping[str, Tensor]) -> Rules:
     """The table between the current original's keys and ours, for the variant that ``state`` (either format) shows."""
+    merge = any(".downsample.reduction." in k for k in state)
     ssd = not any(k.endswith(("op.dt_projs_weight", "op.scan.dt_proj")) for k in state)
     both = any(k.endswith(("op.out_norm.0.weight", "op.out_norm.norm.weight")) for k in state)
     per_path = () if ssd else (_PER_PATH,)
@@ -304,8 +305,7 @@ def key_table(state: Mapping[str, Tensor]) -> Rules:
         Rename(_BLOCK + "{rest:*}", _OURS + "{rest:*}"),
         Rename("layers.{s}.downsample.reduction.weight", "stages.{s}.downsample.reduction.weight", _LINEAR),
         Rename("layers.{s}.downsample.1.{leaf}", "stages.{s}.downsample.conv.{leaf}"),
-        Rename("layers.{s}.downsample.3.{leaf}", "stages.{s}.downsample.norm.{leaf}"),
-        Rename("layers.{s}.downsample.norm.{leaf}", "stages.{s}.downsample.norm.{leaf}"),
+        Rename(f"layers.{{s}}.downsample.{'norm' if merge else 3}.{{leaf}}", "stages.{s}.downsample.norm.{leaf}"),
         Rename("classifier.norm.{leaf}", "norm.{leaf}"),
         Rename("classifier.head.{leaf}", "head.{leaf}"),
         Rename("outnorm{i:d}.{leaf}", "out_norms.{i}.{leaf}"),

@@ -1,0 +1,260 @@
+"""VMamba: parity with the original, every forward type, the habits of a backbone, paths by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.ops import FeaturePyramidNetwork
+
+import zoo
+import zoo.testing
+from zoo.reference import read_golden
+from zoo_vision.vmamba import VMambaAdapter, forward_type, translate, vmamba
+
+TESTS = Path(__file__).parents[1]
+GOLDEN = sorted((TESTS / "golden").glob("vmamba__*.safetensors"))
+FULLSIZE = sorted((TESTS / "fullsize").glob("vmamba__*.json"))
+TINY = {"depths": (1, 1, 2, 1), "dims": 8, "num_classes": 7}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def tiny(**config):
+    return vmamba(**{**TINY, **config}).eval()
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+def test_golden(path):
+    zoo.testing.check_golden(path, grad=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FULLSIZE, ids=lambda p: p.stem)
+def test_fullsize(path):
+    zoo.testing.check_fullsize(path, created="backbone" not in path.stem)
+
+
+def test_there_are_files():
+    assert len(GOLDEN) == 6
+    assert len(FULLSIZE) == 7
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+def test_state_dict_goes_back_to_the_original(path):
+    golden, adapter = read_golden(path), VMambaAdapter()
+    model = adapter.build(golden.config, golden.state, source=golden.source)
+    back = adapter.to_reference(model.state_dict(), model=model)
+    assert back.keys() == golden.state.keys()
+    for key, tensor in golden.state.items():
+        assert torch.equal(back[key], tensor), key
+
+
+def test_legacy_names_and_segmentor_checkpoints_load():
+    golden, adapter = read_golden(TESTS / "golden/vmamba__v0_vanilla.safetensors"), VMambaAdapter()
+    old = {}
+    for key, tensor in golden.state.items():
+        key = key.replace("patch_embed.0.", "patch_embed.proj.").replace("patch_embed.2.", "patch_embed.norm.")
+        key = key.replace(".op.", ".self_attention.").removeprefix("classifier.")
+        old[key.replace(".norm.", ".ln_1.") if ".blocks." in key else key] = tensor
+    assert "layers.0.blocks.0.ln_1.weight" in old
+    model = adapter.build(golden.config, old, source=golden.source)
+    torch.testing.assert_close(model(golden.inputs["image"]), golden.outputs["logits"], rtol=1e-4, atol=1e-4)
+
+    golden = read_golden(TESTS / "golden/vmamba__backbone_ln2d.safetensors")
+    whole = {f"backbone.{k}": v for k, v in golden.state.items()} | {"decode_head.conv.weight": torch.zeros(1)}
+    maps = adapter.build(golden.config, whole, source=golden.source)(golden.inputs["image"])
+    torch.testing.assert_close(maps[3], golden.outputs["stage3"], rtol=1e-4, atol=1e-4)
+
+
+def test_convolution_weights_of_linear_layers_load():
+    golden, adapter = read_golden(TESTS / "golden/vmamba__v05_noz_s2.safetensors"), VMambaAdapter()
+    state = {k: v[..., None, None] if "mlp" in k and v.dim() == 2 else v for k, v in golden.state.items()}
+    model = adapter.build(golden.config, state, source=golden.source)
+    torch.testing.assert_close(model(golden.inputs["image"]), golden.outputs["logits"], rtol=1e-4, atol=1e-4)
+
+
+# -- what the original can be told ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("v0", {"gate": True, "conv": 3, "act": "silu"}),
+        ("v05_noz", {"gate": False, "out_norm": "norm"}),
+        ("v04_onnone_nozact", {"gate": True, "gate_act": False, "out_norm": "none"}),
+        ("v05_oncnorm_noz_oact_no32", {"gate": False, "out_act": True, "out_norm": "norm_conv"}),
+        ("v052d_ondwconv3_noz", {"paths": "raster+raster+reverse(raster)+reverse(raster)", "out_norm": "conv"}),
+        ("v052dc_onsoftmax_noz", {"core": "cascade", "out_norm": "softmax"}),
+        ("m0_noz", {"core": "ssd", "gate": False}),
+    ],
+)
+def test_forward_types(name, expected):
+    found = forward_type(name)
+    assert {k: found[k] for k in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["xv1a", "v9", "v05_nozz", "m0"])
+def test_other_forward_types_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=name):
+        forward_type(name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"forward_type": f"{kind}{norm}{z}", "ssm_init": init}
+        for kind, norm, z, init in [
+            ("v05", "_onnone", "_noz", "v1"),
+            ("v04", "_ondwconv3", "", "v2"),
+            ("v03", "_oncnorm", "_nozact", "v0"),
+            ("v051d", "_onsoftmax", "_noz", "v0"),
+            ("v052d", "_onsigmoid", "_noz_oact", "v0"),
+        ]
+    ]
+    + [
+        {"norm_layer": "BN", "downsample_version": "v2"},
+        {"gmlp": True, "mlp_act_layer": "silu"},
+        {"post_norm": True},
+        {"ssm_conv": -1, "ssm_act_layer": "relu"},
+        {"ssm_ratio": 0.0},
+        {"mlp_ratio": 0.0, "ssm_dt_rank": 3},
+        {"patch_norm": False, "patchembed_version": "v1", "downsample_version": "v1"},
+    ],
+    ids=str,
+)
+def test_every_flag_builds_trains_and_goes_back(options):
+    config = {"depths": [1, 1, 1, 1], "dims": 8, "ssm_d_state": 2, "forward_type": "v05_noz", **options}
+    adapter = VMambaAdapter()
+    model = vmamba(**translate(config))
+    state = model.state_dict()
+    again = adapter.build(config, adapter.to_reference(state, model=model))
+    x = torch.randn(2, 3, 48, 32)
+    torch.testing.assert_close(again(x), model.eval()(x))
+    model.train()(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_unknown_arguments_are_refused_by_name():
+    with pytest.raises(ValueError, match="ssm_ratoi"):
+        VMambaAdapter().build({"ssm_ratoi": 2.0}, {})
+    with pytest.raises(ValueError, match="ssm_init"):
+        translate({"forward_type": "m0_noz", "ssm_init": "v0"})
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_scan_strategy_is_a_name():
+    model = zoo.create("vmamba_tiny", paths="hilbert+reverse(hilbert)", **TINY).eval()
+    scan = model.stages[0].blocks[0].op.scan
+    assert scan.x_proj.shape[0] == 2
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+    with pytest.raises(ValueError, match="hilbret"):
+        tiny(paths="hilbret")
+
+
+def test_paths_decide_what_reaches_what():
+    """Seen from the first token, one row-major walk shows nothing of what comes later, four ways show all."""
+    for paths, sees in (("raster", False), ("cross", True)):
+        op = tiny(paths=paths, conv=-1).stages[0].blocks[0].op
+        x = torch.randn(1, 6, 5, 8, requires_grad=True)
+        op(x)[0, 0, 0].sum().backward()
+        assert (x.grad[0, 3, 3].abs().sum() > 0) == sees
+
+
+def test_cross_is_equivariant_to_transposition():
+    """Transposing the image and exchanging the row and column sets of parameters transposes the result."""
+    scan = tiny().stages[0].blocks[0].op.scan
+    x = torch.randn(2, 6, 5, 8)
+    y = scan(x)
+    with torch.no_grad():
+        for p in scan.parameters():
+            p.copy_(p[[1, 0, 3, 2]])
+    torch.testing.assert_close(scan(x.transpose(1, 2)), y.transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+# -- habits -----------------------------------------------------------------------------------------------------------
+
+
+def test_pyramid_feeds_an_fpn():
+    model = zoo.create("vmamba_tiny_s1l8", features_only=True, **TINY).eval()
+    channels = model.feature_info.channels()
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    maps = model(torch.randn(1, 3, 96, 64))
+    fpn = FeaturePyramidNetwork(channels, 16)
+    merged = fpn({str(i): m for i, m in enumerate(maps)})
+    assert [tuple(m.shape[1:]) for m in merged.values()] == [(16, 24, 16), (16, 12, 8), (16, 6, 4), (16, 3, 2)]
+
+
+def test_pyramid_norms_are_an_option():
+    plain = tiny(features_only=True, out_indices=(1, 2), pyramid_norm=False)
+    assert not any("out_norms" in k for k in plain.state_dict())
+    normed = tiny(features_only=True, out_indices=(1, 2))
+    assert sorted(normed.out_norms) == ["1", "2"]
+    maps = normed(torch.randn(2, 3, 64, 64))
+    assert [m.shape[1] for m in maps] == [16, 32]
+    torch.testing.assert_close(maps[0].mean(1), torch.zeros_like(maps[0].mean(1)), atol=1e-5, rtol=0)
+
+
+def test_a_classifier_checkpoint_fills_a_pyramid(tmp_path):
+    model = zoo.create("vmamba_tiny_s1l8", **TINY)
+    zoo.save(model, tmp_path / "m")
+    pyramid = zoo.load(tmp_path / "m", features_only=True)
+    assert torch.equal(pyramid.stages[0].blocks[0].op.in_proj.weight, model.stages[0].blocks[0].op.in_proj.weight)
+    assert any("out_norms" in text for text in pyramid.zoo_info.changes)
+    x = torch.randn(1, 3, 64, 64)
+    last = model.eval().forward_intermediates(x, [3], intermediates_only=True)[0]
+    expected = torch.nn.functional.layer_norm(last.permute(0, 2, 3, 1), (64,)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(pyramid(x)[3], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_position_table_is_resampled_on_request_alone():
+    model = tiny(pos_embed=True, img_size=64)
+    with pytest.raises(ValueError, match="set_input_size"):
+        model(torch.randn(1, 3, 96, 64))
+    model.set_input_size((96, 64))
+    assert model(torch.randn(1, 3, 96, 64)).shape == (1, 7)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = tiny().train()
+    x = torch.randn(2, 3, 64, 64)
+    grads = []
+    for on in (False, True):
+        model.set_grad_checkpointing(on)
+        model.zero_grad()
+        model(x).pow(2).sum().backward()
+        grads.append({k: p.grad.clone() for k, p in model.named_parameters()})
+    for key, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][key], grad, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_channels_last_and_odd_sizes():
+    model = tiny()
+    x = torch.randn(2, 3, 50, 70)
+    torch.testing.assert_close(
+        model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last)),
+        model(x),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", ["vmamba_tiny_s1l8", "vanilla_vmamba_tiny", "vmamba_tiny_m2"])
+def test_compiles_and_exports(name):
+    assert zoo.testing.check_compile(name)
+    assert zoo.testing.check_export(name)
+
+
+def test_stochastic_depth_drops_whole_samples():
+    model = tiny(drop_path_rate=0.5).train()
+    rates = [b.drop_path.rate for s in model.stages for b in s.blocks]
+    assert rates[0] == 0.0
+    assert rates[-1] == 0.5
+    drop = model.stages[3].blocks[0].drop_path
+    y = drop(torch.ones(64, 2, 2, 3)).flatten(1)
+    assert set(y.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(y.min(1).values, y.max(1).values)
