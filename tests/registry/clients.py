@@ -30,7 +30,7 @@ for line in sys.stdin:
                 "error": type(error).__name__,
                 "kinds": [k.__name__ for k in type(error).__mro__],
                 "message": str(error),
-                "facts": {k: v for k, v in vars(error).items() if isinstance(v, (str, int, list, tuple, type(None)))},
+                "facts": getattr(error, "facts", {}),
                 "trace": traceback.format_exc(),
             }
     answer["warnings"] = [[w.category.__name__, str(w.message)] for w in caught]

@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class Fault:
     silent: float = 0.0  #: seconds before the answer begins
     truncate_at: int | None = None  #: promise the whole body, send so many bytes, close
     stall_at: int | None = None  #: send so many bytes, then nothing more
+    shrink_to: int | None = None  #: answer, with a fitting Content-Length, as if the file had so many bytes
     corrupt_at: int | None = None  #: flip the byte at this place
     chunk: int = 1 << 16  #: bytes a write
     delay: float = 0.0  #: seconds between writes
@@ -82,7 +84,7 @@ class Repo:
 class Request:
     method: str
     path: str
-    headers: Mapping[str, str]
+    headers: Message  #: letter case of the names does not count
     body: bytes = b""
 
 
@@ -237,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self, method: str) -> None:
         body = self._body()
-        self.hub.requests.append(Request(method, self.path, dict(self.headers.items()), body))
+        self.hub.requests.append(Request(method, self.path, self.headers, body))
         fault = self.fault = self.hub._fault_for(method, self.path)
         if fault is not None:
             if fault.silent:
@@ -317,6 +319,7 @@ class _Handler(BaseHTTPRequestHandler):
         """A body, with Range and with whatever fault was ordered."""
         fault = self.fault or Fault("")
         start, status = 0, 200
+        data = data[: fault.shrink_to]
         requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if requested and not fault.ignore_range:
             start = int(requested[1])

@@ -11,18 +11,24 @@ accepted and what to do next. Facts that a program may want (``repo_id``, ``path
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 
 class ZooError(Exception):
-    """Base class of all errors of the zoo. Keyword arguments become attributes of the exception."""
+    """Base class of all errors of the zoo. Keyword arguments become attributes, and are kept together in ``facts``."""
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str = "", **facts: Any) -> None:
         super().__init__(message)
-        self.__dict__.update(facts)
+        self.facts = facts
+        for name, value in facts.items():  # not __dict__: ``filename`` and ``path`` are slots of some builtins
+            setattr(self, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(type(self), **self.facts), self.args
 
     # Without this a KeyError prints the repr of its message and an OSError its errno.
     def __str__(self) -> str:

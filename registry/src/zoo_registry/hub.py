@@ -7,6 +7,7 @@ HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, ...).
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import time
@@ -130,8 +131,19 @@ def _transfer(file: HubFile, access: Access) -> Path:
         )
     except Exception as error:
         raise explain(error, file, access) from error
+    _sweep(Path(path))
     etag = facts.etag if _is_sha256(facts.etag) else None
     return check(Path(path), file, arrived=True, etag=etag, again=access.force_download)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed downloads left in this repository. huggingface_hub gives each its own temporary file, never
+    takes one up again and never removes one; a day without a write means that nobody works on it."""
+    repo = disk.repo_folder(path)
+    for stale in (repo / "blobs").glob("*.incomplete") if repo else ():
+        with contextlib.suppress(OSError):
+            if time.time() - stale.stat().st_mtime > 86400:
+                stale.unlink()
 
 
 def _metadata(file: HubFile, access: Access) -> Any:
@@ -145,7 +157,7 @@ def _metadata(file: HubFile, access: Access) -> Any:
             facts = get_hf_file_metadata(url, token=access.token, library_name=LIBRARY, library_version=_version())
             break
         except Exception as error:
-            explained = explain(error, file, access)
+            explained = explain(error, file, access, asking=True)
             if attempt == 2 or type(explained) is not HubUnavailable:
                 raise explained from error
             disk.log.info("%s; trying once more", explained)
@@ -247,15 +259,15 @@ def _what(file: HubFile) -> str:
     return file.name or file.filename
 
 
-def explain(error: Exception, file: HubFile, access: Access) -> StoreError:
-    """The zoo's error for whatever huggingface_hub raised."""
+def explain(error: Exception, file: HubFile, access: Access, *, asking: bool = False) -> StoreError:
+    """The zoo's error for whatever huggingface_hub raised, ``asking`` about the file or transferring it."""
     from huggingface_hub import errors as hub
 
     if isinstance(error, StoreError):
         return error
     # hf_hub_download hides what happened behind "not found locally"; the cause says it.
     if isinstance(error, hub.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        return explain(error.__cause__, file, access)
+        return explain(error.__cause__, file, access, asking=True)
     if isinstance(error, hub.OfflineModeIsEnabled):
         return _not_cached(file, access)
 
@@ -295,7 +307,7 @@ def explain(error: Exception, file: HubFile, access: Access) -> StoreError:
         )
     if status is not None:
         return _explain_status(int(status), error, file, facts, name)
-    return _explain_transfer(error, file, access, facts, name)
+    return _explain_transfer(error, file, access, facts, name, asking)
 
 
 def _explain_status(status: int, error: Exception, file: HubFile, facts: dict[str, Any], name: str) -> StoreError:
@@ -316,7 +328,9 @@ def _explain_status(status: int, error: Exception, file: HubFile, facts: dict[st
     )
 
 
-def _explain_transfer(error: Exception, file: HubFile, access: Access, facts: dict[str, Any], name: str) -> StoreError:
+def _explain_transfer(
+    error: Exception, file: HubFile, access: Access, facts: dict[str, Any], name: str, asking: bool
+) -> StoreError:
     """Errors without an answer of the Hub. The HTTP library differs between releases of huggingface_hub, so its
     exceptions are told apart by name."""
     cache = disk.hub_cache(access.cache_dir)
@@ -338,7 +352,8 @@ def _explain_transfer(error: Exception, file: HubFile, access: Access, facts: di
             "HF_HUB_DOWNLOAD_TIMEOUT (seconds) wait longer",
             **facts,
         )
-    if "RemoteProtocolError" in kinds or "ReadError" in kinds or "Consistency check failed" in str(error):
+    broken_off = kinds & {"RemoteProtocolError", "ReadError"} or "Consistency check failed" in str(error)
+    if broken_off and not asking:
         return IncompleteDownload(
             f"{name}the transfer of {file} ended before the whole file had come ({_first_line(error)}); nothing was "
             "kept. Load again to start over",

@@ -400,10 +400,12 @@ def _claims(plugin: Plugin) -> Iterator[tuple[str, str]]:
 
 
 def _import_failure(entry: PluginEntry, error: BaseException) -> str:
-    """Which import of which file failed. The first line of the error; the traceback is logged at debug level."""
+    """Which import of which file failed, and the first line of the error. The traceback is logged at debug level."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
     frames = [f for f in frames if f.filename != __file__]
-    place = f", at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    place = f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    if place and isinstance(error, ImportError):
+        place += f" ({frames[-1].line})"
     return f"importing {entry.value} failed with {_describe(error)}{place}"
 
 

@@ -334,9 +334,11 @@ def _lookup(
 # -- order and patterns ------------------------------------------------------------------------------------------
 
 
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+def natural_key(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
     """Sorts digits as numbers: mamba_130m before mamba_1400m, s2 before s10."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.findall(r"\d+|\D+", name))
+    parts = re.findall(r"\d+|\D+", name)
+    # The name itself decides between "s2" and "s02", so that the order is always the same.
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts), name
 
 
 def natural_sorted(names: Iterable[str]) -> list[str]:
