@@ -1,0 +1,227 @@
+"""The S4 block: a long convolution with a state-space kernel, then a pointwise gated output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo_kernels import kernel_spectrum, long_conv
+
+from .conv_kernels import EMAKernel, FreeKernel
+from .s4 import S4Kernel
+from .s4d import S4DKernel
+from .ssm_kernel import ConvolutionKernel
+
+State = dict[str, Tensor]
+
+#: The original's names of kernels ("mode") and ours.
+KERNELS: dict[str, type[ConvolutionKernel]] = {
+    "s4": S4Kernel, "dplr": S4Kernel, "nplr": S4Kernel, "s4d": S4DKernel, "diag": S4DKernel, "conv": FreeKernel,
+    "ema": EMAKernel,
+}  # fmt: skip
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "elu": nn.ELU, "swish": nn.SiLU, "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid, "softplus": nn.Softplus,
+}  # fmt: skip
+
+
+def activation(name: str | None) -> nn.Module:
+    """A pointwise activation, or "glu" over the last axis (first half value, second half gate)."""
+    if name in (None, "id", "identity", "linear"):
+        return nn.Identity()
+    if name == "glu":
+        return nn.GLU(dim=-1)
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation is {name!r}; expected None, id, glu or one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]()
+
+
+class TiedDropout(nn.Module):
+    """Dropout with one mask for all positions (axes between batch and channels)."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return x * F.dropout(x.new_ones(x.shape[0], *[1] * (x.dim() - 2), x.shape[-1]), self.p)
+
+
+def dropout(p: float, tie: bool = False) -> nn.Module:
+    if p <= 0:
+        return nn.Identity()
+    return TiedDropout(p) if tie else nn.Dropout(p)
+
+
+class ActivatedLinear(nn.Sequential):
+    """Linear, then an activation; "glu" doubles the width of the linear. Keys ``0.weight``, ``0.bias``."""
+
+    def __init__(self, d_input: int, d_output: int, act: str | None, *, device=None, dtype=None) -> None:
+        width = 2 * d_output if act == "glu" else d_output
+        super().__init__(nn.Linear(d_input, width, device=device, dtype=dtype), activation(act))
+
+
+class FFTConv(nn.Module):
+    """Convolution of every channel with its kernel, ``y = K * x + D x``, by FFT or step by step.
+
+    ``mode``: "s4" (dplr, nplr), "s4d" (diag), "conv" (free taps), "ema"; further arguments go to the kernel.
+    ``channels``: outputs of each input channel, flattened as (channel, d_model), or (d_model, channel) with
+    ``swap_channels``. ``bidirectional``: a second set of kernels meets the future; as in the original the present
+    belongs to the first. ``l_max``: longest kernel. ``act``: activation after it; "glu" doubles channels before it.
+
+    Parameters: ``D`` (channels, d_model), ``kernel.*``. Source: state-spaces/s4 ``FFTConv``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        l_max: int | None = None,
+        channels: int = 1,
+        *,
+        mode: str = "dplr",
+        swap_channels: bool = False,
+        bidirectional: bool = False,
+        act: str | None = None,
+        dropout_p: float = 0.0,
+        tie_dropout: bool = False,
+        drop_kernel: float = 0.0,
+        device=None,
+        dtype=None,
+        **kernel: Any,
+    ) -> None:
+        super().__init__()
+        if mode not in KERNELS:
+            raise ValueError(f"kernel mode is {mode!r}; expected one of {', '.join(KERNELS)}")
+        kind = {"device": device, "dtype": dtype}
+        self.d_model, self.l_max, self.channels = d_model, l_max, channels
+        self.bidirectional, self.swap_channels = bidirectional, swap_channels
+        wide = 2 * channels if act == "glu" else channels
+        self.D = nn.Parameter(torch.randn(wide, d_model, **kind))
+        self.kernel = KERNELS[mode](d_model, 2 * wide if bidirectional else wide, l_max, **kernel, **kind)
+        self.drop = dropout(dropout_p, tie_dropout)
+        self.drop_kernel = nn.Dropout(drop_kernel) if drop_kernel > 0 else nn.Identity()
+        self.act = activation(act)
+
+    def kernels(self, length: int, rate: float = 1.0) -> Tensor:
+        """The convolution kernels (channels [times 2 if bidirectional], d_model, taps) for an input of ``length``."""
+        taps = length if self.l_max is None else min(length, round(self.l_max / rate))
+        return self.kernel(taps, rate)[0]
+
+    def forward(self, x: Tensor, *, state: State | None = None, rate: float = 1.0) -> Tensor:
+        """(batch, length, d_model) to (batch, length, channels * d_model).
+
+        state (of :meth:`init_state`): continue from it, and leave it at the end of this piece. rate: relative sampling
+        step, for inputs sampled ``rate`` times as coarsely as the model was trained on.
+        """
+        length = x.shape[1]
+        taps = length if self.l_max is None else min(length, round(self.l_max / rate))
+        y: Tensor | None = None
+        extra = None
+        if state is not None:
+            if self.bidirectional:
+                raise ValueError("a bidirectional layer has no state to continue from; state must be None")
+            k, extra = self.kernel(taps, rate, state["ssm"])
+        elif isinstance(self.kernel, FreeKernel) and length < self.kernel.kernel.shape[-1]:
+            y = self._wrapped(x, self.drop_kernel(self.kernel.kernel), taps)
+        elif isinstance(self.drop_kernel, nn.Identity):
+            # The transform of a kernel that does not change is kept, too.
+            k = self.kernel.kept((length, rate), lambda: self._spectrum(taps, rate, length))
+        else:
+            k = self.drop_kernel(self.kernel(taps, rate)[0])
+        if y is None:
+            if isinstance(k, Tensor):
+                k, back = k.chunk(2) if self.bidirectional else (k, None)  # type: ignore[assignment]
+                y, _ = long_conv(x, k, self.D, back_kernel=back)
+            else:
+                y, _ = long_conv(x, k, self.D)
+        if state is not None:
+            y = y + torch.movedim(extra, -1, 1).to(y.dtype)
+            state["ssm"] = self.kernel.final_state(x, state["ssm"]).detach()
+        y = y.transpose(-1, -2) if self.swap_channels else y
+        return self.act(self.drop(y.flatten(2)))
+
+    def _spectrum(self, taps: int, rate: float, length: int) -> Any:
+        k = self.kernel(taps, rate)[0]
+        if self.kernel.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return k
+        k, back = k.chunk(2) if self.bidirectional else (k, None)
+        return kernel_spectrum(k, length, back_kernel=back)
+
+    def _wrapped(self, x: Tensor, k: Tensor, taps: int) -> Tensor:
+        """Free taps beyond the input's length: the original's transform of length + taps points wraps."""
+        length = x.shape[1]
+        n = taps + length
+        if self.bidirectional:
+            k, back = k.chunk(2)
+            k = F.pad(k, (0, length)) + F.pad(back.flip(-1), (length, 0))
+        f = torch.fft.rfft(x.transpose(1, 2), n=n)[:, None] * torch.fft.rfft(k, n=n)
+        y = torch.movedim(torch.fft.irfft(f, n=n)[..., :length], -1, 1)
+        return y + x[:, :, None] * self.D
+
+    def init_state(self, batch: int, *, device=None, dtype=None) -> State:
+        """A state at rest."""
+        if self.bidirectional:
+            raise ValueError("a bidirectional layer cannot step; it has no state")
+        return {"ssm": self.kernel.init_state(batch, device=device, dtype=dtype)}
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        """(batch, d_model) to (batch, channels * d_model); ``state`` is updated in place."""
+        y = self.kernel.step(x, state["ssm"]) + x[:, None] * self.D
+        return self.act(y.to(x.dtype).flatten(1))
+
+
+class S4Block(nn.Module):
+    """``output_linear(drop(mult_act(act(K * x + D x))))``: the layer that S4, S4D and DSS models are stacked of.
+
+    ``final_act``: activation of the output linear ("glu": its width is doubled), None: no output linear at all.
+    ``act``: activation between; further arguments go to :class:`FFTConv`. Keys ``layer.D``, ``layer.kernel.*``,
+    ``output_linear.0.{weight,bias}``. Source: Gu et al., arXiv 2111.00396; state-spaces/s4 ``S4Block``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        act: str | None = "gelu",
+        mult_act: str | None = None,
+        final_act: str | None = "glu",
+        dropout_p: float = 0.0,
+        tie_dropout: bool = False,
+        inner_tie_dropout: bool = False,
+        device=None,
+        dtype=None,
+        **layer: Any,
+    ) -> None:
+        super().__init__()
+        kind = {"device": device, "dtype": dtype}
+        self.layer = FFTConv(d_model, act=act, dropout_p=dropout_p, tie_dropout=inner_tie_dropout, **layer, **kind)
+        self.mult_act = activation(mult_act)
+        self.drop = dropout(dropout_p, tie_dropout)
+        self.output_linear: nn.Module = nn.Identity()
+        if final_act is not None:
+            self.output_linear = ActivatedLinear(d_model * self.layer.channels, d_model, final_act, **kind)
+
+    def forward(
+        self, x: Tensor, *, state: State | None = None, rate: float = 1.0, lengths: Tensor | int | None = None
+    ) -> Tensor:
+        """(batch, length, d_model) to the same. lengths: inputs at and beyond them count as zeros. Others: FFTConv."""
+        if lengths is not None:
+            ends = torch.as_tensor(lengths, device=x.device).reshape(-1, 1, 1)
+            x = x.masked_fill(torch.arange(x.shape[1], device=x.device)[None, :, None] >= ends, 0)
+        return self._pointwise(self.layer(x, state=state, rate=rate))
+
+    def _pointwise(self, y: Tensor) -> Tensor:
+        return self.output_linear(self.drop(self.mult_act(y)))
+
+    def init_state(self, batch: int, *, device=None, dtype=None) -> State:
+        return self.layer.init_state(batch, device=device, dtype=dtype)
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        """(batch, d_model) to the same; ``state`` is updated in place."""
+        return self._pointwise(self.layer.step(x, state))

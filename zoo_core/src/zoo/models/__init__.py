@@ -1,0 +1,1 @@
+"""Models of no single domain: deep sequence models of the core layers."""

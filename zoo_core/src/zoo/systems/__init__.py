@@ -1,0 +1,1 @@
+"""Reference adapters of the systems in the core distribution."""

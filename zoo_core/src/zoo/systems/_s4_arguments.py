@@ -1,0 +1,207 @@
+"""The original constructors' arguments of the S4 family, read as ours. An argument that the original has and we do not
+compute with is refused by name; one that it does not have, too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Config = dict[str, Any]
+
+#: Arguments that only choose an implementation, an optimiser's setting or a message: they change no number here.
+_SILENT = {
+    "verbose",
+    "backend",
+    "wd",
+    "return_state",
+    "track_norms",
+    "initializer",
+    "_name_",
+    "transposed",
+    "layer_idx",
+}
+_SSM = {
+    "d_state", "init", "n_ssm", "rank", "dt_min", "dt_max", "dt_tie", "dt_transform", "dt_fast", "real_transform",
+    "imag_transform", "bandlimit", "is_real", "disc", "B_init", "B_scale", "P_scale", "real_scale", "imag_scale",
+    "B_clip", "lr", "efficient_bidirectional",
+}  # fmt: skip
+#: Initialisations only: a state dict overwrites what they did.
+_INITIAL = {"deterministic", "real_random", "imag_random", "B_random", "normalize", "diagonalize_precision"}
+
+
+def check_known(config: Mapping[str, Any], known: set[str], what: str) -> None:
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise ValueError(f"{what} has no argument {unknown[0]!r}; known: {', '.join(sorted(known))}")
+
+
+def _refuse(config: Mapping[str, Any], name: str, allowed: Sequence[Any], why: str) -> None:
+    if name in config and config[name] not in allowed:
+        raise ValueError(f"argument {name}={config[name]!r} is not supported: {why}")
+
+
+def convolution(config: Mapping[str, Any], what: str, extra: set[str] = frozenset()) -> Config:  # type: ignore[assignment]
+    """Arguments of FFTConv and of its kernel: ours, without activation and dropout."""
+    conv = {"l_max", "channels", "swap_channels", "bidirectional", "drop_kernel", "mode", "kernel", "measure"}
+    check_known(config, conv | _SSM | _INITIAL | _SILENT | extra, what)
+    out = {k: v for k, v in config.items() if k in (conv | _SSM) - {"kernel", "measure"} and v is not None}
+    if config.get("kernel") is not None:
+        out["mode"] = config["kernel"]
+    if config.get("measure") is not None:
+        out["init"] = config["measure"]
+    mode = out.get("mode", "dplr")
+    if mode in ("dense", "slow", "real"):
+        raise ValueError(f"kernel mode {mode!r} (a dense state matrix, for illustration) is not supported; use 'dplr'")
+    if mode == "conv":
+        out = {k: v for k, v in out.items() if k not in _SSM or k == "lr"}
+    elif mode == "ema":
+        out = {k: v for k, v in out.items() if k not in _SSM - {"d_state", "dt_tie", "efficient_bidirectional", "lr"}}
+    return out
+
+
+def fft_conv(config: Mapping[str, Any], standalone: bool) -> Config:
+    """FFTConv: the standalone class applies GELU by default, the modular one nothing."""
+    out = convolution(config, "FFTConv", {"d_model", "activation", "dropout", "tie_dropout"})
+    return out | {
+        "d_model": config["d_model"],
+        "act": config.get("activation", "gelu" if standalone else None),
+        "dropout_p": config.get("dropout", 0.0),
+        "tie_dropout": config.get("tie_dropout") or False,
+    }
+
+
+def s4_block(config: Mapping[str, Any], standalone: bool) -> Config:
+    """S4Block; without ``d_model`` where a model gives it."""
+    own = {
+        "d_model", "bottleneck", "activation", "gate", "gate_act", "mult_act", "final_act", "postact", "weight_norm",
+        "dropout", "tie_dropout", "layer",
+    }  # fmt: skip
+    why = "it fails in the original, too (the layer is used before it is built)"
+    _refuse(config, "gate", [None], why)
+    _refuse(config, "bottleneck", [None], why)
+    _refuse(config, "weight_norm", [None, False], "weight normalisation of the output is not described")
+    _refuse(config, "layer", ["fftconv", None], "S4Block wraps an FFT convolution")
+    final = config.get("final_act", "glu")
+    if config.get("postact") is not None:
+        final = config["postact"]
+    tie = config.get("tie_dropout") or False
+    return {
+        **convolution(config, "S4Block", own),
+        **({"d_model": config["d_model"]} if "d_model" in config else {}),
+        "act": config.get("activation", "gelu"),
+        "mult_act": config.get("mult_act"),
+        "final_act": final,
+        "dropout_p": config.get("dropout") or 0.0,
+        "tie_dropout": tie,
+        "inner_tie_dropout": tie and standalone,
+    }
+
+
+def s4d(config: Mapping[str, Any]) -> Config:
+    check_known(config, {"d_model", "d_state", "dropout", "transposed", "dt_min", "dt_max", "lr"}, "S4D")
+    return {k: v for k, v in config.items() if k not in ("transposed", "lr")}
+
+
+def s4nd(config: Mapping[str, Any]) -> Config:
+    own = {
+        "d_model", "dim", "activation", "final_act", "dropout", "tie_dropout", "trank", "linear", "contract_version",
+        "out_channels", "ln", "hyper_act", "weight_norm",
+    }  # fmt: skip
+    _refuse(config, "out_channels", [None], "it is not described")
+    _refuse(config, "weight_norm", [None, False], "it is not described")
+    out = convolution(config, "S4ND", own)
+    out.update({k: config[k] for k in ("d_model", "dim", "trank", "linear") if k in config})
+    return out | {
+        "bidirectional": config.get("bidirectional", True),
+        "act": config.get("activation", "gelu"),
+        "final_act": config.get("final_act"),
+        "dropout_p": config.get("dropout", 0.0),
+        "tie_dropout": config.get("tie_dropout") or False,
+    }
+
+
+def _layer(config: Mapping[str, Any]) -> Config:
+    kind = config.get("_name_", "s4")
+    if kind == "s4":
+        return {"type": "s4", **s4_block(config, standalone=False)}
+    if kind in ("ffn", "ff"):
+        check_known(config, {"expand", "activation", "dropout", "tie_dropout", "d_output"} | _SILENT, "FFN")
+        _refuse(config, "d_output", [None], "a residual block keeps its width")
+        return {
+            "type": "ffn",
+            "expand": config.get("expand", 2),
+            "act": config.get("activation", "gelu"),
+            "dropout_p": config.get("dropout") or 0.0,
+            "tie_dropout": config.get("tie_dropout") or False,
+        }
+    raise ValueError(f"layer _name_={kind!r} is not supported; expected 's4' or 'ffn'")
+
+
+def _named(value: Any, what: str) -> Any:
+    """A configuration given as a name or as a mapping with ``_name_``."""
+    if isinstance(value, Mapping):
+        rest = {k: v for k, v in value.items() if k != "_name_" and v not in (None, 1)}
+        if rest:
+            raise ValueError(f"{what} arguments {sorted(rest)} are not supported")
+        return value.get("_name_")
+    return value
+
+
+def sequence_model(config: Mapping[str, Any]) -> Config:
+    known = {
+        "d_model", "n_layers", "dropout", "tie_dropout", "prenorm", "bidirectional", "n_repeat", "layer", "residual",
+        "norm", "pool", "dropinp",
+    }  # fmt: skip
+    check_known(config, known | _SILENT, "SequenceModel")
+    pool = config.get("pool")
+    if pool is not None and not (isinstance(pool, Mapping) and pool.get("stride", 1) in (None, 1)):
+        raise ValueError(f"pool={pool!r} is not supported; expected None (or stride 1)")
+    residual = _named(config.get("residual"), "residual")
+    if residual not in (None, "R"):
+        raise ValueError(f"residual={residual!r} is not supported; expected None or 'R' (a plain sum)")
+    layer = config.get("layer") or [{}]
+    listed = [layer] if isinstance(layer, Mapping) else list(layer)
+    dropout = config.get("dropout", 0.0)
+    listed = [{**one, "dropout": dropout if one.get("dropout") is None else one["dropout"]} for one in listed]
+    return {
+        "d_model": config["d_model"],
+        "n_layers": config.get("n_layers", 1) * config.get("n_repeat", 1),
+        "layer": [_layer(one) for one in listed],
+        "prenorm": config.get("prenorm", True),
+        "norm": _named(config.get("norm"), "norm"),
+        "transposed": config.get("transposed", False),
+        "residual": residual is not None,
+        "bidirectional": config.get("bidirectional", False),
+        "dropout_p": dropout,
+        "tie_dropout": config.get("tie_dropout") or False,
+        "dropinp": config.get("dropinp", 0.0),
+    }
+
+
+def s5_classifier(config: Mapping[str, Any], d_input: int, retrieval: bool) -> Config:
+    known = {
+        "d_model", "d_output", "n_layers", "ssm_size", "ssm_size_base", "blocks", "conj_sym", "clip_eigs",
+        "bidirectional", "C_init", "discretization", "activation", "activation_fn", "mode", "prenorm", "batchnorm",
+        "padded", "dropout", "p_dropout", "bn_momentum", "dt_min", "dt_max", "step_rescale", "training", "d_input",
+        "retrieval", "in_dim",
+    }  # fmt: skip
+    check_known(config, known, "S5 BatchClassificationModel")
+    return {
+        "d_input": d_input,
+        "num_classes": config["d_output"],
+        "d_model": config["d_model"],
+        "ssm_size": config.get("ssm_size", config.get("ssm_size_base")),
+        "n_layers": config["n_layers"],
+        "blocks": config.get("blocks", 1),
+        "conj_sym": config.get("conj_sym", True),
+        "clip_eigs": config.get("clip_eigs", False),
+        "bidirectional": config.get("bidirectional", False),
+        "C_init": config.get("C_init", "trunc_standard_normal"),
+        "discretization": config.get("discretization", "zoh"),
+        "activation": config.get("activation", config.get("activation_fn", "gelu")),
+        "mode": config.get("mode", "pool"),
+        "prenorm": config.get("prenorm", False),
+        "norm": "batch" if config.get("batchnorm", False) else "layer",
+        "dropout": config.get("dropout", config.get("p_dropout", 0.0)),
+        "retrieval": retrieval,
+    }
