@@ -22,6 +22,7 @@ from torch import Tensor
 from . import _triton
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = tl.constexpr(INTERPRET)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # A folded grid's first axis; the second takes the rest. The first may reach 2^31 - 1, the others 65535.
@@ -175,6 +176,14 @@ def silu_grad(x):
     """d silu(x) / dx."""
     s = sigmoid(x)
     return s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Matrix product on tensor cores with float32 sums; operands are rounded to ``DOT``."""
+    if INTERPRETED:  # the interpreter holds bfloat16 as bits and would multiply these
+        return tl.dot(a.to(DOT).to(tl.float32), b.to(DOT).to(tl.float32))
+    return tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION)
 
 
 # -- walks -------------------------------------------------------------------------------------------------------------
