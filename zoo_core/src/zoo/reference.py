@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import types
 from abc import ABC, abstractmethod
@@ -121,9 +122,11 @@ class ReferenceAdapter(ABC):
         return {k: v.detach() for k, v in named.items()}
 
     def loss(self, golden: Golden, named: Mapping[str, Tensor]) -> Tensor:
-        """The scalar whose gradients the golden file holds; by default mean(first output^2)."""
-        first = next(k for k in named if k.startswith("out/"))
-        return named[first].float().pow(2).mean()
+        """The scalar whose gradients the golden file holds: mean(output^2) of the output that its notes name, as
+        ``mean(float(out/logits)^2)``, else of the first."""
+        said = re.search(r"mean\(float\((out/[^)]+)\)\^2\)", golden.notes)
+        name = said.group(1) if said else next(k for k in named if k.startswith("out/"))
+        return named[name].float().pow(2).mean()
 
     def gradients(self, model: nn.Module) -> dict[str, Tensor]:
         """Parameter gradients under the original's keys; by default through :meth:`to_reference`."""

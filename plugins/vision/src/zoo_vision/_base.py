@@ -1,6 +1,6 @@
 """What every backbone of this plugin has in common: the habits that users of timm expect.
 
-:class:`VisionModel` is mixed into our own models and, before them, into timm's own classes, so that all of them
+:class:`VisionModel` is the base of our own models, :class:`Habits` goes before timm's own classes, so that all of them
 answer the same calls: ``forward_features``, ``forward_head``, ``forward_intermediates``, ``features_only`` pyramids,
 ``reset_classifier``, ``get_classifier``, ``set_grad_checkpointing``, ``group_matcher``, ``no_weight_decay`` and
 ``default_cfg``. :func:`build` is what the cards' builders call.
@@ -10,16 +10,78 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype
 from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
+from zoo.adapting import InputChannels, NewHead
+
 Indices = int | Sequence[int] | None
 
 
-class VisionModel(nn.Module):
+class Habits:
+    """What can be mixed in before any image model that has timm's ``forward_intermediates``: pyramids, and facts.
+
+    ``first_conv`` and ``classifier`` name the modules whose shapes follow ``in_chans`` and ``num_classes``.
+    """
+
+    first_conv: ClassVar[str | tuple[str, ...]] = "patch_embed.proj"
+    classifier: ClassVar[str | tuple[str, ...]] = "head"
+    #: set by :meth:`as_pyramid`: ``forward`` returns the list of maps at these indices
+    out_indices: list[int] | None = None
+    #: keys of the whole model that a pyramid does not have; a loader may find them in a checkpoint and leave them out
+    dropped_keys: frozenset[str] = frozenset()
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        """What ``num_classes=`` and ``in_chans=`` change, for the loader (see ``zoo.adapting``)."""
+        first = [f"{name}.weight" for name in _names(self.first_conv)]
+        return {"num_classes": NewHead(*_names(self.classifier)), "in_chans": InputChannels(*first)}
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's description of the weights: from the zoo's cards where the zoo loaded them, else what is known."""
+        given = self.__dict__.get("_pretrained_cfg")
+        return dict(given) if given is not None else timm_cfg(self)
+
+    @pretrained_cfg.setter
+    def pretrained_cfg(self, value: Any) -> None:
+        self.__dict__["_pretrained_cfg"] = value if value is None or isinstance(value, dict) else value.to_dict()
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        return self.pretrained_cfg
+
+    @default_cfg.setter
+    def default_cfg(self, value: Any) -> None:
+        self.pretrained_cfg = value
+
+    def forward(self, x: Tensor) -> Any:
+        if self.out_indices is not None:
+            return self.forward_intermediates(x, self.out_indices, stop_early=True, intermediates_only=True)  # type: ignore[attr-defined]
+        return super().forward(x)  # type: ignore[misc]
+
+    def as_pyramid(self, out_indices: Indices = None) -> Self:
+        """Turn this model into a feature pyramid, in place: ``forward`` then returns a list of maps.
+
+        Keys of the state dict keep their names; those of removed parts are in ``dropped_keys``. ``feature_info``
+        becomes timm's ``FeatureInfo`` (``.channels()``, ``.reduction()``).
+        """
+        model: Any = self
+        before = set(model.state_dict())
+        wanted = check_indices(out_indices, len(model.feature_info))
+        info = list(model.feature_info)
+        take = list(model.prune_intermediate_layers(wanted, prune_norm=True))
+        model.feature_info = FeatureInfo(info, out_indices=tuple(take))
+        self.out_indices = take
+        self.dropped_keys = frozenset(before - set(model.state_dict()))
+        return self
+
+
+class VisionModel(Habits, nn.Module):
     """Common habits. A subclass sets, in its ``__init__``:
 
     * ``num_classes``, ``in_chans``, ``num_features`` (width of the pooled features);
@@ -34,13 +96,6 @@ class VisionModel(nn.Module):
     num_features: int
     feature_info: Any
     grad_checkpointing: bool = False
-    #: set by :meth:`as_pyramid`: ``forward`` returns the list of maps at these indices
-    out_indices: list[int] | None = None
-    #: keys of the whole model that a pyramid does not have; a loader may find them in a checkpoint and leave them out
-    dropped_keys: frozenset[str] = frozenset()
-    #: timm's description of the pretrained weights; filled in when weights or a card are known
-    pretrained_cfg: dict[str, Any] | None = None
-    default_cfg: dict[str, Any] | None = None
 
     # -- what a subclass implements
 
@@ -82,7 +137,7 @@ class VisionModel(nn.Module):
         """timm's call: the maps at ``indices`` (None: all; n: the last n), alone or after the body's last output."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; expected 'NCHW' or 'NHWC'")
-        take, _ = feature_take_indices(len(self.feature_info), self._indices(indices))
+        take, _ = feature_take_indices(len(self.feature_info), check_indices(indices, len(self.feature_info)))
         last, maps = self.forward_stages(x, take, norm=norm, stop_early=stop_early)
         if output_fmt == "NHWC":
             maps = [m.permute(0, 2, 3, 1) for m in maps]
@@ -118,46 +173,60 @@ class VisionModel(nn.Module):
             else [(r"^(?:blocks|layers|levels|stages)\.(\d+)(?:\.blocks\.(\d+))?", None), (r"^norm", (99999,))],
         }
 
-    # -- pyramids
-
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what the maps at ``indices`` do not need; returns the absolute indices. Here: the classifier."""
-        take, _ = feature_take_indices(len(self.feature_info), self._indices(indices))
+        take, _ = feature_take_indices(len(self.feature_info), check_indices(indices, len(self.feature_info)))
         if prune_head:
             self.reset_classifier(0)
         return take
 
-    def as_pyramid(self, out_indices: Indices = None) -> VisionModel:
-        """Turn this model into a feature pyramid, in place: ``forward`` then returns a list of maps.
 
-        Keys of the state dict keep their names; those of removed parts are in ``dropped_keys``. ``feature_info``
-        becomes timm's ``FeatureInfo`` (``.channels()``, ``.reduction()``).
-        """
-        before = set(self.state_dict())
-        take = self.prune_intermediate_layers(out_indices if out_indices is not None else len(self.feature_info))
-        self.feature_info = FeatureInfo(list(self.feature_info), out_indices=tuple(take))
-        self.out_indices = take
-        self.dropped_keys = frozenset(before - set(self.state_dict()))
-        return self
-
-    def _indices(self, indices: Indices) -> Any:
-        """Check ``indices`` here, where the number of maps is known, so that the message can name it."""
-        count = len(self.feature_info)
-        if indices is None:
-            return count
-        if isinstance(indices, int):
-            if not 1 <= indices <= count:
-                raise ValueError(f"{indices} feature maps were asked for; this model has {count}")
-            return indices
-        bad = [i for i in indices if not -count <= i < count]
-        if bad or not list(indices):
-            raise ValueError(f"feature indices are {list(indices)}; expected one or more of 0 to {count - 1}")
-        return sorted(i % count for i in indices)
+def check_indices(indices: Indices, count: int) -> Any:
+    """Indices of ``count`` feature maps as timm takes them, ascending; the message of a bad one names the count."""
+    if indices is None:
+        return count
+    if isinstance(indices, int):
+        if not 1 <= indices <= count:
+            raise ValueError(f"{indices} feature maps were asked for; this model has {count}")
+        return indices
+    wanted = list(indices)
+    if not wanted or any(not -count <= i < count for i in wanted):
+        raise ValueError(f"feature indices are {wanted}; expected one or more of 0 to {count - 1}")
+    return sorted(i % count for i in wanted)
 
 
-Model = TypeVar("Model", bound=VisionModel)
+def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def timm_cfg(model: Any) -> dict[str, Any]:
+    """timm's ``pretrained_cfg`` of a model that the zoo built: preprocessing of its weights, or ImageNet's defaults."""
+    info = getattr(model, "zoo_info", None)
+    weights = info.weights if info is not None else None
+    settings = dict(weights.preprocess) if weights is not None else {}
+    channels = getattr(model, "in_chans", 3)
+    size = getattr(model, "img_size", None) or (224, 224)
+    return {
+        "architecture": info.architecture if info is not None else type(model).__name__.lower(),
+        "tag": info.tag if info is not None else None,
+        "num_classes": getattr(model, "num_classes", None),
+        "input_size": tuple(settings.pop("input_size", (channels, *size))),
+        "fixed_input_size": getattr(model, "img_size", None) is not None,
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+        "mean": IMAGENET_DEFAULT_MEAN if channels == 3 else (0.5,) * channels,
+        "std": IMAGENET_DEFAULT_STD if channels == 3 else (0.5,) * channels,
+        "first_conv": model.first_conv,
+        "classifier": model.classifier,
+        "license": weights.licence if weights is not None else None,
+        "hf_hub_id": weights.repo_id if weights is not None else None,
+    } | settings
+
+
+Model = TypeVar("Model", bound=Habits)
 
 
 def build(cls: type[Model], *, features_only: bool = False, out_indices: Indices = None, **config: Any) -> Model:

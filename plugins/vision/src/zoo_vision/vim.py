@@ -20,6 +20,7 @@ from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from zoo.adapting import Converted
 from zoo.layers import PathScan, RMSNorm
 from zoo_kernels import causal_conv1d
 from zoo_kernels import paths as scan_paths
@@ -461,6 +462,19 @@ class Vim(VisionModel):
         for slot in reversed(list(slots)):
             tokens = torch.cat([tokens[:, :slot], tokens[:, slot + 1 :]], dim=1)
         return tokens.transpose(1, 2).unflatten(2, grid)
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        fit = Converted("pos_embed", self._fit_positions)
+        return super().ends | {"img_size": fit, "stride": fit, "patch_size": fit}
+
+    def _fit_positions(self, table: Tensor, shape: Sequence[int]) -> Tensor:
+        """A checkpoint's position table for this model's grid; the checkpoint's grid is taken to be square."""
+        patches = table.shape[1] - len(class_slots(self.cls, 0))
+        side = math.isqrt(patches)
+        if side * side != patches:
+            raise ValueError(f"a position table of {patches} patches is of no square grid; resample it by hand")
+        return resample_positions(table, (side, side), self.grid_size, self.cls)
 
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True

@@ -77,7 +77,9 @@ class VimSeg(Vim):
             for i, scale in enumerate(scales)
         ]
 
-    def forward_features(self, x: Tensor, cls_position: None = None, order: None = None) -> list[Tensor]:  # type: ignore[override]
+    def forward_features(  # type: ignore[override]
+        self, x: Tensor, cls_position: int | None = None, order: Tensor | None = None
+    ) -> list[Tensor]:
         """Images (batch, in_chans, H, W) to the maps (batch, D, h, w)."""
         x, grid, slots = self.embed(x)
         depth = len(self.layers)
@@ -125,7 +127,7 @@ class VimDet(Vim):
             {"num_chs": self.embed_dim, "reduction": self.patch_embed.stride[0], "module": "last_feat"}
         ]
 
-    def forward_features(self, x: Tensor, cls_position: None = None, order: None = None) -> Tensor:
+    def forward_features(self, x: Tensor, cls_position: int | None = None, order: Tensor | None = None) -> Tensor:
         """Images (batch, in_chans, H, W) to the map (batch, D, h, w)."""
         x, grid, slots = self.embed(x)
         h, r, _ = self.run(x, grid, slots)

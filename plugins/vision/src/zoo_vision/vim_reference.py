@@ -78,7 +78,7 @@ class VimAdapter(ReferenceAdapter):
             return table + Rules(Drop("rope.freqs_cos"), Drop("rope.freqs_sin"))
         tables = rotary_table(model.grid_size, model.embed_dim, model.rope_length, torch.device("cpu"))
         restore = [
-            Drop(f"rope.freqs_{name}", once="patch_embed.proj.bias", restore=lambda _s, _f, value=value: value)
+            Drop(f"rope.freqs_{name}", once="patch_embed.proj.bias", restore=_always(value))
             for name, value in zip(("cos", "sin"), tables, strict=True)
         ]
         return table + Rules(*restore)
@@ -124,6 +124,10 @@ class VimAdapter(ReferenceAdapter):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _always(value: Tensor) -> Any:
+    return lambda _state, _fields: value
 
 
 def _recorder(mids: dict[str, Tensor], i: int) -> Any:

@@ -1,0 +1,260 @@
+"""EfficientViM for dense prediction: the headless backbone, the detection neck, and Semantic FPN.
+
+Original: mlvlab/EfficientViM @ 304340c, ``detection/efficientvit_fpn.py:EfficientViTFPN`` and
+``segmentation/efficientViM.py``, MIT; FPN and FPNHead of mmsegmentation 0.30. Detection heads are mmdetection's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from zoo.rules import Rename, Reshape, Rules
+
+from ._base import check_reference_config
+from .efficientvim import _DEFAULTS, _SWALLOWED, EfficientViM, arguments
+
+EXTRA = (False, "on_input", "on_lateral", "on_output")
+
+
+class _Conv(nn.Module):
+    """A convolution with bias under the key ``conv``, as mmcv's ConvModule without norm and activation."""
+
+    def __init__(self, in_chans: int, out_chans: int, kernel: int, stride: int = 1, transposed: bool = False) -> None:
+        super().__init__()
+        if transposed:
+            self.conv: nn.Module = nn.ConvTranspose2d(in_chans, out_chans, kernel, stride)
+        else:
+            self.conv = nn.Conv2d(in_chans, out_chans, kernel, stride, padding=kernel // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class FPNNeck(nn.Module):
+    """Feature pyramid with extra higher resolutions by transposed convolutions, largest map first.
+
+    Arguments: ``in_channels`` of the maps, ``out_channels``, ``num_outs`` maps in all, ``start_level`` (first map
+    used), ``extra_trans_convs`` (higher resolutions, each twice the one before; 0 is a plain FPN, which the original
+    cannot run), ``pre_norm`` (LayerNorm on the inputs), ``add_extra_convs``: extra lower resolutions by max-pooling
+    the last output (False) or by 3x3 convolutions of stride 2 that begin at the last input ("on_input", after the
+    norm), the last lateral ("on_lateral") or the last output ("on_output"); ``relu_before_extra_convs`` before the
+    later ones. Input: maps (batch, in_channels[i], h, w). Source: ``detection/efficientvit_fpn.py``.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int = 256,
+        num_outs: int = 5,
+        start_level: int = 0,
+        extra_trans_convs: int = 0,
+        pre_norm: bool = False,
+        add_extra_convs: bool | str = False,
+        relu_before_extra_convs: bool = False,
+    ) -> None:
+        super().__init__()
+        self.add_extra_convs = "on_input" if add_extra_convs is True else add_extra_convs
+        if self.add_extra_convs not in EXTRA:
+            raise ValueError(f"add_extra_convs is {add_extra_convs!r}; expected True or one of {EXTRA}")
+        used = list(in_channels)[start_level:]
+        lower = num_outs - len(used) - extra_trans_convs
+        if not used or lower < 0:
+            raise ValueError(
+                f"num_outs is {num_outs}; {len(used)} maps from level {start_level} on and {extra_trans_convs} "
+                "transposed convolutions give at least their sum"
+            )
+        if pre_norm and start_level:
+            raise ValueError(
+                f"pre_norm with start_level={start_level}: the original norms the wrong maps and cannot run"
+            )
+        self.start_level, self.lower = start_level, lower
+        self.relu_before_extra_convs = relu_before_extra_convs
+        self.batch_norm = nn.ModuleList(LayerNorm2d(c, eps=1e-5) for c in used) if pre_norm else nn.ModuleList()
+        self.lateral_convs = nn.ModuleList(_Conv(c, out_channels, 1) for c in used)
+        self.fpn_convs = nn.ModuleList(_Conv(out_channels, out_channels, 3) for _ in used)
+        for i in range(lower if self.add_extra_convs else 0):
+            source = used[-1] if i == 0 and self.add_extra_convs == "on_input" else out_channels
+            self.fpn_convs.append(_Conv(source, out_channels, 3, stride=2))
+        self.extra_trans_convs = nn.ModuleList(
+            _Conv(out_channels, out_channels, 2, stride=2, transposed=True) for _ in range(extra_trans_convs)
+        )
+        self.extra_fpn_convs = nn.ModuleList(_Conv(out_channels, out_channels, 3) for _ in range(extra_trans_convs))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps (batch, in_channels[i], h, w), largest first, to ``num_outs`` maps (batch, out_channels, h, w)."""
+        used = list(maps)[self.start_level :]
+        if len(self.batch_norm):
+            used = [norm(m) for norm, m in zip(self.batch_norm, used, strict=True)]
+        laterals = [conv(m) for conv, m in zip(self.lateral_convs, used, strict=True)]
+        for i in range(len(laterals) - 1, 0, -1):
+            laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=laterals[i - 1].shape[2:])
+        larger: list[Tensor] = []
+        for conv in self.extra_trans_convs:
+            larger.insert(0, conv(larger[0] if larger else laterals[0]))
+        outs = [conv(lateral) for conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
+        sources = {"on_input": used[-1], "on_lateral": laterals[-1], "on_output": outs[-1]}
+        for i in range(self.lower):
+            if not self.add_extra_convs:
+                outs.append(F.max_pool2d(outs[-1], 1, stride=2))
+                continue
+            source = sources[str(self.add_extra_convs)] if i == 0 else outs[-1]
+            source = F.relu(source) if i > 0 and self.relu_before_extra_convs else source
+            outs.append(self.fpn_convs[len(laterals) + i](source))
+        return [conv(lateral) for conv, lateral in zip(self.extra_fpn_convs, larger, strict=True)] + outs
+
+
+class EfficientViMFPN(nn.Module):
+    """Backbone and neck: images (batch, in_chans, H, W) to the neck's maps, largest first.
+
+    ``frozen_norms``: the backbone's batch norms stay in eval mode while training, as in the original.
+    """
+
+    def __init__(self, backbone: EfficientViM, neck: FPNNeck, frozen_norms: bool = True) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.frozen_norms = backbone, neck, frozen_norms
+        self.in_chans = backbone.in_chans
+
+    def train(self, mode: bool = True) -> EfficientViMFPN:
+        super().train(mode)
+        if self.frozen_norms:
+            for module in self.backbone.modules():
+                if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                    module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Any:
+        return self.neck(self.backbone(x))
+
+
+class FPNHead(nn.Module):
+    """Semantic FPN's head: each map through 3x3 convolutions and x2 upsampling to the first one's size, summed.
+
+    ``in_chans`` of the maps, ``channels`` of the branches, ``num_classes``; map i of nominal stride 4 * 2^i gets
+    max(1, i) steps. Source: Kirillov et al., arXiv 1901.02446; mmsegmentation 0.30 ``decode_heads/fpn_head.py``.
+    """
+
+    def __init__(self, in_chans: int = 256, channels: int = 128, num_classes: int = 150, maps: int = 4) -> None:
+        super().__init__()
+        heads = []
+        for i in range(maps):
+            layers: list[nn.Module] = []
+            for k in range(max(1, i)):
+                layers.append(_ConvNormAct(in_chans if k == 0 else channels, channels))
+                if i > 0:
+                    layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+            heads.append(nn.Sequential(*layers))
+        self.scale_heads = nn.ModuleList(heads)
+        self.dropout = nn.Dropout2d(0.1)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """(batch, in_chans, h, w) each, to logits (batch, num_classes, h0, w0) at the first map's size."""
+        total = self.scale_heads[0](maps[0])
+        for head, x in zip(list(self.scale_heads)[1:], maps[1:], strict=True):
+            total = total + F.interpolate(head(x), size=total.shape[2:], mode="bilinear", align_corners=False)
+        return self.conv_seg(self.dropout(total))
+
+
+class _ConvNormAct(nn.Module):
+    def __init__(self, in_chans: int, out_chans: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, out_chans, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(out_chans)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class SemanticFPN(EfficientViMFPN):
+    """Backbone, plain FPN of four maps, and :class:`FPNHead`. Logits have the first map's size (a sixteenth)."""
+
+    def __init__(self, backbone: EfficientViM, neck: FPNNeck, decode_head: FPNHead, frozen_norms: bool = True) -> None:
+        super().__init__(backbone, neck, frozen_norms)
+        self.decode_head = decode_head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode_head(super().forward(x))
+
+
+def _backbone(config: Mapping[str, Any]) -> EfficientViM:
+    model = EfficientViM(**config)
+    model.as_pyramid()
+    return model
+
+
+def efficientvim_fpn(
+    *,
+    out_channels: int = 256,
+    num_outs: int = 5,
+    start_level: int = 0,
+    extra_trans_convs: int = 2,
+    pre_norm: bool = False,
+    add_extra_convs: bool | str = False,
+    relu_before_extra_convs: bool = False,
+    frozen_norms: bool = True,
+    **backbone: Any,
+) -> EfficientViMFPN:
+    """Builder of the cards of backbone and detection neck; other arguments are the backbone's."""
+    body = _backbone(backbone)
+    neck = FPNNeck(
+        body.feature_info.channels(), out_channels, num_outs, start_level, extra_trans_convs, pre_norm,
+        add_extra_convs, relu_before_extra_convs,
+    )  # fmt: skip
+    return EfficientViMFPN(body, neck, frozen_norms)
+
+
+def efficientvim_semantic_fpn(
+    *,
+    out_channels: int = 256,
+    head_channels: int = 128,
+    num_classes: int = 150,
+    frozen_norms: bool = True,
+    **backbone: Any,
+) -> SemanticFPN:
+    """Builder of the cards of Semantic FPN; other arguments are the backbone's."""
+    body = _backbone(backbone)
+    neck = FPNNeck(body.feature_info.channels(), out_channels, num_outs=4)
+    return SemanticFPN(body, neck, FPNHead(out_channels, head_channels, num_classes), frozen_norms)
+
+
+#: LayerNorms of the neck: (1, C, 1, 1) there, (C) here
+NECK_RULES = Rules(Rename("batch_norm.{i}.{p}", "batch_norm.{i}.{p}", Reshape([-1], [1, -1, 1, 1])))
+
+_NECK: dict[str, Any] = {
+    "in_channels": None, "out_channels": 256, "num_outs": 5, "start_level": 0, "end_level": -1,
+    "add_extra_convs": False, "extra_convs_on_inputs": True, "relu_before_extra_convs": False,
+    "num_extra_trans_convs": 0, "pre_norm": False, "conv_cfg": None, "norm_cfg": None, "act_cfg": None,
+    "no_norm_on_lateral": False, "upsample_cfg": {"mode": "nearest"},
+}  # fmt: skip
+
+
+def build_reference(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> EfficientViMFPN:
+    """The dense model from ``{"backbone": arguments, "neck": arguments}`` of the original's classes."""
+    body = check_reference_config("efficientvim", config.get("backbone", {}), _DEFAULTS, _SWALLOWED)
+    given = {k: v for k, v in config.get("neck", {}).items() if k != "type"}
+    neck = check_reference_config("efficientvim neck", given, _NECK)
+    for key in ("conv_cfg", "norm_cfg", "act_cfg"):
+        if neck[key] is not None:
+            raise ValueError(f"neck {key} is {neck[key]!r}; the published necks have none, and no other is known here")
+    if dict(neck["upsample_cfg"]) != {"mode": "nearest"}:
+        raise ValueError(f"neck upsample_cfg is {neck['upsample_cfg']!r}; expected {{'mode': 'nearest'}}")
+    if neck["end_level"] not in (-1, len(body["embed_dim"])):
+        raise ValueError(f"neck end_level is {neck['end_level']}; the original runs with -1 only")
+    extra = neck["add_extra_convs"]
+    if extra is True and not neck["extra_convs_on_inputs"]:
+        extra = "on_output"
+    return efficientvim_fpn(
+        **{k: v for k, v in arguments(body).items() if k != "num_classes"},
+        out_channels=neck["out_channels"],
+        num_outs=neck["num_outs"],
+        start_level=neck["start_level"],
+        extra_trans_convs=neck["num_extra_trans_convs"],
+        pre_norm=neck["pre_norm"],
+        add_extra_convs=extra,
+        relu_before_extra_convs=neck["relu_before_extra_convs"],
+    )
