@@ -12,7 +12,6 @@ import collections
 import contextlib
 import importlib
 import io
-import json
 import logging
 import pathlib
 import pickle
@@ -110,17 +109,6 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path, *, meta: Mapping[
     save_file(ready, str(path), metadata={"format": "pt", **(meta or {})})
 
 
-def shards(index: Path) -> list[str]:
-    """The file names that an index (``model.safetensors.index.json``) lists, each once, in order."""
-    try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return list(dict.fromkeys(table.values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise errors.BadCheckpoint(
-            f"{index} is no index of shards: expected JSON with a table 'weight_map' ({error})", path=str(index)
-        ) from error
-
-
 # -- foreign files ---------------------------------------------------------------------------------------------------
 
 
@@ -151,7 +139,7 @@ def sniff(path: Path) -> str:
     """The format of a file by its content."""
     if path.is_dir():
         return "orbax"
-    if is_safetensors(path):
+    if path.suffix == ".safetensors" or is_safetensors(path):
         return "safetensors"
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

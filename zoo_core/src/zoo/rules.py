@@ -57,17 +57,19 @@ class _Pattern:
     _GAP = re.compile(r"\{(\w+)(?::([d*]))?\}")
     _KINDS: ClassVar[dict[str | None, str]] = {None: r"[^./]+", "d": r"\d+", "*": r".+"}
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, kinds: Mapping[str, str | None] | None = None) -> None:
         self.text = text
         self.names: list[str] = []
+        #: what each name stands for; one side of a rule may leave it to the other to say
+        self.kinds: dict[str, str | None] = {n: k for n, k in self._GAP.findall(text) if k} | dict(kinds or {})
         expression, position = "", 0
         for gap in self._GAP.finditer(text):
-            name, kind = gap.groups()
+            name = gap[1]
             expression += re.escape(text[position : gap.start()])
             if name in self.names:
                 expression += f"(?P={name})"
             else:
-                expression += f"(?P<{name}>{self._KINDS[kind]})"
+                expression += f"(?P<{name}>{self._KINDS[self.kinds.get(name)]})"
                 self.names.append(name)
             position = gap.end()
         self._expression = re.compile(expression + re.escape(text[position:]))
@@ -196,12 +198,15 @@ def _patterns(texts: str | Iterable[str]) -> tuple[_Pattern, ...]:
 
 
 def _prefixed(patterns: Iterable[_Pattern], prefix: str) -> tuple[_Pattern, ...]:
-    return tuple(_Pattern(prefix + p.text) for p in patterns)
+    return tuple(_Pattern(prefix + p.text, p.kinds) for p in patterns)
 
 
 class _Group(Rule):
     def __init__(self, theirs: str | Iterable[str], ours: str | Iterable[str], ops: tuple[Any, ...] = ()) -> None:
         self.theirs, self.ours, self.ops = _patterns(theirs), _patterns(ours), ops
+        kinds = {name: kind for p in (*self.theirs, *self.ours) for name, kind in p.kinds.items()}
+        self.theirs = tuple(_Pattern(p.text, kinds) for p in self.theirs)
+        self.ours = tuple(_Pattern(p.text, kinds) for p in self.ours)
         expected = set(self.theirs[0].names)
         for pattern in (*self.theirs, *self.ours):
             if set(pattern.names) != expected:
