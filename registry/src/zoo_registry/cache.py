@@ -111,7 +111,7 @@ def local_derived() -> list[LocalDerived]:
 def remove(entry: CachedWeights | LocalDerived, *, only_derived: bool = False) -> int:
     """Delete a checkpoint and what was made of it; the number of bytes that became free.
 
-    A file that another revision or checkpoint shares stays. ``only_derived`` keeps the originals.
+    Bytes that another cached revision of the repository shares stay. ``only_derived`` keeps the originals.
     Raises CacheReadOnly when the cache cannot be written.
     """
     derived = (entry.path,) if isinstance(entry, LocalDerived) else entry.derived
@@ -128,6 +128,8 @@ def remove(entry: CachedWeights | LocalDerived, *, only_derived: bool = False) -
 
 def _remove_from_hub_cache(path: Path) -> int:
     """Remove a snapshot's entry, its blob when nothing else names it, and the repository's folder when it is empty."""
+    if not path.exists():  # two cards can name one file
+        return 0
     repo = disk.repo_folder(path)
     blob = path.resolve()
     size = blob.stat().st_size
@@ -161,8 +163,8 @@ def _tidy(repo: Path, removed: Path) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What :func:`verify` found: ``ok``, ``wrong`` (moved aside), ``no digest`` (nothing to compare with), or
-    ``incomplete`` (shards are missing)."""
+    """What :func:`verify` found: ``ok``, ``wrong`` (moved aside), ``no digest`` (nothing to compare with),
+    ``incomplete`` (shards are missing), ``gone`` (no longer in the cache)."""
 
     name: str
     state: str
@@ -174,6 +176,8 @@ def verify(entry: CachedWeights) -> Verdict:
     weights = entry.resolved.weights
     assert weights is not None
     assert weights.repo_id is not None
+    if not all(path.exists() for path in entry.paths):
+        return Verdict(entry.name, "gone", "the file was removed; loading the checkpoint fetches it again")
     if not entry.complete:
         return Verdict(entry.name, "incomplete", "some shards are missing; loading it fetches them")
     compared = 0

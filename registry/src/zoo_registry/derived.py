@@ -122,7 +122,7 @@ def every(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 def remove(path: Path) -> int:
     """Delete a derived file; the number of bytes that became free."""
-    size = path.stat().st_size
+    size = path.stat().st_size if path.exists() else 0
     _facts(path).unlink(missing_ok=True)  # first: without its facts the file counts as absent
     path.unlink(missing_ok=True)
     return size
