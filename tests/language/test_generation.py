@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
+from zoo_language.bdh import BDH
 from zoo_language.generation import Sampling, choose, generate, stream
 from zoo_language.mamba import MambaLM
+from zoo_language.phi_mamba import PhiMambaLM
+from zoo_language.sambay import SambaY
 from zoo_language.scoring import continuation_loglikelihood, score
 from zoo_language.state import State
 
@@ -19,16 +22,30 @@ KINDS = {
 }
 
 
+SAMBAY = {"heads": 4, "kv_heads": 2, "head_dim": 8, "ff": 48, "window": 3}
+OTHERS = {
+    "sambay": lambda: SambaY(50, 8, 32, **SAMBAY, differential=True),
+    "sambay_mamba2": lambda: SambaY(50, 4, 32, **SAMBAY, rnn_type="mamba2", rope_base=10000.0),
+    "sambay_attn": lambda: SambaY(50, 8, 32, **SAMBAY, gmu_source="attention", mup=True, depth_scale=True),
+    "phi_mamba": lambda: PhiMambaLM(50, 32, ["mamba", "attention", "mamba"], MIXER, heads=4),
+    "bdh": lambda: BDH(50, levels=3, d_model=16, heads=2, multiplier=8),
+}
+MIXER = {"d_state": 8, "v_heads": 4, "qk_heads": 2}
+
+
 def build(kind):
     torch.manual_seed(0)
-    model = MambaLM(d_model=32, n_layer=3, vocab_size=50, **KINDS[kind]).eval()
+    if kind in OTHERS:
+        model = OTHERS[kind]().eval()
+    else:
+        model = MambaLM(d_model=32, n_layer=3, vocab_size=50, **KINDS[kind]).eval()
     with torch.no_grad():  # a fresh model's logits are almost flat: make choices far from ties
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, *OTHERS])
 def model(request):
     return build(request.param)
 
@@ -64,7 +81,7 @@ def test_greedy_equals_argmax_of_the_whole(model):
     ids = prompt(6)
     with torch.no_grad():
         for token in texts[0].tokens:
-            assert int(model(torch.tensor([ids]))[0, -1, :50].argmax()) == token
+            assert int(model(torch.tensor([ids]))[0, -1, : model.vocab_size].argmax()) == token
             ids.append(token)
 
 
@@ -219,7 +236,7 @@ def test_loglikelihood_of_a_continuation():
     context, continuation = prompt(5), prompt(3, 1)
     value, greedy = continuation_loglikelihood(model, context, continuation)
     ids = torch.tensor([context + continuation])
-    logprobs = model(ids).detach()[0, :, :50].log_softmax(-1)
+    logprobs = model(ids).detach()[0, :, : model.vocab_size].log_softmax(-1)
     by_hand = sum(float(logprobs[4 + i, token]) for i, token in enumerate(continuation))
     assert value == pytest.approx(by_hand, rel=1e-5)
     texts, _ = generate(model, [context], max_new_tokens=3)
@@ -227,7 +244,9 @@ def test_loglikelihood_of_a_continuation():
     assert greedy == (texts[0].tokens == continuation)
 
 
-def test_checkpointing_keeps_gradients(model):
+@pytest.mark.parametrize("kind", [*KINDS, "phi_mamba", "sambay"])
+def test_checkpointing_keeps_gradients(kind):
+    model = build(kind)
     ids = torch.tensor([prompt(7)])
     model.train()
     model(ids).square().mean().backward()

@@ -17,8 +17,11 @@ def zoo_models() -> Iterable[ModelCard]:
 @hookimpl
 def zoo_adapters() -> Mapping[str, str]:
     return {
+        "bdh": "zoo_language.bdh:BDHAdapter",
         "mamba": "zoo_language.mamba:MambaAdapter",
         "mamba2": "zoo_language.mamba:Mamba2Adapter",
+        "phi_mamba": "zoo_language.phi_mamba:PhiMambaAdapter",
+        "sambay": "zoo_language.sambay:SambaYAdapter",
     }
 
 

@@ -1,0 +1,187 @@
+"""BDH, the Dragon Hatchling: one set of sparse weights used at every level, and attention that is a matrix of synapses.
+
+Paper: "The Dragon Hatchling: The Missing Link between the Transformer and Models of the Brain", arXiv 2509.26507.
+Original: pathwaycom/bdh @ 714bc80, MIT text (bdh.py). Differs: attention is computed as the recurrence that it is, so a
+text is a state of fixed size (the synapses); the original recomputes the whole text for every token.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.reference import ReferenceAdapter
+from zoo.rules import Drop, Rename, Rules
+from zoo_kernels import linear_attention
+
+from ._base import CausalLM
+from .state import State
+
+THETA = 2.0**16
+
+
+class BDH(CausalLM):
+    """``levels`` passes through the same three matrices.
+
+    At each level, with ln a LayerNorm without parameters and rotation by position::
+
+        x_sparse = relu(x E)                              (heads, neurons)
+        y        = ln(sum over s < t of (R_t x_sparse_t . R_s x_sparse_s) x_s)
+        x        = ln(x + ln((x_sparse * relu(y E_v)) D))
+
+    Arguments: ``vocab_size``, ``levels``, ``d_model`` D, ``heads``, ``multiplier`` (neurons per head: multiplier * D /
+    heads), ``dropout`` (on the product of the two sparse vectors, in training).
+    Parameters: ``encoder``, ``encoder_v`` (heads, D, neurons), ``decoder`` (heads * neurons, D), ``embedding``,
+    ``lm_head`` (D, vocabulary).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        levels: int = 6,
+        d_model: int = 256,
+        heads: int = 4,
+        multiplier: int = 128,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if multiplier * d_model % heads:
+            raise ValueError(f"multiplier * d_model = {multiplier * d_model} neurons do not divide into {heads} heads")
+        self.vocab_size, self.levels, self.d_model, self.heads = vocab_size, levels, d_model, heads
+        self.neurons = multiplier * d_model // heads
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.encoder = nn.Parameter(torch.empty(heads, d_model, self.neurons))
+        self.encoder_v = nn.Parameter(torch.empty(heads, d_model, self.neurons))
+        self.decoder = nn.Parameter(torch.empty(heads * self.neurons, d_model))
+        self.lm_head = nn.Parameter(torch.empty(d_model, vocab_size))
+        self.dropout = nn.Dropout(dropout)
+        self.checkpointing = False
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.d_model,))
+
+    def rotate(self, x: Tensor, position: Tensor) -> Tensor:
+        """Turn neighbouring neurons of x (batch, length, heads, neurons) by ``position`` (batch, length)."""
+        pair = torch.arange(0, self.neurons, 2, device=x.device, dtype=torch.float32)
+        turns = position[..., None].float() * (THETA ** (-pair / self.neurons) / (2 * math.pi))
+        phase = (turns % 1)[:, :, None] * (2 * math.pi)
+        cos, sin = phase.cos(), phase.sin()
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.lm_head
+
+    def init_state(self, batch: int = 1) -> State:
+        shape = (batch, self.heads, self.d_model, self.neurons)
+        layers = [{"synapses": torch.zeros(shape, device=self.device)} for _ in range(self.levels)]
+        return State(layers, torch.zeros(batch, dtype=torch.long, device=self.device), None, self.state_name)
+
+    def level(
+        self, x: Tensor, position: Tensor, synapses: Tensor | None, lengths: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """One pass: x (batch, length, D) to the same, the synapses after it, and what happened inside."""
+        sparse = F.relu(torch.einsum("bld,hdn->blhn", x, self.encoder))
+        turned = self.rotate(sparse, position)
+        raw, after = linear_attention(
+            turned,
+            turned,
+            x[:, :, None].expand(-1, -1, self.heads, -1),
+            strict=True,
+            initial_state=synapses,
+            return_final_state=keep,
+            lengths=lengths,
+        )
+        y = F.relu(torch.einsum("blhd,hdn->blhn", self._norm(raw), self.encoder_v))
+        joint = self.dropout(sparse * y).flatten(-2)  # head-major
+        x = self._norm(x + self._norm(joint @ self.decoder))
+        assert after is None or isinstance(after, Tensor)
+        return x, after, {"x_sparse": sparse, "attn_raw": raw}
+
+    def backbone(self, input_ids: Tensor, *, state: State | None = None, lengths: Tensor | None = None) -> Tensor:
+        return self.levels_of(input_ids, state, lengths)[0]
+
+    def levels_of(
+        self, input_ids: Tensor, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The last level's x and what happened inside every level."""
+        self._check(input_ids, state, lengths)
+        start = torch.zeros(input_ids.shape[0], dtype=torch.long, device=self.device)
+        if state is not None:
+            start = state.position
+        position = start[:, None] + torch.arange(input_ids.shape[1], device=self.device)
+        x = self._norm(self.embedding(input_ids))
+        inside = []
+        for i in range(self.levels):
+            synapses = None if state is None else state.layers[i]["synapses"]
+            x, after, found = self.level(x, position, synapses, lengths, state is not None)
+            if state is not None:
+                assert after is not None
+                state.layers[i]["synapses"] = after.detach()
+            inside.append(found)
+        if state is not None:
+            state.position = state.position + (input_ids.shape[1] if lengths is None else lengths)
+        return x, inside
+
+    @torch.no_grad()
+    def step(self, token: Tensor, state: State) -> Tensor:
+        state.logits = self.head(self.backbone(token[:, None], state=state))[:, 0]
+        return state.logits
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        raise NotImplementedError("BDH has one set of weights for all levels and no blocks to recompute")
+
+
+# -- the original's format --------------------------------------------------------------------------------------------
+
+RULES = Rules(Drop("attn.freqs"), Rename("embed.weight", "embedding.weight"))
+
+
+class BDHAdapter(ReferenceAdapter):
+    """Reads pathwaycom/bdh."""
+
+    system = "bdh"
+
+    def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
+        names = {
+            "n_layer": "levels",
+            "n_embd": "d_model",
+            "n_head": "heads",
+            "mlp_internal_dim_multiplier": "multiplier",
+            "vocab_size": "vocab_size",
+            "dropout": "dropout",
+        }
+        unknown = sorted(set(config) - set(names))
+        if unknown:
+            raise ValueError(f"bdh has no configuration key {unknown}; known: {sorted(names)}")
+        return self.load(BDH(**{names[k]: v for k, v in config.items()}), state)
+
+    def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
+        return RULES
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
+        assert isinstance(model, BDH)
+        ids = inputs["input_ids"]
+        x, inside = model.levels_of(ids)
+        logits = model.head(x)
+        found = {"logits": logits, "mid/layer0_x_sparse": inside[0]["x_sparse"].transpose(1, 2)}
+        found["mid/layer0_attn_raw"] = inside[0]["attn_raw"].transpose(1, 2)
+        found["mid/last_attn_raw"] = inside[-1]["attn_raw"].transpose(1, 2)
+        if "targets" in inputs:
+            found["loss"] = F.cross_entropy(logits.flatten(0, 1), inputs["targets"].flatten())
+        greedy = re.search(r"from the first (\d+) tokens to total length (\d+)", str(call))
+        if greedy:
+            from .generation import generate
+
+            prompt, total = int(greedy.group(1)), int(greedy.group(2))
+            texts, _ = generate(model, ids[:, :prompt].tolist(), max_new_tokens=total - prompt)
+            found["generated"] = torch.cat([ids[:, :prompt], torch.tensor([t.tokens for t in texts])], dim=1)
+        return found

@@ -1,0 +1,536 @@
+"""SambaY: a decoder-hybrid-decoder whose second half reads one memory and one key-value cache of the first.
+
+Paper: Ren et al., "Decoder-Hybrid-Decoder Architecture for Efficient Reasoning with Long Generation", arXiv 2507.06607.
+Original: microsoft/ArchScale @ c2ec1d6, MIT (``lit_gpt/model.py`` and beside it); the released Phi-4-mini-flash uses
+another key layout, which is read too. Differs from the original: cached decoding (its training code has none), float32
+rotary phases (it rounds them to bfloat16).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.layers import GatedRMSNorm, Mamba, Mamba2, RMSNorm
+from zoo.reference import ReferenceAdapter
+from zoo.rules import Rename, Rules, Split, Tied
+
+from ._base import CausalLM
+from .attention import Cache, attend, rotary
+from .state import LayerState, State
+
+
+@dataclass
+class Shared:
+    """What the first half hands to the second, for the tokens of one call: memory, and keys, values with positions."""
+
+    memory: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    k_position: Tensor | None = None
+
+
+class GMU(nn.Module):
+    """Gated memory unit: ``out_proj(silu(in_proj x) * m)``; with ``norm`` ``out_proj(RMSNorm(m * silu(in_proj x)))``.
+
+    Paper, section 3.1. x: (..., d_model), m: (..., d_memory).
+    """
+
+    def __init__(self, d_model: int, d_memory: int, *, norm: bool = False) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(d_model, d_memory, bias=False)
+        self.norm = GatedRMSNorm(d_memory) if norm else None
+        self.out_proj = nn.Linear(d_memory, d_model, bias=False)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        gate = self.in_proj(x)
+        mixed = self.norm(memory, gate) if self.norm is not None else F.silu(gate) * memory
+        return self.out_proj(mixed)
+
+
+class Differential(nn.Module):
+    """The learnt difference of two attentions (Ye et al., arXiv 2410.05258): even heads minus lambda times odd."""
+
+    def __init__(self, head_dim: int, index: int) -> None:
+        super().__init__()
+        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * index)
+        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+            self.register_parameter(name, nn.Parameter(0.1 * torch.randn(head_dim)))
+        self.subln = RMSNorm(2 * head_dim)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+        """q (batch, length, heads, d), k, v (batch, keys, kv heads, d) to (batch, length, heads, d)."""
+        q1, q2 = q[:, :, 0::2], q[:, :, 1::2]
+        k1, k2 = k[:, :, 0::2], k[:, :, 1::2]
+        both = torch.cat([v[:, :, 0::2], v[:, :, 1::2]], dim=-1)
+        # The sums are tiny and their exponentials are subtracted: in float32 whatever the weights are.
+        first = (self.lambda_q1.float() * self.lambda_k1.float()).sum().exp()  # type: ignore[operator]
+        second = (self.lambda_q2.float() * self.lambda_k2.float()).sum().exp()  # type: ignore[operator]
+        weight = (first - second + self.lambda_init).to(q.dtype)
+        out = attend(q1, k1, both, **how) - weight * attend(q2, k2, both, **how)
+        out = self.subln(out) * (1 - self.lambda_init)
+        return torch.stack(out.chunk(2, dim=-1), dim=3).flatten(2, 3)  # halves back to heads 2j and 2j + 1
+
+
+class Attention(nn.Module):
+    """Grouped causal attention: with a window, full, or (``cross``) reading the shared keys and values."""
+
+    def __init__(
+        self, d_model: int, heads: int, kv_heads: int, head_dim: int, index: int, *,
+        window: int | None, cross: bool, differential: bool, bias: bool, out_bias: bool, scale: float,
+        rope_base: float | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if heads % kv_heads:
+            raise ValueError(f"{heads} heads do not divide into {kv_heads} key-value heads")
+        if differential and (heads % 2 or kv_heads % 2):
+            raise ValueError(f"differential attention needs even numbers of heads, not {heads} and {kv_heads}")
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.window, self.cross, self.scale, self.rope_base = window, cross, scale, rope_base
+        self.q_proj = nn.Linear(d_model, heads * head_dim, bias=bias)
+        self.k_proj = None if cross else nn.Linear(d_model, kv_heads * head_dim, bias=False)
+        self.v_proj = None if cross else nn.Linear(d_model, kv_heads * head_dim, bias=bias)
+        self.proj = nn.Linear(heads * head_dim, d_model, bias=out_bias)
+        self.da = Differential(head_dim, index) if differential else None
+        self.cache = Cache(window)
+
+    def init_state(self, batch: int) -> LayerState:
+        if self.cross:
+            return {}
+        weight = self.proj.weight
+        return self.cache.empty(batch, self.kv_heads, self.head_dim, device=weight.device, dtype=weight.dtype)
+
+    def _turn(self, x: Tensor, at: Tensor) -> Tensor:
+        return x if self.rope_base is None else rotary(x, at, self.head_dim, self.rope_base)
+
+    def forward(
+        self, x: Tensor, shared: Shared, state: LayerState | None, position: Tensor | None, lengths: Tensor | None,
+        *, share: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The mixed x, and the attention output before its projection. ``share``: keys and values go into ``shared``."""
+        start = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if position is None else position
+        at = start[:, None] + torch.arange(x.shape[1], device=x.device)
+        q = self._turn(self.q_proj(x).unflatten(-1, (self.heads, -1)), at)
+        if self.cross:
+            k, v, seen = shared.k, shared.v, shared.k_position
+            assert k is not None
+            assert v is not None
+        else:
+            assert self.k_proj is not None
+            assert self.v_proj is not None
+            k = self._turn(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)), at)
+            v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
+            seen = None
+            if state is not None:
+                seen = torch.cat([self.cache.positions(state, start), at], dim=1)
+                new_k, new_v = k, v
+                k = torch.cat([state["k"].to(k.dtype), k], dim=1)
+                v = torch.cat([state["v"].to(v.dtype), v], dim=1)
+                self.cache.write(state, new_k, new_v, start, lengths)  # may overwrite what was just read
+        if share:
+            shared.k, shared.v, shared.k_position = k, v, seen
+        how: dict[str, Any] = {"scale": self.scale, "window": self.window}
+        if seen is not None:
+            how |= {"q_position": at, "k_position": seen}
+        out = self.da(q, k, v, **how) if self.da is not None else attend(q, k, v, **how)
+        out = out.flatten(-2)
+        return self.proj(out), out
+
+
+class MLP(nn.Module):
+    """``w3(silu(gate) * value)`` with ``gate, value = w1(x)``."""
+
+    def __init__(self, d_model: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(d_model, 2 * hidden, bias=False)
+        self.w3 = nn.Linear(hidden, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output and the value half (a memory source)."""
+        gate, value = self.w1(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value), value
+
+
+class Block(nn.Module):
+    """``x + mixer(norm_1 x)``, then ``x + mlp(norm_2 x)``; ``role`` says what the mixer is and hands on.
+
+    roles: "mamba", "mamba2", "window", "full", "cross", "gmu". ``memory``: None, "scan" (a recurrent layer's output
+    before its gate), "attention" or "mlp": what this layer puts into the shared memory.
+    """
+
+    def __init__(
+        self, role: str, mixer: nn.Module, norm_1: nn.Module, norm_2: nn.Module, mlp: MLP, *,
+        memory: str | None, share_kv: bool, branch_scale: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.role, self.memory, self.share_kv, self.branch_scale = role, memory, share_kv, branch_scale
+        self.norm_1, self.mixer, self.norm_2, self.mlp = norm_1, mixer, norm_2, mlp
+        self.checkpointing = False
+
+    def init_state(self, batch: int) -> LayerState:
+        return {} if self.role == "gmu" else self.mixer.init_state(batch)  # type: ignore[operator]
+
+    def forward(
+        self, x: Tensor, shared: Shared, state: LayerState | None, position: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
+        n = self.norm_1(x)
+        if self.role == "gmu":
+            assert shared.memory is not None
+            mixed = self.mixer(n, shared.memory)
+        elif self.role in ("mamba", "mamba2"):
+            mixed = self._recurrent(n, shared, state, lengths)
+        else:
+            mixed, before = self.mixer(n, shared, state, position, lengths, share=self.share_kv)
+            if self.memory == "attention":
+                shared.memory = before
+        x = x + mixed * self.branch_scale
+        out, value = self.mlp(self.norm_2(x))
+        if self.memory == "mlp":
+            shared.memory = value
+        return x + out * self.branch_scale
+
+    def _recurrent(self, n: Tensor, shared: Shared, state: LayerState | None, lengths: Tensor | None) -> Tensor:
+        mixer = self.mixer
+        if self.memory != "scan":
+            return mixer(n, state=state, lengths=lengths)
+        if isinstance(mixer, Mamba):
+            y, z = mixer.mix(n, gate=False, state=state, lengths=lengths)
+            shared.memory = y
+            return mixer.out_proj(F.silu(z) * y)
+        assert isinstance(mixer, Mamba2)
+        z0, x0, z, xBC, dt = mixer._split(n)
+        shared.memory = mixer.scan(xBC, dt, state=state, lengths=lengths)
+        return mixer._finish(shared.memory, z, z0, x0)
+
+
+class SambaY(CausalLM):
+    """SambaY and its family (Samba, SWA+YOCO, the GMU ablations, Phi-4-mini-flash).
+
+    Arguments: ``vocab_size`` (padded up to ``padding_multiple``); ``n_layer`` n, a multiple of 4; ``d_model``;
+    ``heads``, ``kv_heads``, ``head_dim``; ``ff`` hidden size of the MLPs; ``window`` of the self-decoder's attention;
+    ``rnn_per_layer`` (layer i is recurrent when i is a multiple; -1: never) and ``rnn_type`` "mamba" or "mamba2";
+    ``yoco``: the second half reads shared memory and cache; ``gmu`` and ``gmu_per_layer``: with GMUs; ``gmu_source``
+    "scan", "attention" or "mlp"; ``differential`` attention; ``rope_base`` (None: no positions); ``attn_bias``,
+    ``attn_out_bias``; ``layer_norm`` instead of RMSNorm; ``tied``; ``mup`` (scales of muP) with ``mup_d0`` and
+    ``mup_hd0``; ``depth_scale`` (branches divided by sqrt(2 n)); ``yoco_window``: the shared attention's window.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        n_layer: int,
+        d_model: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        ff: int,
+        window: int | None = None,
+        rnn_per_layer: int = 2,
+        rnn_type: str = "mamba",
+        yoco: bool = True,
+        gmu: bool = True,
+        gmu_per_layer: int = 2,
+        gmu_source: str = "scan",
+        differential: bool = False,
+        rope_base: float | None = None,
+        attn_bias: bool = False,
+        attn_out_bias: bool = False,
+        layer_norm: bool = False,
+        norm_eps: float = 1e-5,
+        tied: bool = False,
+        mup: bool = False,
+        mup_d0: int = 16,
+        mup_hd0: int = 128,
+        depth_scale: bool = False,
+        padding_multiple: int = 64,
+        yoco_window: int | None = None,
+    ) -> None:
+        super().__init__()
+        if n_layer % 4 and yoco:
+            raise ValueError(f"n_layer is {n_layer}; a decoder-hybrid-decoder needs a multiple of 4")
+        if rnn_type not in ("mamba", "mamba2"):
+            raise ValueError(f"rnn_type is {rnn_type!r}; expected 'mamba' or 'mamba2' (gated delta nets are not built)")
+        if gmu_source not in ("scan", "attention", "mlp"):
+            raise ValueError(f"gmu_source is {gmu_source!r}; expected 'scan', 'attention' or 'mlp'")
+        self.vocab_size, self.n_layer = vocab_size, n_layer
+        padded = math.ceil(vocab_size / padding_multiple) * padding_multiple
+        self.logit_scale = mup_d0 / n_layer if mup else 1.0
+        self.embedding = nn.Embedding(padded, d_model)
+        inner2 = 8 * math.ceil(2 * d_model / 64 / 8) * 64
+        d_memory = {
+            "scan": 2 * d_model if rnn_type == "mamba" else inner2, "attention": heads * head_dim, "mlp": ff,
+        }[gmu_source]  # fmt: skip
+        scale = head_dim**-0.5 * (math.sqrt(mup_hd0 / head_dim) if mup else 1.0)
+
+        def norm() -> nn.Module:
+            return nn.LayerNorm(d_model, eps=norm_eps) if layer_norm else RMSNorm(d_model, norm_eps)
+
+        def mixer(role: str, i: int) -> nn.Module:
+            if role == "mamba":
+                return Mamba(d_model)
+            if role == "mamba2":
+                return Mamba2(d_model, d_ssm=inner2, expand=inner2 / d_model)
+            if role == "gmu":
+                return GMU(d_model, d_memory, norm=gmu_source == "scan" and rnn_type == "mamba2")
+            width = window if role == "window" else (yoco_window if yoco else None)
+            return Attention(
+                d_model, heads, kv_heads, head_dim, i, window=width, cross=role == "cross", differential=differential,
+                bias=attn_bias, out_bias=attn_out_bias, scale=scale, rope_base=rope_base,
+            )  # fmt: skip
+
+        half = n_layer // 2
+        blocks = []
+        for i in range(n_layer):
+            role = _role(i, n_layer, rnn_per_layer, rnn_type, yoco, gmu, gmu_per_layer)
+            memory = None
+            if yoco and gmu:
+                if gmu_source == "scan" and i == half:
+                    memory = "scan"
+                elif (gmu_source == "attention" and role in ("window", "full")) or (
+                    gmu_source == "mlp" and i == half + 1
+                ):
+                    memory = gmu_source
+            blocks.append(
+                Block(
+                    role, mixer(role, i), norm(), norm(), MLP(d_model, ff),
+                    memory=memory, share_kv=role == "full" and yoco,
+                    branch_scale=1 / math.sqrt(2 * n_layer) if depth_scale else 1.0,
+                )
+            )  # fmt: skip
+        self.layers = nn.ModuleList(blocks)
+        self.norm_f = norm()
+        self.lm_head = None if tied else nn.Linear(d_model, padded, bias=False)
+        self.reset_parameters(mup=mup, tied=tied)
+
+    def reset_parameters(self, *, mup: bool, tied: bool) -> None:
+        """The original's: tiny embeddings, and normal weights (or, with muP, torch's defaults and a zero head)."""
+        nn.init.normal_(self.embedding.weight, std=0.02 if tied else 1e-4)
+        if not mup:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+        elif self.lm_head is not None:
+            nn.init.zeros_(self.lm_head.weight)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(hidden * self.logit_scale, weight)
+
+    def backbone(self, input_ids: Tensor, *, state: State | None = None, lengths: Tensor | None = None) -> Tensor:
+        self._check(input_ids, state, lengths)
+        x = self.embed(input_ids)
+        shared = Shared()
+        position = None if state is None else state.position
+        for i, layer in enumerate(self.layers):
+            own = None if state is None else state.layers[i]
+            if layer.checkpointing and self.training and state is None:
+                # ``shared`` is filled again, with the same values, when a block is recomputed.
+                x = torch.utils.checkpoint.checkpoint(layer, x, shared, None, None, lengths, use_reentrant=False)
+            else:
+                x = layer(x, shared, own, position, lengths)
+        if state is not None:
+            state.position = state.position + (input_ids.shape[1] if lengths is None else lengths)
+        return self.norm_f(x)
+
+    @torch.no_grad()
+    def step(self, token: Tensor, state: State) -> Tensor:
+        state.logits = self.head(self.backbone(token[:, None], state=state))[:, 0]
+        return state.logits
+
+
+def _role(i: int, n: int, rnn_per_layer: int, rnn_type: str, yoco: bool, gmu: bool, gmu_per_layer: int) -> str:
+    """What layer i of n is (paper, figure 1; ArchScale's rule for other periods)."""
+    recurrent = rnn_per_layer > 0 and i % rnn_per_layer == 0
+    if not yoco or i < n // 2:
+        return rnn_type if recurrent else "window"
+    if i == n // 2:
+        return rnn_type if rnn_per_layer > 0 else "window"
+    if i == n // 2 + 1:
+        return "full"
+    return "gmu" if gmu and i % gmu_per_layer == 0 else "cross"
+
+
+# -- the originals' formats -------------------------------------------------------------------------------------------
+
+#: What no published configuration sets otherwise; another value is refused.
+FIXED: dict[str, Any] = {
+    "scale_embed": False, "moe": False, "zero_mod": False, "sqrt_gate": False, "rotary_percentage": 1.0,
+    "ada_rope": False, "separate_qkv": True, "qk_norm": False, "attn_norm": False, "sc_attn": False,
+    "sink_attn": False, "relu2": False, "full_swa_extend": False, "da_const_lamb": False, "use_sigmoid": False,
+    "gated_attn": False, "scaling_factor": 1.0, "bias": False, "no_mlp_bias": False, "mlp": True, "oss_swiglu": False,
+    "ffn_norm": False, "mlp_relu2": False, "full_per_layer": 1000000, "attn_layer_pos": None, "jamba_norm": False,
+    "yoco_nope": False, "post_norm": False, "decouple_postnorm": False, "skip_gain": False,
+    "skip_weight_per_layer": -1, "no_skip": False, "lc": False, "lc_shared": False, "sc_lc": False, "sum_skip": False,
+    "share_per_layer": -1, "share_group": 1, "compress": False, "attn_scale": None, "super_mup": False,
+    "original_mup": False, "shadow_init": False,
+}  # fmt: skip
+#: Keys that name things, or change speed, training or initialisation only.
+IGNORED = {
+    "org", "name", "block_size", "eos_token_id", "padded_vocab_size", "fa2", "use_cu_seqlen", "residual_in_fp32",
+    "w_init_scale", "head_init_std", "use_muon", "use_muonh", "lc_budget_tau", "lc_budget_lambda", "sparsity", "top_k",
+    "aux_gamma", "aux_style", "share_expert", "fuse_sort_and_padding", "use_sonicmoe", "global_aux",
+    "intermediate_size",
+}  # fmt: skip
+READ = {
+    "vocab_size", "padding_multiple", "n_layer", "n_head", "n_embd", "ar", "mlp_expand", "head_dim", "n_query_groups",
+    "tied_embed", "local_window", "nope", "use_da", "rope_base", "attn_bias", "attn_out_bias", "rnn_per_layer",
+    "rnn_type", "yoco", "gmu_yoco", "gmu_per_layer", "gmu_attn", "gmu_mlp", "yoco_window", "mup", "mup_d0", "mup_hd0",
+    "depth_scale", "_norm_class", "norm_eps",
+}  # fmt: skip
+
+
+def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """SambaY's arguments from an ArchScale Config. Switches that nothing published uses are refused by name."""
+    for key, value in config.items():
+        if key in FIXED and value != FIXED[key]:
+            raise ValueError(f"sambay: {key}={value!r} is not built; only {FIXED[key]!r} is")
+        if key not in FIXED and key not in IGNORED and key not in READ:
+            raise ValueError(f"sambay has no configuration key {key!r}")
+    norms = {"FusedRMSNorm": False, "RMSNorm": False, "LayerNorm": True}
+    norm = config.get("_norm_class", "FusedRMSNorm")
+    if norm not in norms:
+        raise ValueError(f"sambay: _norm_class is {norm!r}; expected one of {sorted(norms)}")
+    n = config["n_layer"]
+    d = config["ar"] * n if config.get("ar") else config["n_embd"]
+    heads = config["n_head"]
+    window = config.get("local_window", -1)
+    source = "attention" if config.get("gmu_attn") else ("mlp" if config.get("gmu_mlp") else "scan")
+    return {
+        "vocab_size": config["vocab_size"],
+        "padding_multiple": config.get("padding_multiple", 512),
+        "n_layer": n,
+        "d_model": d,
+        "heads": heads,
+        "kv_heads": config.get("n_query_groups") or heads,
+        "head_dim": config.get("head_dim") or d // heads,
+        "ff": int(config.get("mlp_expand", 4) * d),
+        "window": window if window > 0 else None,
+        "rnn_per_layer": config.get("rnn_per_layer", -1),
+        "rnn_type": config.get("rnn_type", "mamba"),
+        "yoco": config.get("yoco", False),
+        "gmu": config.get("gmu_yoco", False),
+        "gmu_per_layer": config.get("gmu_per_layer", 2),
+        "gmu_source": source,
+        "differential": config.get("use_da", False),
+        "rope_base": None if config.get("nope", False) else config.get("rope_base", 10000),
+        "attn_bias": config.get("attn_bias", False),
+        "attn_out_bias": config.get("attn_out_bias", False),
+        "layer_norm": norms[norm],
+        "norm_eps": config.get("norm_eps", 1e-5),
+        "tied": config.get("tied_embed", False),
+        "mup": config.get("mup", False),
+        "mup_d0": config.get("mup_d0", 16),
+        "mup_hd0": config.get("mup_hd0", 128),
+        "depth_scale": config.get("depth_scale", False),
+        "yoco_window": config["block_size"] // 2 if config.get("yoco_window") else None,
+    }
+
+
+def archscale_rules(model: SambaY) -> Rules:
+    tie = [Tied("lm_head.weight", "transformer.wte.weight")] if model.lm_head is None else []
+    head = [Rename("lm_head.weight", "embedding.weight")] if model.lm_head is None else []
+    return Rules(
+        *tie,
+        *head,
+        Rename("transformer.wte.weight", "embedding.weight"),
+        Rename("transformer.ln_f.{p}", "norm_f.{p}"),
+        *(
+            Rename(f"transformer.h.{i}.attn.gmu.{{rest:*}}", f"layers.{i}.mixer.{{rest:*}}")
+            for i, layer in enumerate(model.layers)
+            if layer.role == "gmu"
+        ),
+        Rename("transformer.h.{i:d}.attn.{rest:*}", "layers.{i:d}.mixer.{rest:*}"),
+        Rename("transformer.h.{i:d}.{rest:*}", "layers.{i:d}.{rest:*}"),
+    )
+
+
+def phi4_rules(model: SambaY) -> Rules:
+    """The released Phi-4-mini-flash: fused Wqkv (all q, then k, then v), other names, a copy of the tied head.
+
+    The rows of Wqkv.bias that belong to k exist there but cannot change any output: without positions a key bias
+    moves all scores of a query alike. They are dropped, and written back as zeros.
+    """
+    rules: list[Any] = [Tied("model.embed_tokens.weight", "lm_head.weight")]
+    for i, layer in enumerate(model.layers):
+        theirs, ours = f"model.layers.{i}.attn.", f"layers.{i}.mixer."
+        if layer.role == "gmu":
+            continue
+        if isinstance(layer.mixer, Attention):
+            q = layer.mixer.heads * layer.mixer.head_dim
+            kv = layer.mixer.kv_heads * layer.mixer.head_dim
+            if layer.mixer.cross:
+                rules.append(Rename(theirs + "Wqkv.{p}", ours + "q_proj.{p}"))
+            else:
+                rules.append(
+                    Split(
+                        theirs + "Wqkv.weight",
+                        [ours + "q_proj.weight", ours + "k_proj.weight", ours + "v_proj.weight"],
+                        sizes=[q, kv, kv],
+                    )
+                )
+                rules.append(_SplitBias(theirs + "Wqkv.bias", ours, q, kv))
+            rules += [
+                Rename(theirs + "out_proj.{p}", ours + "proj.{p}"),
+                Rename(theirs + "inner_cross_attn.{rest:*}", ours + "da.{rest:*}"),
+                Rename(theirs + "{name}", ours + "da.{name}"),
+            ]
+    rules += [
+        Rename("model.embed_tokens.weight", "embedding.weight"),
+        Rename("model.final_layernorm.{p}", "norm_f.{p}"),
+        Rename("model.layers.{i:d}.input_layernorm.{p}", "layers.{i:d}.norm_1.{p}"),
+        Rename("model.layers.{i:d}.post_attention_layernorm.{p}", "layers.{i:d}.norm_2.{p}"),
+        Rename("model.layers.{i:d}.mlp.fc1.{p}", "layers.{i:d}.mlp.w1.{p}"),
+        Rename("model.layers.{i:d}.mlp.fc2.{p}", "layers.{i:d}.mlp.w3.{p}"),
+        Rename("model.layers.{i:d}.attn.{rest:*}", "layers.{i:d}.mixer.{rest:*}"),
+    ]
+    return Rules(*rules)
+
+
+class _SplitBias(Split):
+    """Wqkv.bias to the q and v biases; the k rows, which change nothing, are left out and come back as zeros."""
+
+    def __init__(self, theirs: str, ours: str, q: int, kv: int) -> None:
+        super().__init__(theirs, [ours + "q_proj.bias", ours + "v_proj.bias"])
+        self.q, self.kv = q, kv
+
+    def forward(self, parts: list[Tensor]) -> list[Tensor]:
+        return [parts[0][: self.q], parts[0][self.q + self.kv :]]
+
+    def backward(self, parts: list[Tensor]) -> list[Tensor]:
+        return [torch.cat([parts[0], parts[0].new_zeros(self.kv), parts[1]])]
+
+
+class SambaYAdapter(ReferenceAdapter):
+    """Reads microsoft/ArchScale's GPT and the released Phi-4-mini-flash."""
+
+    system = "sambay"
+
+    def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
+        return self.load(SambaY(**arguments_of(config)), state)
+
+    def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
+        if not isinstance(model, SambaY):
+            raise ValueError("the key table of sambay depends on the layers: give model=")
+        return phi4_rules(model) if any(k.startswith("model.") for k in state) else archscale_rules(model)
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
+        assert isinstance(model, SambaY)
+        found: dict[str, Tensor] = {}
+        shared = Shared()
+        x = model.embed(inputs["input_ids"])
+        last: Tensor | None = None
+        for i, layer in enumerate(model.layers):
+            x = layer(x, shared, None, None, None)
+            found[f"mid/block{i}"] = x
+            if shared.memory is not None and shared.memory is not last:
+                found[f"mid/gmu_memory{i}"] = last = shared.memory
+            if layer.role == "full" and shared.k is not None:
+                assert shared.v is not None
+                found |= {"mid/shared_k": shared.k, "mid/shared_v": shared.v}
+        return {"logits": model.head(model.norm_f(x)), **found}
