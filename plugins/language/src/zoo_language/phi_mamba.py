@@ -2,8 +2,8 @@
 
 Paper: Bick et al., "Transformers to SSMs: Distilling Quadratic Knowledge to Subquadratic Models", arXiv 2408.10189.
 Original: goombalab/phi-mamba @ b2e405f (lm_head.py, phi_block.py, discrete_mamba2.py, phi_attention.py). Differs: it
-decodes batches (the original's step broadcasts over them wrongly), and the hybrid's attention takes the model's own sizes (the
-original takes Phi-1.5's defaults whatever the configuration says, which are the same for what is published).
+decodes batches (the original's step broadcasts over them wrongly), and the hybrid's attention takes the model's own
+sizes (the original takes Phi-1.5's defaults whatever the configuration says; for what is published they are the same).
 """
 
 from __future__ import annotations

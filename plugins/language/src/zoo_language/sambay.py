@@ -113,7 +113,7 @@ class Attention(nn.Module):
         self, x: Tensor, shared: Shared, state: LayerState | None, position: Tensor | None, lengths: Tensor | None,
         *, share: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The mixed x, and the attention output before its projection. ``share``: keys and values go into ``shared``."""
+        """The mixed x, and the attention output before its projection. ``share``: k and v go into ``shared``."""
         start = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if position is None else position
         at = start[:, None] + torch.arange(x.shape[1], device=x.device)
         q = self._turn(self.q_proj(x).unflatten(-1, (self.heads, -1)), at)
