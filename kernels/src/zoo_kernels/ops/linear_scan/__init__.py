@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -107,7 +108,7 @@ def linear_scan(
     else:
         h, final = _scan(*args)
     h = h.reshape(*h.shape[:2], *channels)
-    return h, final.reshape(-1, *channels) if return_final_state else None
+    return h, final.reshape(h.shape[0], *channels) if return_final_state else None
 
 
 def _canonical(
@@ -122,7 +123,7 @@ def _canonical(
     checks.is_tensor(NAME, "a", a, x)
     checks.has_dtype(NAME, "a", a, allowed)
     batch, length, *channels = x.shape
-    inner = len(channels)
+    inner, width = len(channels), math.prod(channels)
     lead = a.dim() - inner
     wanted = (batch, length, *channels)[2 - lead :] if 0 <= lead <= 2 else None
     if wanted is None or any(n not in (1, w) for n, w in zip(a.shape, wanted, strict=True)):
@@ -143,16 +144,16 @@ def _canonical(
     if x.is_complex():
         a = a.to(work)
     if initial_state is not None:
-        initial_state = initial_state.to(work).reshape(batch, -1)
+        initial_state = initial_state.to(work).reshape(batch, width)
     a = a.reshape([1] * (2 - lead) + list(a.shape))
-    a = a.expand(*a.shape[:2], *channels).reshape(*a.shape[:2], -1)
+    a = a.expand(*a.shape[:2], *channels).reshape(*a.shape[:2], width)
     path = checks.canonical_path(NAME, path, batch=batch, length=length, paths=None, like=x)
     path = None if path is None else path[:, 0]
     resets = checks.canonical_resets(NAME, resets, batch=batch, length=length, like=x)
     lengths = checks.canonical_lengths(NAME, lengths, batch=batch, like=x)
     if not isinstance(reverse, bool):
         raise ValueError(f"{NAME}: reverse is {reverse!r}; it must be True or False")
-    x = x.reshape(batch, length, -1)
+    x = x.reshape(batch, length, width)
     return (x, a, path, reverse, initial_state, bool(return_final_state), resets, lengths), tuple(channels)
 
 
