@@ -1,4 +1,4 @@
-# Compile-time and run-time conditions must not share an `if`, and types here are those of the device.
+# Tuples of results are unpacked whole, though a kernel may need some of them only.
 # ruff: noqa: RUF059
 """The device code of the chunked scan with one decay per head. ``gpu.py`` launches it and says what is computed where.
 
