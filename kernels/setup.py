@@ -14,6 +14,8 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 spec = importlib.util.spec_from_file_location("zoo_kernels_build", HERE / "src" / "zoo_kernels" / "build.py")
+assert spec is not None
+assert spec.loader is not None
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 

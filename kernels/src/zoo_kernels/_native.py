@@ -49,22 +49,26 @@ def _load() -> ctypes.CDLL | str:
     return library
 
 
-@functools.cache
-def isa() -> str:
-    """The instruction set in use: the best that the processor has, or what ZOO_KERNELS_ISA says."""
+def known() -> list[str]:
+    """The instruction sets that this processor has, the best one last."""
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(library)
     found = library.zk_isas()
-    known = [name for name, bit in _BITS.items() if found & bit]
+    return [name for name, bit in _BITS.items() if found & bit]
+
+
+@functools.cache
+def isa() -> str:
+    """The instruction set in use: the best that the processor has, or what ZOO_KERNELS_ISA says."""
     wanted = os.environ.get("ZOO_KERNELS_ISA")
     if wanted:
-        if wanted not in known:
+        if wanted not in known():
             raise ValueError(
-                f"the environment variable ZOO_KERNELS_ISA is {wanted!r}; this processor has {', '.join(known)}"
+                f"the environment variable ZOO_KERNELS_ISA is {wanted!r}; this processor has {', '.join(known())}"
             )
         return wanted
-    return known[-1]
+    return known()[-1]
 
 
 def unavailable() -> str | None:

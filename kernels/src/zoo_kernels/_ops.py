@@ -152,7 +152,7 @@ class Operator:
             return importlib.import_module(path)
         except ModuleNotFoundError as error:
             if error.name == path:
-                return f"{self.name} has no {name} implementation yet"
+                return f"{self.name} has no {name} implementation"
             return f"{error}"
         except Exception as error:  # a Triton release may break a kernel in any way: the others must go on
             return f"its module does not import: {type(error).__name__}: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,8 +46,12 @@ def status() -> dict[str, Any]:
     }
 
 
-def self_check(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
-    """Run small cases of every operator on every back end that is available, forward and backward.
+def self_check(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    operators: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Run small cases of every operator (or those named) on every available back end, forward and backward.
 
     Returns one record for each operator and back end: ``operator``, ``backend``, ``ok``, ``error`` (largest difference
     from the float64 reference, relative to the largest value), ``detail`` (why it failed or was left out, or None).
@@ -57,7 +62,7 @@ def self_check(device: str | torch.device = "cpu", dtype: torch.dtype = torch.fl
         _check(op, name, place, dtype)
         for _, op in sorted(OPERATORS.items())
         for name in op.backends
-        if name != "reference" and op.cases is not None
+        if name != "reference" and op.cases is not None and (operators is None or op.name in operators)
     ]
 
 

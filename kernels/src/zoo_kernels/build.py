@@ -1,8 +1,8 @@
 """Compile the native library from ``kernels/native``: ``python -m zoo_kernels.build`` in a checkout, or from setup.py.
 
 Every source in ``native/`` is compiled once for each instruction set of the platform, with that set's flags and with
-``ZK_ISA`` naming it; ``native/common/`` once, for the baseline. The library chooses at run time. It links neither torch nor
-Python, so one library serves every version of both. Needs setuptools, which knows the platform's C++ compiler
+``ZK_ISA`` naming it; ``native/common/`` once, for the baseline. Which one runs is chosen at run time. The library links
+neither torch nor Python, so it serves every version of both. Needs setuptools, which knows the platform's C++ compiler
 (GCC, Clang or MSVC; the environment variables CXX, CXXFLAGS and LDFLAGS are honoured), and nothing else.
 """
 
@@ -64,14 +64,15 @@ def instruction_sets(msvc: bool) -> dict[str, list[str]]:
 def _compiler() -> tuple[Any, bool]:
     """The platform's compiler object and whether it is MSVC."""
     try:
-        import setuptools  # noqa: F401  (brings distutils along, also where Python no longer has it)
         from distutils.ccompiler import new_compiler
         from distutils.sysconfig import customize_compiler
+
+        import setuptools  # noqa: F401  (brings distutils along, also where Python no longer has it)
     except ImportError as error:
         raise BuildError(
             f"setuptools is needed to build the native library ({error}); pip install setuptools"
         ) from error
-    compiler = new_compiler()
+    compiler: Any = new_compiler()
     msvc = compiler.compiler_type == "msvc"
     if not msvc:
         customize_compiler(compiler)

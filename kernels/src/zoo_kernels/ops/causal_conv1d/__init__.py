@@ -11,6 +11,8 @@ from torch import Tensor
 from zoo_kernels import _checks as checks
 from zoo_kernels._ops import Operator
 
+from .step import step as _step
+
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
 
 NAME = "causal_conv1d"
@@ -140,6 +142,4 @@ def causal_conv1d_step(
 
     The state is that of :func:`causal_conv1d`: the last ``width`` rows, newest last. Returns y: (batch, channels).
     """
-    from .step import step
-
-    return step(x, weight, bias, state, activation)
+    return _step(x, weight, bias, state, checked_activation("causal_conv1d_step", activation))

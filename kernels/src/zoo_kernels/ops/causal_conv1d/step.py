@@ -21,7 +21,8 @@ def _cases(device: torch.device, dtype: torch.dtype):
     for channels, width in ((24, 4), (7, 2)):
         yield (
             torch.randn(2, channels, device=device).to(dtype), torch.randn(channels, width, device=device).to(dtype),
-            torch.randn(channels, device=device).to(dtype), torch.randn(2, width, channels, device=device), True,
+            torch.randn(channels, device=device).to(dtype),
+            torch.randn(2, width, channels, device=device, dtype=checks.state_dtype(dtype)), True,
         )  # fmt: skip
 
 
@@ -37,9 +38,9 @@ _step = Operator(
 )
 
 
-def step(x, weight, bias, state, activation) -> Tensor:
+def step(x, weight, bias, state, silu: bool) -> Tensor:
     """See :func:`zoo_kernels.causal_conv1d_step`."""
-    from . import checked_activation, checked_weight
+    from . import checked_weight
 
     checks.has_shape(NAME, "x", x, [("batch", None), ("channels", None)])
     checked_weight(NAME, weight, x.shape[1], x)
@@ -48,5 +49,5 @@ def step(x, weight, bias, state, activation) -> Tensor:
     checks.has_shape(
         NAME, "state", state, [("batch", x.shape[0]), ("width", weight.shape[1]), ("channels", x.shape[1])], x
     )
-    result: Any = _step.direct(x, weight, bias, state, checked_activation(NAME, activation))
+    result: Any = _step.direct(x, weight, bias, state, silu)
     return result

@@ -11,6 +11,8 @@ from torch import Tensor
 from zoo_kernels import _checks as checks
 from zoo_kernels._ops import Operator
 
+from .step import step as _step
+
 __all__ = ["selective_scan", "selective_scan_step"]
 
 NAME = "selective_scan"
@@ -69,7 +71,8 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterable[tuple[Any, ...]
     for K, groups, N, channels, length in ((1, 1, 16, 24, 70), (2, 2, 4, 6, 33)):
         path = None if K == 1 else torch.stack([torch.randperm(length) for _ in range(K)])[None].to(device)
         yield (
-            r(2, length, 1, channels), r(2, length, K, channels), -torch.rand(K, channels, N, device=device).to(dtype) - 0.1,
+            r(2, length, 1, channels), r(2, length, K, channels),
+            -torch.rand(K, channels, N, device=device).to(dtype) - 0.1,
             r(2, length, K, groups, N), r(2, length, K, groups, N), r(K, channels), r(2, length, channels),
             r(K, channels), True, path, [False, True][:K], None, False, None, None,
         )  # fmt: skip
@@ -278,6 +281,4 @@ def selective_scan_step(
 
     u, dt, z: (batch, channels); B, C: (batch, state) or (batch, groups, state). Returns y: (batch, channels).
     """
-    from .step import step
-
-    return step(u, dt, A, B, C, D, z, dt_bias, state, dt_softplus)
+    return _step(u, dt, A, B, C, D, z, dt_bias, state, dt_softplus)

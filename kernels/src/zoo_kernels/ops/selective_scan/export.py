@@ -1,7 +1,7 @@
 """The selective scan as ordinary torch operators of logarithmic depth, for ONNX and other exporters.
 
 The recurrence h_t = a_t h_{t-1} + x_t is associative in pairs (a, x): doubling the distance log2(steps) times (Hillis
-and Steele, 1986) replaces the loop over time. It stores (batch, K, steps, channels, state), which the other forms do not.
+and Steele, 1986) replaces the loop over time. It stores (batch, K, steps, channels, state), which no other form does.
 """
 
 from __future__ import annotations

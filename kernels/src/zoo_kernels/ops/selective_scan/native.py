@@ -44,14 +44,15 @@ def _arguments(
     steps = length if path is None else path.shape[-1]
     u, dt, B, C = (native.rows(x.detach()) for x in (u, dt, B, C))
     z = None if z is None else native.rows(z.detach())
-    A = _states_first(A, work) * math.log2(math.e)
+    A = A.detach().to(work).transpose(-1, -2).contiguous() * math.log2(math.e)
     D, dt_bias = _own(D, work), _own(dt_bias, work)
     init = _states_first(initial_state, work)
     flags = torch.tensor(reverse, dtype=torch.uint8)
     path_b = 0 if path is None or path.shape[0] == 1 else path.stride(0)
     z_view = native.strided(z, 2)
     numbers = [
-        batch, length, steps, K, channels, B.shape[3], N, int(dt_softplus), native.threads(), int(work == torch.float64),
+        batch, length, steps, K, channels, B.shape[3], N, int(dt_softplus), native.threads(),
+        int(work == torch.float64),
         *native.strided(u), *native.strided(dt), *native.strided(B), *native.strided(C), *z_view, 0, 0,
         native.pointer(A), native.pointer(D), native.pointer(dt_bias),
         native.pointer(path), path_b, 0 if path is None else path.stride(1),

@@ -30,9 +30,11 @@ def forward(
     *,
     save,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Canonical arguments: u (batch, length, 1 or K, channels); dt (batch, length, K, channels);
-    A (K, channels, state); B, C (batch, length, K, groups, state); D, dt_bias (K, channels); z (batch, length, channels);
-    path (1 or batch, K, steps); initial_state (batch, K, channels, state). See :func:`zoo_kernels.selective_scan`.
+    """Canonical arguments of :func:`zoo_kernels.selective_scan`.
+
+    u (batch, length, 1 or K, channels); dt (batch, length, K, channels); A (K, channels, state);
+    B, C (batch, length, K, groups, state); D, dt_bias (K, channels); z (batch, length, channels);
+    path (1 or batch, K, steps); reverse K flags; initial_state (batch, K, channels, state).
     """
     batch, length = u.shape[:2]
     K, channels, N = A.shape

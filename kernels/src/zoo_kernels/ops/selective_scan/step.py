@@ -24,7 +24,8 @@ def _cases(device: torch.device, dtype: torch.dtype):
     for groups, N, channels in ((1, 16, 24), (2, 3, 10)):
         yield (
             r(2, channels), r(2, channels), -torch.rand(channels, N, device=device), r(2, groups, N), r(2, groups, N),
-            r(channels), r(2, channels), r(channels), torch.randn(2, channels, N, device=device), True,
+            r(channels), r(2, channels), r(channels),
+            torch.randn(2, channels, N, device=device, dtype=checks.state_dtype(dtype)), True,
         )  # fmt: skip
 
 

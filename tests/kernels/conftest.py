@@ -1,0 +1,32 @@
+"""Fixtures of the kernel tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # `import util` under --import-mode=importlib
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("kernels", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+settings.load_profile("kernels")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def native():
+    """The tests of the native library run where it is built; where it is not, they say so."""
+    from zoo_kernels import _native
+
+    reason = _native.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    return _native
