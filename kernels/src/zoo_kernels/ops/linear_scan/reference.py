@@ -26,7 +26,7 @@ def forward(x, a, path, reverse, initial_state, return_final_state, resets, leng
         if save and t % CHUNK == 0:
             borders[:, t // CHUNK] = h
         row = rows[:, t]
-        decay = a[b if a.shape[0] > 1 else 0, row if a.shape[1] > 1 else 0].to(work)
+        decay = a[b if a.shape[0] != 1 else 0, row if a.shape[1] != 1 else 0].to(work)
         old = h if resets is None else torch.where(resets[b, row][:, None], zero, h)
         new = decay * old + x[b, row].to(work)
         h = new if walked is None else torch.where(walked[:, t, None], new, h)
