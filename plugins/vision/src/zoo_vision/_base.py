@@ -8,7 +8,8 @@ answer the same calls: ``forward_features``, ``forward_head``, ``forward_interme
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -18,6 +19,8 @@ from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
+
+from .timm_models import register_timm
 
 Indices = int | Sequence[int] | None
 
@@ -81,7 +84,31 @@ class Habits:
         return self
 
 
-class VisionModel(Habits, nn.Module):
+class TrainingHabits(Habits):
+    """What recipes ask of our own models (timm's classes answer for themselves)."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations."""
+        for module in self.modules():  # type: ignore[attr-defined]
+            if hasattr(module, "grad_checkpointing"):
+                module.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that recipes leave out of weight decay: position tables, class tokens, A and D of every scan."""
+        ends = ("A_log", "A_b_log", ".D", "dt_bias", "pos_embed", "cls_token", "cls_token_head", "cls_token_tail")
+        return {name for name, _ in self.named_parameters() if name.endswith(ends)}  # type: ignore[attr-defined]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that group parameters by depth, for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": r"^(?:blocks|layers|levels|stages)\.(\d+)"
+            if coarse
+            else [(r"^(?:blocks|layers|levels|stages)\.(\d+)(?:\.blocks\.(\d+))?", None), (r"^norm", (99999,))],
+        }
+
+
+class VisionModel(TrainingHabits, nn.Module):
     """Common habits. A subclass sets, in its ``__init__``:
 
     * ``num_classes``, ``in_chans``, ``num_features`` (width of the pooled features);
@@ -153,26 +180,6 @@ class VisionModel(Habits, nn.Module):
             nn.Linear(self.num_features, num_classes, **get_device_dtype(self)) if num_classes > 0 else nn.Identity()
         )
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        for module in self.modules():
-            if hasattr(module, "grad_checkpointing"):
-                module.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that recipes leave out of weight decay: position tables, class tokens, A and D of every scan."""
-        ends = ("A_log", "A_b_log", ".D", "dt_bias", "pos_embed", "cls_token", "cls_token_head", "cls_token_tail")
-        return {name for name, _ in self.named_parameters() if name.endswith(ends)}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that group parameters by depth, for layer-wise learning rates."""
-        return {
-            "stem": r"^cls_token|^pos_embed|^patch_embed",
-            "blocks": r"^(?:blocks|layers|levels|stages)\.(\d+)"
-            if coarse
-            else [(r"^(?:blocks|layers|levels|stages)\.(\d+)(?:\.blocks\.(\d+))?", None), (r"^norm", (99999,))],
-        }
-
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -227,6 +234,7 @@ def timm_cfg(model: Any) -> dict[str, Any]:
 
 
 Model = TypeVar("Model", bound=Habits)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def build(cls: type[Model], *, features_only: bool = False, out_indices: Indices = None, **config: Any) -> Model:
@@ -237,6 +245,25 @@ def build(cls: type[Model], *, features_only: bool = False, out_indices: Indices
     elif out_indices is not None:
         raise ValueError(f"out_indices={out_indices!r} has a meaning only together with features_only=True")
     return model
+
+
+def takes(*callables: Any, pyramid: bool = True) -> Callable[[F], F]:
+    """Give a builder with ``**config`` the named parameters of ``callables`` (classes that pass arguments on to one
+    another) and, with ``pyramid``, ``features_only``/``out_indices``, so that a misspelt argument is found before
+    anything is built."""
+
+    def decorate(function: F) -> F:
+        found: dict[str, inspect.Parameter] = {}
+        for one in (function, *callables):
+            for name, parameter in inspect.signature(one).parameters.items():
+                if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                    found.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY))
+        for name, default in (("features_only", False), ("out_indices", None)) if pyramid else ():
+            found.setdefault(name, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+        function.__signature__ = inspect.Signature(list(found.values()))  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 def check_reference_config(
@@ -253,3 +280,7 @@ def check_reference_config(
             hint = f"nearest: {', '.join(near)}" if near else f"it has: {', '.join(defaults)}"
             raise ValueError(f"the original {system} has no argument {key!r} (received {config[key]!r}); {hint}")
     return {**defaults, **{k: v for k, v in config.items() if k in defaults}}
+
+
+# ``timm.create_model("vim_tiny")`` works from here on.
+register_timm()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Reshape, Rules
 
-from ._base import Habits, Indices, build, check_reference_config
+from ._base import Habits, Indices, build, check_reference_config, takes
 
 
 class _Common(Habits):
@@ -58,6 +58,7 @@ class EfficientViMDistilled(_Common, timm.models.efficientvim.EfficientViMDistil
         return take
 
 
+@takes(timm.models.efficientvim.EfficientViM)
 def efficientvim(*, distilled: bool = False, **config: Any) -> EfficientViM | EfficientViMDistilled:
     """Builder of the cards: timm's arguments, ``distilled``, and ``features_only``/``out_indices``."""
     return build(EfficientViMDistilled, **config) if distilled else build(EfficientViM, **config)

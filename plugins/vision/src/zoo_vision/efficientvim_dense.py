@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoo.rules import Rename, Reshape, Rules
 
-from ._base import check_reference_config
+from ._base import check_reference_config, takes
 from .efficientvim import _DEFAULTS, _SWALLOWED, EfficientViM, arguments
 
 EXTRA = (False, "on_input", "on_lateral", "on_output")
@@ -187,6 +187,7 @@ def _backbone(config: Mapping[str, Any]) -> EfficientViM:
     return model
 
 
+@takes(EfficientViM, pyramid=False)
 def efficientvim_fpn(
     *,
     out_channels: int = 256,
@@ -208,6 +209,7 @@ def efficientvim_fpn(
     return EfficientViMFPN(body, neck, frozen_norms)
 
 
+@takes(EfficientViM, pyramid=False)
 def efficientvim_semantic_fpn(
     *,
     out_channels: int = 256,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Rules
 
-from ._base import Habits, build, check_reference_config
+from ._base import Habits, build, check_reference_config, takes
 
 
 class MambaOut(Habits, timm.models.mambaout.MambaOut):
@@ -27,6 +27,7 @@ class MambaOut(Habits, timm.models.mambaout.MambaOut):
     classifier = "head.fc"
 
 
+@takes(timm.models.mambaout.MambaOut)
 def mambaout(**config: Any) -> MambaOut:
     """Builder of the cards: timm's arguments, and ``features_only``/``out_indices``."""
     return build(MambaOut, **config)

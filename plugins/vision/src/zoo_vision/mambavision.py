@@ -24,7 +24,7 @@ from zoo.reference import ReferenceAdapter
 from zoo.rules import Rules
 from zoo_kernels import causal_conv1d, selective_scan
 
-from ._base import Indices, VisionModel, build, check_reference_config
+from ._base import Indices, VisionModel, build, check_reference_config, takes
 
 LEVELS = 4
 NORMS = ("ln2d", "bn")
@@ -321,6 +321,7 @@ class MambaVision(VisionModel):
         return self
 
 
+@takes(MambaVision)
 def mambavision(**config: Any) -> MambaVision:
     """Builder of the cards: a :class:`MambaVision`, as a pyramid of four maps with ``features_only=True``."""
     return build(MambaVision, **config)

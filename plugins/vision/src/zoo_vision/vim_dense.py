@@ -12,17 +12,34 @@ from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d
+from timm.models._features import FeatureInfo
 from torch import Tensor, nn
 
-from .vim import Vim, normalise
+from ._base import TrainingHabits, takes
+from .vim import VimTrunk
+from .vim_parts import normalise
 
 LAST = ("none", "add", "add & norm")
 
 
-class VimSeg(Vim):
+class _Dense(TrainingHabits, VimTrunk):
+    """What both backbones share: no class token and no classifier."""
+
+    def __init__(self, **trunk: Any) -> None:
+        if trunk.setdefault("cls_token", "none") != "none":
+            raise ValueError(f"cls_token is {trunk['cls_token']!r}; the dense backbones have none")
+        super().__init__(**trunk)
+        self.num_features = self.embed_dim
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        return {"in_chans": super().ends["in_chans"]} | self.position_ends()
+
+
+class VimSeg(_Dense):
     """Four maps for UPerNet: the raw mixer outputs h of the blocks ``out_indices``, each through a resize branch.
 
-    Arguments beside :class:`~zoo_vision.vim.Vim`'s (there is no class token): ``out_indices``; ``fpn``: resize the
+    Arguments beside :class:`~zoo_vision.vim.VimTrunk`'s (there is no class token): ``out_indices``; ``fpn``: resize the
     features to strides 4, 8, 16, 32 (patch size 16; a single feature goes through all four branches), else leave them;
     ``residual_features``: the streams returned by the blocks i with i - 1 in ``out_indices``, and after the loop the
     final stream if ``out_indices`` ends at the last block, put together as ``last_layer`` says: "none" h, "add" h + r,
@@ -39,11 +56,8 @@ class VimSeg(Vim):
         last_layer: str = "none",
         **config: Any,
     ) -> None:
-        if config.setdefault("cls_token", "none") != "none":
-            raise ValueError(f"cls_token is {config['cls_token']!r}; the dense backbones have none")
         if last_layer not in LAST:
             raise ValueError(f"last_layer is {last_layer!r}; expected one of {', '.join(LAST)}")
-        config["num_classes"] = 0
         super().__init__(**config)
         dd = {k: config[k] for k in ("device", "dtype") if k in config}
         self.taps, self.fpn, self.last_layer = list(out_indices), fpn, last_layer
@@ -72,14 +86,13 @@ class VimSeg(Vim):
         elif fpn:
             raise ValueError(f"fpn=True has resize branches for patch sizes 16 and 8, not {patch}; use fpn=False")
         stride = self.patch_embed.stride[0]
-        self.feature_info = [
+        info = [
             {"num_chs": width, "reduction": int(stride / scale) if fpn else stride, "module": f"fpn{i + 1}"}
             for i, scale in enumerate(scales)
         ]
+        self.feature_info = FeatureInfo(info, out_indices=tuple(range(4)))
 
-    def forward_features(  # type: ignore[override]
-        self, x: Tensor, cls_position: int | None = None, order: Tensor | None = None
-    ) -> list[Tensor]:
+    def forward_features(self, x: Tensor) -> list[Tensor]:
         """Images (batch, in_chans, H, W) to the maps (batch, D, h, w)."""
         x, grid, slots = self.embed(x)
         depth = len(self.layers)
@@ -101,6 +114,18 @@ class VimSeg(Vim):
         maps = maps * 4 if len(maps) == 1 else maps
         return [branch(m.contiguous()) for branch, m in zip(branches, maps, strict=False)]
 
+    @property
+    def unused_parameters(self) -> tuple[str, ...]:
+        """Names (or their beginnings) of parameters that this choice of features leaves without gradient."""
+        depth, joined = len(self.layers), self.residual_features and self.taps[-1] == len(self.layers) - 1
+        unused = [] if joined and self.last_layer == "add & norm" else ["norm_f."]
+        last = depth if joined else min(max(self.taps) + (2 if self.residual_features else 1), depth)
+        unused += [f"layers.{i}." for i in range(last, depth)]
+        if self.residual_features and not joined:  # the stream that a block returns does not hold its own mixing
+            unused += [f"layers.{last - 1}."]
+        maps = sum(1 for i in range(depth) if i - self.residual_features in self.taps) + joined
+        return tuple(unused + [f"fpn{i + 1}." for i in range(maps, 4) if maps > 1 and i < 2 and self.fpn])
+
     def join(self, h: Tensor, r: Tensor) -> Tensor:
         """The final stream as ``last_layer`` says."""
         if self.last_layer == "none":
@@ -111,23 +136,19 @@ class VimSeg(Vim):
         return self.forward_features(x)
 
 
-class VimDet(Vim):
+class VimDet(_Dense):
     """One map for a detector: the last block's h ("none") or h + r ("add", as published), (batch, D, rows, columns)."""
 
     def __init__(self, *, last_layer: str = "none", **config: Any) -> None:
-        if config.setdefault("cls_token", "none") != "none":
-            raise ValueError(f"cls_token is {config['cls_token']!r}; the dense backbones have none")
         if last_layer not in ("none", "add"):
             raise ValueError(f"last_layer is {last_layer!r}; expected 'none' or 'add' (this backbone has no last norm)")
-        config["num_classes"] = 0
         super().__init__(**config)
         self.last_layer = last_layer
         self.norm_f = nn.Identity()
-        self.feature_info = [
-            {"num_chs": self.embed_dim, "reduction": self.patch_embed.stride[0], "module": "last_feat"}
-        ]
+        info = [{"num_chs": self.embed_dim, "reduction": self.patch_embed.stride[0], "module": "last_feat"}]
+        self.feature_info = FeatureInfo(info, out_indices=(0,))
 
-    def forward_features(self, x: Tensor, cls_position: int | None = None, order: Tensor | None = None) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Images (batch, in_chans, H, W) to the map (batch, D, h, w)."""
         x, grid, slots = self.embed(x)
         h, r, _ = self.run(x, grid, slots)
@@ -198,11 +219,20 @@ class _ConvNorm(nn.Conv2d):
         return self.norm(super().forward(x))
 
 
+@takes(VimSeg, VimTrunk)
 def vim_seg(**config: Any) -> VimSeg:
     """Builder of the cards of the segmentation backbones."""
+    _always_maps(config)
     return VimSeg(**config)
 
 
+@takes(VimDet, VimTrunk)
 def vim_det(**config: Any) -> VimDet:
     """Builder of the cards of the detection backbones."""
+    _always_maps(config)
     return VimDet(**config)
+
+
+def _always_maps(config: dict[str, Any]) -> None:
+    """These backbones give maps whether or not ``features_only`` says so."""
+    config.pop("features_only", None)

@@ -15,8 +15,9 @@ from zoo.reference import ReferenceAdapter
 from zoo.rules import Drop, Rename, Rules, Squeeze, Stack, Unsqueeze
 
 from ._base import check_reference_config
-from .vim import Vim, rotary_table
+from .vim import Vim, VimTrunk
 from .vim_dense import VimDet, VimSeg
+from .vim_parts import rotary_table
 
 _M = "layers.{i}.mixer."
 #: ours: theirs, once for each direction ("v2": the second under the _b names)
@@ -74,7 +75,7 @@ class VimAdapter(ReferenceAdapter):
 
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
         table = _TABLES[_kind(state)]
-        if not isinstance(model, Vim) or not model.rope:
+        if not isinstance(model, VimTrunk) or not model.rope:
             return table + Rules(Drop("rope.freqs_cos"), Drop("rope.freqs_sin"))
         tables = rotary_table(model.grid_size, model.embed_dim, model.rope_length, torch.device("cpu"))
         restore = [
@@ -89,7 +90,7 @@ class VimAdapter(ReferenceAdapter):
             name = _guess_class(config, state)
         with torch.device("meta"):
             if name == "VisionMambaSeg":
-                model: Vim = _segmentation(config)
+                model: VimTrunk = _segmentation(config)
             elif name == "VisionMambaDet":
                 model = _detection(config)
             else:
@@ -102,7 +103,7 @@ class VimAdapter(ReferenceAdapter):
         A recorded permutation of the tokens is read from the input ``shuffle_indices``, a recorded class-token
         position from ``token_position`` (the originals' names).
         """
-        assert isinstance(model, Vim)
+        assert isinstance(model, VimTrunk)
         mids: dict[str, Tensor] = {}
         handles = [model.patch_embed.register_forward_hook(lambda _m, _i, out: mids.update({"mid/patch_embed": out}))]
         for i, layer in enumerate(model.layers):
@@ -113,6 +114,7 @@ class VimAdapter(ReferenceAdapter):
             if isinstance(model, VimSeg):
                 maps = model.forward_features(inputs["image"])
                 return {f"feat{i}": m for i, m in enumerate(maps)} | mids
+            assert isinstance(model, Vim)
             order, position = inputs.get("shuffle_indices"), inputs.get("token_position")
             at = None if position is None else int(position)
             tokens = model.forward_features(inputs["image"], cls_position=at, order=order)
@@ -231,4 +233,5 @@ def _detection(config: Mapping[str, Any]) -> VimDet:
 
 def _without_class_token(ours: dict[str, Any]) -> dict[str, Any]:
     """The dense classes delete the class token and its position, and never reverse the tokens at random."""
-    return {**ours, "cls_token": "none", "flip_ratio": -1.0}
+    dropped = ("num_classes", "pool")
+    return {k: v for k, v in ours.items() if k not in dropped} | {"cls_token": "none", "flip_ratio": -1.0}
