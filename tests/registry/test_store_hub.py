@@ -416,6 +416,17 @@ def test_the_verdict_is_remembered_and_verify_forces(hub, client, commit, cache)
     assert fetch(client, cache, revision=commit, sha256=SHA)["data"] == [SHA]
 
 
+def test_a_cache_without_symbolic_links(hub, commit, tmp_path):
+    """Nothing in such a cache is named by its digest; what was recorded on arrival serves instead."""
+    with Client(hub.env(tmp_path, HF_HUB_DISABLE_SYMLINKS="1")) as client:
+        path = Path(fetch(client, tmp_path / "hub", revision=commit)["paths"][0])
+        assert not path.is_symlink()
+        path.write_bytes(DATA[:-1] + b"!")
+        assert fetch(client, tmp_path / "hub", revision=commit)["data"] == [SHA]
+        refused(client, tmp_path / "hub", "HashMismatch", revision=commit, sha256="0" * 64)
+        assert not path.exists()
+
+
 # -- no network
 
 

@@ -283,6 +283,24 @@ def test_a_damaged_derived_file_is_made_again(assets, damage):
     assert derived("0" * 64, "k", lambda p: p.write_bytes(b"new")).read_bytes() == b"new"
 
 
+def test_a_file_system_without_locks(tmp_path, assets, monkeypatch, caplog):
+    import filelock
+
+    def no_locks(self, *args, **kwargs):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+    other = assets / "derived"
+    other.mkdir(parents=True)
+    name = derived("0" * 64, "k", lambda p: p.write_bytes(TEXT)).name
+    assert "has no file locks" in caplog.text
+    # without a lock another process may be writing: its temporary file is left alone
+    (other / f".{name}.aaaa.tmp.safetensors").write_bytes(b"half")
+    (other / name).unlink()
+    assert derived("0" * 64, "k", lambda p: p.write_bytes(b"new")).read_bytes() == b"new"
+    assert (other / f".{name}.aaaa.tmp.safetensors").exists()
+
+
 def test_no_place_to_write(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
@@ -451,7 +469,7 @@ api = h.HfApi(token={TOKEN!r})
 api.create_repo("tester/toy", exist_ok=True, private=True)
 api.create_repo("tester/toy", exist_ok=True)
 info = api.upload_folder(repo_id="tester/toy", folder_path={str(folder)!r}, commit_message="push")
-h.ModelCard("---\\nlicense: mit\\n---\\n# Changed").push_to_hub("tester/toy", token={TOKEN!r})
+api.upload_file(repo_id="tester/toy", path_in_repo="README.md", path_or_fileobj=b"# Changed")
 files = sorted(api.list_repo_files("tester/toy"))
 result = [info.oid, api.whoami()["name"], files, api.model_info("tester/toy").private]
 """

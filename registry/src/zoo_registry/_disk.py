@@ -27,6 +27,7 @@ log = logging.getLogger("zoo.store")
 
 #: No space, over the user's quota, over the process's limit on file sizes.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -141,12 +142,16 @@ def writable_home(path: Path) -> Path:
 
 def sync(path: Path) -> None:
     """Ask the system to put a file, or the entries of a folder, on the disk itself."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folders
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot say when it has written
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def commit(temporary: Path, final: Path) -> None:
@@ -175,13 +180,29 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Held by one process (and thread) at a time; the system releases it when its holder is killed."""
+def lock(path: Path) -> Iterator[bool]:
+    """Held by one process (and thread) at a time; the system releases it when its holder is killed.
+
+    Yields False where the file system has no locks. What is written stays right (it appears by renaming), only work
+    may be done twice.
+    """
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path):
-        yield
+    own = FileLock(path)
+    try:
+        own.acquire()
+        held = True
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s has no file locks (%s); going on without", path.parent, error)
+        held = False
+    try:
+        yield held
+    finally:
+        if held:
+            own.release()
 
 
 # -- digests -----------------------------------------------------------------------------------------------------
@@ -220,6 +241,15 @@ def known_digest(path: Path) -> str | None:
 def _verdicts(path: Path, real: str) -> Iterator[dict[str, Any] | None]:
     for home in homes(path):
         yield read_json(home / "verified" / _verdict_name(real))
+
+
+def recorded_digest(path: Path) -> str | None:
+    """The digest that a file of this path was once found to have, whatever has happened to the file since."""
+    real = str(path.resolve(strict=True))
+    for verdict in _verdicts(path, real):
+        if verdict and verdict.get("path") == real and isinstance(verdict.get("sha256"), str):
+            return str(verdict["sha256"])
+    return None
 
 
 def remember_digest(path: Path, sha256: str, before: dict[str, Any]) -> None:

@@ -40,10 +40,11 @@ def derived(source: Origin, key: str, produce: Callable[[Path], None], *, suffix
             return home / "derived" / name
     folder = disk.writable_home(beside) / "derived"
     final = folder / name
-    with disk.lock(folder / ".locks" / f"{name}.lock"):
+    with disk.lock(folder / ".locks" / f"{name}.lock") as held:
         if _whole(final):  # another process made it while this one waited
             return final
-        _sweep(folder, name)
+        if held:
+            _sweep(folder, name)
         temporary = folder / f".{name}.{secrets.token_hex(4)}.tmp{suffix}"
         try:
             produce(temporary)

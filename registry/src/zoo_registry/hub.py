@@ -192,18 +192,27 @@ def check(path: Path, file: HubFile, *, arrived: bool = False, etag: str | None 
     """``path``, if its bytes are the right ones; otherwise they are moved aside and HashMismatch is raised.
 
     The digest comes from the card, else from the Hub, which names large files by their sha256 (``etag``; in the
-    cache, the name of the blob). A file with no known digest passes.
+    cache, the name of the blob; in a cache without symbolic links, what was recorded when the file came). A file with
+    no known digest passes.
     """
     try:
         blob = path.resolve(strict=True)
-    except FileNotFoundError as error:  # another process has just moved it aside
+        expected = file.sha256 or etag or (blob.name if _is_sha256(blob.name) else None)
+        if expected is None and not arrived:
+            expected = disk.recorded_digest(path)
+        if expected is None:
+            return path
+        received = disk.digest(path, again=again)
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            path.unlink(missing_ok=True)  # its blob is gone: another process has just moved it aside
         raise HashMismatch(
-            f"{file} was removed from the cache while it was checked; load again", **file.facts
+            f"{file} was removed from the cache while it was checked (another process found it wrong); load again",
+            path=str(path),
+            expected=file.sha256 or etag,
+            received=None,
+            **file.facts,
         ) from error
-    expected = file.sha256 or etag or (blob.name if _is_sha256(blob.name) else None)
-    if expected is None:
-        return path
-    received = disk.digest(path, again=again)
     if received == expected:
         return path
     aside = _move_aside(path, blob, received)

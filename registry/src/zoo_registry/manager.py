@@ -119,6 +119,9 @@ class Manager:
         self._pm.add_hookspecs(Hooks)
         self._plugins: dict[str, Plugin] = {}
         self._modules: dict[str, Any] = {}
+        # Computed when asked for, forgotten when a plugin comes or goes.
+        self._conflicts: list[tuple[str, str, tuple[str, str]]] | None = None
+        self._models: dict[str, ModelCard] | None = None
         self._loaded = False
         self._lock = threading.RLock()
         #: Plugins that were left out because they do not work.
@@ -197,6 +200,7 @@ class Manager:
             raise
         self._plugins[key] = plugin
         self._modules[key] = module
+        self._conflicts = self._models = None
         log.debug("loaded plugin %s of %s %s", entry.name, entry.distribution, entry.version)
         return plugin
 
@@ -253,6 +257,7 @@ class Manager:
                 raise ValueError(f"{module!r} is not a registered plugin; registered: {', '.join(self._modules)}")
             self._pm.unregister(name=key)
             del self._plugins[key], self._modules[key]
+            self._conflicts = self._models = None
 
     # -- what the plugins bring
 
@@ -263,6 +268,12 @@ class Manager:
 
     def conflicts(self) -> list[tuple[str, str, tuple[str, str]]]:
         """Every (kind, name, (distribution, distribution)) that two plugins claim."""
+        self.load()
+        if self._conflicts is None:
+            self._conflicts = self._find_conflicts()
+        return self._conflicts
+
+    def _find_conflicts(self) -> list[tuple[str, str, tuple[str, str]]]:
         found = []
         owners: dict[tuple[str, str], Plugin] = {}
         for plugin in self.plugins:
@@ -290,7 +301,9 @@ class Manager:
     def models(self) -> dict[str, ModelCard]:
         """Name -> card, over all plugins. Raises DuplicateName."""
         self.check()
-        return {card.name: card for plugin in self.plugins for card in plugin.models}
+        if self._models is None:
+            self._models = {card.name: card for plugin in self.plugins for card in plugin.models}
+        return dict(self._models)
 
     def _mapping(self, attribute: str) -> dict[str, str]:
         self.check()

@@ -221,7 +221,7 @@ KNOWN_DOMAINS = {
     ),
     "medical": Domain("ssm-zoo-medical", ("mambamim", "umamba", "vm_unet", "segmamba", "swin_umamba")),
     "point_cloud": Domain("ssm-zoo-point-cloud", ("pcm", "pointmamba", "occmamba")),
-    "audio": Domain("ssm-zoo-audio", ("samba_asr", "sashimi", "s4")),
+    "audio": Domain("ssm-zoo-audio", ("samba_asr", "sashimi")),
     "recommendation": Domain("ssm-zoo-recommendation", ("tim4rec", "mamba4rec", "ssd4rec")),
     "time_series": Domain("ssm-zoo-time-series", ("spacetime", "tsm2")),
     "generation": Domain("ssm-zoo-generation", ("dimsum", "unianimate")),
