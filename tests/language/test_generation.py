@@ -7,6 +7,7 @@ import torch
 
 from zoo_language.bdh import BDH
 from zoo_language.generation import Sampling, choose, generate, stream
+from zoo_language.icll import InContextLM
 from zoo_language.mamba import MambaLM
 from zoo_language.phi_mamba import PhiMambaLM
 from zoo_language.sambay import SambaY
@@ -17,6 +18,8 @@ ATTENTION = {"causal": True, "head_dim": 8, "num_heads": 4, "num_heads_kv": 2, "
 KINDS = {
     "mamba": {"ssm": {"d_state": 4}},
     "mamba2": {"layer": "Mamba2", "ssm": {"d_state": 8, "headdim": 8}},
+    "mamba3": {"layer": "Mamba3", "ssm": {"d_state": 8, "headdim": 8}},
+    "mimo": {"layer": "Mamba3", "ssm": {"d_state": 8, "headdim": 8, "is_mimo": True, "mimo_rank": 2}},
     "hybrid": {"layer": "Mamba2", "ssm": {"d_state": 8, "headdim": 8}, "attention_layers": [1], "attention": ATTENTION},
     "mlp": {"ssm": {"d_state": 4}, "d_intermediate": 40, "rms_norm": False, "tie_embeddings": False},
 }
@@ -28,6 +31,7 @@ OTHERS = {
     "sambay_mamba2": lambda: SambaY(50, 4, 32, **SAMBAY, rnn_type="mamba2", rope_base=10000.0),
     "sambay_attn": lambda: SambaY(50, 8, 32, **SAMBAY, gmu_source="attention", mup=True, depth_scale=True),
     "phi_mamba": lambda: PhiMambaLM(50, 32, ["mamba", "attention", "mamba"], MIXER, heads=4),
+    "icll": lambda: InContextLM(16, 50, [{"mixer": "gla", "n_heads": 2}, {"mixer": "ngram", "ngram": 1}], 32),
     "bdh": lambda: BDH(50, levels=3, d_model=16, heads=2, multiplier=8),
 }
 MIXER = {"d_state": 8, "v_heads": 4, "qk_heads": 2}

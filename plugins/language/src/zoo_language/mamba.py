@@ -1,4 +1,5 @@
-"""Mamba, Mamba-2, their hybrids with attention, and the Transformer++ they are compared with: one language model.
+"""Mamba, Mamba-2, Mamba-3, their hybrids with attention, and the Transformer++ they are compared with: one language
+model.
 
 Papers: Gu and Dao, "Mamba", arXiv 2312.00752; Dao and Gu, "Transformers are SSMs", arXiv 2405.21060. Original:
 state-spaces/mamba @ e9594ce, Apache-2.0 (``models/mixer_seq_simple.py``); transformers' MambaForCausalLM for the -hf
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Mamba, Mamba2, RMSNorm
+from zoo.layers import Mamba, Mamba2, Mamba3, RMSNorm
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Rules, Tied
 from zoo_kernels import linear_attention
@@ -44,10 +45,10 @@ class GatedMLP(nn.Module):
 class MambaLM(CausalLM):
     """Embedding, ``n_layer`` blocks, norm, head.
 
-    Arguments: ``d_model``; ``n_layer``; ``vocab_size``, padded up to ``pad_vocab_size_multiple``; ``layer`` "Mamba1" or
-    "Mamba2" with the mixer's own arguments in ``ssm``; ``attention_layers`` (indices whose mixer is attention, with
-    its arguments in ``attention``); ``d_intermediate`` (a gated MLP behind every mixer; 0: none); ``rms_norm`` (else
-    LayerNorm); ``norm_eps``; ``residual_in_fp32``; ``tie_embeddings``.
+    Arguments: ``d_model``; ``n_layer``; ``vocab_size``, padded up to ``pad_vocab_size_multiple``; ``layer`` "Mamba1",
+    "Mamba2" or "Mamba3" with the mixer's own arguments in ``ssm``; ``attention_layers`` (indices whose mixer is
+    attention, with its arguments in ``attention``); ``d_intermediate`` (a gated MLP behind every mixer; 0: none);
+    ``rms_norm`` (else LayerNorm); ``norm_eps``; ``residual_in_fp32``; ``tie_embeddings``.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class MambaLM(CausalLM):
         tie_embeddings: bool = True,
     ) -> None:
         super().__init__()
-        mixers = {"Mamba1": Mamba, "Mamba2": Mamba2}
+        mixers = {"Mamba1": Mamba, "Mamba2": Mamba2, "Mamba3": Mamba3}
         if layer not in mixers:
             raise ValueError(f"layer is {layer!r}; expected one of {sorted(mixers)}")
         outside = [i for i in attention_layers if not 0 <= i < n_layer]
@@ -134,6 +135,7 @@ HF_RULES_UNTIED = Rules(*HF_RULES.rules[1:])
 
 #: Keys of the original's ssm_cfg that change speed only, or name the layer.
 SSM_IGNORED = {
+    "fuse_pregate_headwise_norm",
     "layer",
     "chunk_size",
     "use_mem_eff_path",
@@ -247,6 +249,12 @@ class Mamba2Adapter(MambaAdapter):
     system = "mamba2"
 
 
+class Mamba3Adapter(MambaAdapter):
+    """The same code published Mamba-3."""
+
+    system = "mamba3"
+
+
 class MinimalSSD(nn.Module):
     """The paper's listing 1 as a module: SSD on inputs that are discretised already."""
 
@@ -258,9 +266,9 @@ class MinimalSSD(nn.Module):
 
 
 class BareMixer(nn.Module):
-    """A Mamba-2 mixer alone, as some golden files hold it."""
+    """A Mamba-2 or Mamba-3 mixer alone, as some golden files hold it."""
 
-    def __init__(self, mixer: Mamba2) -> None:
+    def __init__(self, mixer: Mamba2 | Mamba3) -> None:
         super().__init__()
         self.mixer = mixer
 
@@ -276,12 +284,17 @@ class BareMixer(nn.Module):
         if steps:
             state = self.mixer.init_state(u.shape[0])
             found["step_y"] = torch.stack([self.mixer.step(u[:, t], state) for t in range(u.shape[1])], dim=1)
-            found |= {"conv_state": state["conv"].transpose(1, 2), "ssm_state": state["ssm"]}
+            if isinstance(self.mixer, Mamba3):
+                found |= {f"{part}_state": state[part] for part in ("angle", "ssm", "k", "v")}
+            else:
+                found |= {"conv_state": state["conv"].transpose(1, 2), "ssm_state": state["ssm"]}
         return found
 
 
 def _bare_mixer(config: Mapping[str, Any], kind: str, state: Mapping[str, Tensor]) -> BareMixer:
     arguments = {k: v for k, v in config.items() if k not in SSM_IGNORED}
+    if kind == "Mamba3" or "B_bias" in state:
+        return BareMixer(Mamba3(**arguments))
     simple = kind == "Mamba2Simple" or "learnable_init_states" in arguments
     if simple:
         arguments = {"d_state": 64, "headdim": 128} | arguments

@@ -6,8 +6,8 @@
    next-token distribution.
 
 The teacher is any causal language model of ``transformers`` (eager attention), or one of ours; the student is a
-model of the zoo whose mixers have ``mixing_matrix``. Source: Bick et al., arXiv 2408.10189, section 4; stages 1 and 2 as
-in goombalab/phi-mamba ``assets/mohawk_stage{1,2}.py`` (stage 3 has no public code; it follows the paper).
+model of the zoo whose mixers have ``mixing_matrix``. Source: Bick et al., arXiv 2408.10189, section 4; stages 1 and 2
+as in goombalab/phi-mamba ``assets/mohawk_stage{1,2}.py`` (stage 3 has no public code; it follows the paper).
 """
 
 from __future__ import annotations

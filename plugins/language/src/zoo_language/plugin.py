@@ -18,8 +18,10 @@ def zoo_models() -> Iterable[ModelCard]:
 def zoo_adapters() -> Mapping[str, str]:
     return {
         "bdh": "zoo_language.bdh:BDHAdapter",
+        "icll": "zoo_language.icll:ICLLAdapter",
         "mamba": "zoo_language.mamba:MambaAdapter",
         "mamba2": "zoo_language.mamba:Mamba2Adapter",
+        "mamba3": "zoo_language.mamba:Mamba3Adapter",
         "phi_mamba": "zoo_language.phi_mamba:PhiMambaAdapter",
         "sambay": "zoo_language.sambay:SambaYAdapter",
     }

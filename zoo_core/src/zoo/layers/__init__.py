@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .mamba import Mamba
     from .mamba2 import Mamba2
+    from .mamba3 import Mamba3
     from .norm import GatedRMSNorm, RMSNorm
     from .path_scan import PathScan
     from .ss2d import SS2D, GridScan, GridSSD
@@ -19,6 +20,7 @@ _LAZY = {
     "GridScan": "ss2d",
     "Mamba": "mamba",
     "Mamba2": "mamba2",
+    "Mamba3": "mamba3",
     "PatchEmbed": "vss",
     "PatchMerging": "vss",
     "PathScan": "path_scan",
@@ -35,6 +37,7 @@ __all__ = [
     "GridScan",
     "Mamba",
     "Mamba2",
+    "Mamba3",
     "PatchEmbed",
     "PatchMerging",
     "PathScan",
