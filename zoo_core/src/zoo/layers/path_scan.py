@@ -79,6 +79,38 @@ class PathScan(nn.Module):
 
         path: None, (K, steps) or (batch, K, steps). Returns (batch, length, E), the sum over paths.
         """
+        dt, B, C, bias, D = self._terms(u)
+        A = -torch.exp(self.A_log.float())
+        y, _ = selective_scan(
+            u, dt, A, B, C, D, z, bias,
+            dt_softplus=True, path=path, reverse=reverse, resets=resets, lengths=lengths,
+        )  # fmt: skip
+        return y
+
+    def by_path(
+        self,
+        u: Tensor,
+        *,
+        z: Tensor | None = None,
+        path: Tensor | None = None,
+        reverse: bool | Sequence[bool] = False,
+    ) -> Tensor:
+        """What each path adds: (batch, K, length, E); the sum over K is :meth:`forward`. For looking, not for speed."""
+        dt, B, C, bias, D = self._terms(u)
+        A = -torch.exp(self.A_log.float())
+        parts = []
+        for k in range(self.paths):
+            order = None if path is None else path.select(-2, k)
+            flag = reverse if isinstance(reverse, bool) else reverse[k]
+            y, _ = selective_scan(
+                u if u.dim() == 3 else u[:, :, k], dt[:, :, k], A[k], B[:, :, k], C[:, :, k], D[k], z, bias[k],
+                dt_softplus=True, path=order, reverse=flag,
+            )  # fmt: skip
+            parts.append(y)
+        return torch.stack(parts, dim=1)
+
+    def _terms(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """dt (batch, length, K, E), B and C (batch, length, K, N), dt_bias and D (K, E)."""
         K, R, N = self.paths, self.dt_rank, self.state
         if self.shared and u.dim() != 3:
             raise ValueError(
@@ -95,9 +127,4 @@ class PathScan(nn.Module):
         if self.shared:
             dt, B, C = (t.expand(-1, -1, K, -1) for t in (dt, B, C))
             bias, D = bias.expand(K, -1), D.expand(K, -1)
-        A = -torch.exp(self.A_log.float())
-        y, _ = selective_scan(
-            u, dt, A, B, C, D, z, bias,
-            dt_softplus=True, path=path, reverse=reverse, resets=resets, lengths=lengths,
-        )  # fmt: skip
-        return y
+        return dt, B, C, bias, D
