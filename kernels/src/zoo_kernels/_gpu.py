@@ -92,6 +92,11 @@ def power_of_two(value: int, low: int = 1) -> int:
     return max(low, triton.next_power_of_2(max(1, value)))
 
 
+def block_of(width: int, most: int) -> int:
+    """Channels that a program takes: a power of two, a warp at least (in the interpreter no more than there are)."""
+    return min(most, power_of_two(width, 1 if INTERPRET else 32))
+
+
 # -- choosing a configuration ------------------------------------------------------------------------------------------
 
 _choices: dict[Hashable, Any] = {}

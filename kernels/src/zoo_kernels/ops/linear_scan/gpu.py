@@ -1,11 +1,12 @@
 # Compile-time and run-time conditions must not share an `if`, and types in kernels are those of the device.
+# ruff: noqa: SIM102
 # mypy: ignore-errors
 """The Triton path of the linear scan, real and complex: forward and backward.
 
-A program walks one sequence and a block of channels in tiles of 64 steps; inside a tile the recurrence is an associative scan
-over pairs (a, x), so that all rows of a tile are read at once. Where sequences times blocks cannot fill the device the length
-is cut into segments: products and end states first, then a short carry, then the walk. Backward replays the tiles from the
-states that forward kept at their borders and scans the gradient the other way.
+A program walks one sequence and a block of channels in tiles of 64 steps; inside a tile the recurrence is an
+associative scan over pairs (a, x), so that all rows of a tile are read at once. Where sequences times blocks cannot
+fill the device the length is cut into segments: products and end states first, then a short carry, then the walk.
+Backward replays the tiles from the states that forward kept at their borders and scans the gradient the other way.
 Bound: one read of x and a, one write of h (with segments, x and a are read twice).
 """
 
@@ -206,9 +207,9 @@ def backward_kernel(
     T: tl.constexpr, BC: tl.constexpr, COMPLEX: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr,
     SHARED: tl.constexpr,
 ):  # fmt: skip
-    """g_t = dh_t + conj(a_{t+1}) g_{t+1}; dx_t = g_t, da_t = g_t conj(h_{t-1}). Carried: conj(a_first) g_first of what comes
-    later. SUMMARY: only what the segment hands on from a zero gradient, and the product of its conj(a).
-    SHARED: a is the same at every step; the sum of da over the segment."""
+    """g_t = dh_t + conj(a_{t+1}) g_{t+1}; dx_t = g_t, da_t = g_t conj(h_{t-1}). Carried: conj(a_first) g_first of what
+    comes later. SUMMARY: only what the segment hands on from a zero gradient, and the product of its conj(a). SHARED: a
+    is the same at every step; the sum of da over the segment."""
     work = program()
     if work < total:
         segment = work % segments
@@ -239,7 +240,8 @@ def backward_kernel(
             at = (b * length + row)[:, None] * channels + c[None, :]
             mask = there[:, None] & cm[None, :]
             ownr, owni = factors(a, resets, b, row, there, a_b, a_l, length, c, cm, COMPLEX)
-            # What multiplies g_{t+1}: conj(a_{t+1}), and 1 at the tile's last step, whose incoming gradient has it already.
+            # What multiplies g_{t+1}: conj(a_{t+1}), and 1 at the tile's last step, whose incoming gradient has it
+            # already.
             next_row = row_of(t + 1, count, b, path, path_b, REVERSE)
             next_there = (t + 1 < stop) & (j < T - 1)
             nextr, nexti = factors(a, resets, b, next_row, next_there, a_b, a_l, length, c, cm, COMPLEX)
@@ -320,7 +322,7 @@ class _Problem:
         self.lengths, self.init = lengths, None if init is None else init.to(self.work).contiguous()
         self.chunks = triton.cdiv(self.steps, CHUNK)
         self.whole = lengths is None and self.steps == self.length
-        BC = 32 if self.complex else 64
+        BC = _gpu.block_of(self.channels, 32 if self.complex else 64)
         self.blocks = triton.cdiv(self.channels, BC)
         programs = self.batch * self.blocks
         wanted = 4 * _gpu.multiprocessors(x) // max(1, programs) if split is None else split
@@ -358,8 +360,8 @@ def forward(x, a, path, reverse, initial_state, return_final_state, resets, leng
 
     def walk(state, state_b, state_s, h, borders, final, products, summary):
         _gpu.launch(
-            scan_kernel, p.programs * p.segments, _raw(p.x), _raw(p.a), p.path, p.resets, p.lengths, _raw(state), _raw(h),
-            _raw(borders), _raw(final), _raw(products), *p.strides, state_b, state_s, *p.sizes,
+            scan_kernel, p.programs * p.segments, _raw(p.x), _raw(p.a), p.path, p.resets, p.lengths, _raw(state),
+            _raw(h), _raw(borders), _raw(final), _raw(products), *p.strides, state_b, state_s, *p.sizes,
             SUMMARY=summary, **p.walk, **p.meta,
         )  # fmt: skip
 
@@ -392,8 +394,8 @@ def backward(grads, arguments, saved, needs, *, split: int | None = None):
     def walk(state, state_b, state_s, ends, products, summary):
         _gpu.launch(
             backward_kernel, p.programs * p.segments, _raw(p.x), _raw(p.a), p.path, p.resets, p.lengths, _raw(saved[0]),
-            _raw(dh), _raw(state), _raw(dx), _raw(da), _raw(dinit), _raw(ends), _raw(products), *p.strides, state_b, state_s,
-            *p.sizes, SUMMARY=summary, SHARED=shared, **p.walk, **p.meta,
+            _raw(dh), _raw(state), _raw(dx), _raw(da), _raw(dinit), _raw(ends), _raw(products), *p.strides, state_b,
+            state_s, *p.sizes, SUMMARY=summary, SHARED=shared, **p.walk, **p.meta,
         )  # fmt: skip
 
     with _gpu.guard(x):
