@@ -107,6 +107,8 @@ def test_without_default_tag_the_first_loadable_weights_are_meant():
         ({"aliases": ("Old",)}, ["aliases", "'Old'"]),
         ({"aliases": ("toy_small",)}, ["aliases", "own name"]),
         ({"aliases": ("a", "a")}, ["aliases", "twice"]),
+        ({"former_names": ("Old",)}, ["former_names", "'Old'"]),
+        ({"former_names": ("a",), "aliases": ("a",)}, ["former_names", "twice"]),
         ({"default_tag": "in22k"}, ["default_tag", "'in22k'", "in1k"]),
         ({"params": -1}, ["params"]),
         ({"reference_commit": "abc"}, ["reference_commit", "reference_code"]),

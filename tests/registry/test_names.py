@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def zoo(plugins, plugin, card):
             },
             default_tag="in1k",
             aliases=("vmamba_t",),
+            former_names=("vm_tiny",),
         ),
         card("vmamba_small", system="vmamba", domain="vision", params=50, weights={"in1k": hub("in1k", licence="MIT")}),
         card("mamba_1400m", system="mamba", domain="language", task="text-generation", params=1400),
@@ -137,9 +139,14 @@ def test_resolve(zoo):
     assert str(resolve("mamba_130m", plugins=zoo)) == "mamba_130m"
 
 
-def test_aliases_warn(zoo):
-    with pytest.warns(RenamedModelWarning, match="'vmamba_t' is called 'vmamba_tiny' now"):
+def test_aliases_are_names_and_former_names_warn(zoo):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert resolve("vmamba_t.demo", plugins=zoo).name == "vmamba_tiny.demo"
+    with pytest.warns(RenamedModelWarning, match="'vm_tiny' is called 'vmamba_tiny' now"):
+        assert resolve("vm_tiny.demo", plugins=zoo).name == "vmamba_tiny.demo"
+    with pytest.raises(UnknownModel, match=r"nearest: vmamba_t\.in1k"):
+        resolve("vmanba_t", plugins=zoo)
 
 
 def test_unknown_model(zoo):
@@ -272,6 +279,8 @@ def test_filters(zoo, filters, expected):
         ("language/vmamba*", []),
         (["*130m", "*small"], ["mamba_130m", "vmamba_small.in1k"]),
         ("mamba", []),
+        ("vmamba_t.in1k", ["vmamba_tiny.in1k"]),
+        ("vm_tiny", []),
         ("vmamba_[st]*.in1k", ["vmamba_small.in1k", "vmamba_tiny.in1k"]),
     ],
 )

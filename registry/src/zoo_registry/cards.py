@@ -168,7 +168,8 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     input: dict[str, Any] = {}  #: {"shape": [3, 224, 224], "layout": "CHW", "dtype": "float32", "range": ...}
     output: dict[str, Any] = {}
     default_tag: str | None = None
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()  #: other names, as good as the first ("vim_tiny" for its usual resolution)
+    former_names: tuple[str, ...] = ()  #: names of earlier versions; they work, with a warning
     tiny: dict[str, Any] = {}  #: overrides of config that give a small model, for the contract tests
     tiny_input: dict[str, Any] = {}  #: overrides of ``input`` that belong to ``tiny``
     weights: dict[str, WeightsCard] = {}
@@ -182,12 +183,13 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         _require(NAME, self.domain, "domain", "lower case, digits, underscores, beginning with a letter")
         _require(TASK, self.task, "task", "lower-case words joined by dashes, as 'image-classification'")
         _require(IMPORT_STRING, self.builder, "builder", "an import string 'package.module:callable'")
-        for alias in self.aliases:
-            _require(NAME, alias, "aliases", "lower case, digits, underscores, beginning with a letter")
-            if alias == self.name:
-                raise ValueError(f"aliases holds the model's own name {alias!r}")
-        if len(set(self.aliases)) != len(self.aliases):
-            raise ValueError(f"aliases holds a name twice: {', '.join(self.aliases)}")
+        for field in ("aliases", "former_names"):
+            for alias in getattr(self, field):
+                _require(NAME, alias, field, "lower case, digits, underscores, beginning with a letter")
+                if alias == self.name:
+                    raise ValueError(f"{field} holds the model's own name {alias!r}")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"aliases and former_names hold a name twice: {', '.join(self.names[1:])}")
         for key, weights in self.weights.items():
             if key != weights.tag:
                 raise ValueError(f"weights[{key!r}] has tag {weights.tag!r}; expected the same name in both places")
@@ -199,6 +201,11 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(f"params is {self.params}; expected zero or more")
         if self.reference_code is None and self.reference_commit is not None:
             raise ValueError("reference_commit is given without reference_code")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that finds this card, its own first."""
+        return (self.name, *self.aliases, *self.former_names)
 
     @property
     def default_weights(self) -> WeightsCard | None:

@@ -112,7 +112,7 @@ class BrokenPluginWarning(ZooWarning):
 
 
 class RenamedModelWarning(ZooWarning, FutureWarning):
-    """An alias was used; the message gives the present name."""
+    """A model was asked for by a former name; the message gives the present one."""
 
 
 class NotPinnedWarning(ZooWarning):

@@ -367,7 +367,7 @@ def _check_models(answer: Any, entry: PluginEntry) -> tuple[ModelCard, ...]:
     for card in answer:
         if not isinstance(card, ModelCard):
             raise PluginError(f"its hook zoo_models yields {type(card).__name__}; expected ModelCard objects")
-        for name in (card.name, *card.aliases):
+        for name in card.names:
             if name in names:
                 raise PluginError(f"it claims the model name {name!r} twice")
             names.add(name)
@@ -402,7 +402,7 @@ def _check_demos(answer: Any) -> tuple[Mapping[str, str], ...]:
 
 def _claims(plugin: Plugin) -> Iterator[tuple[str, str]]:
     for card in plugin.models:
-        for name in (card.name, *card.aliases):
+        for name in card.names:
             yield "model name", name
     for attribute, kind in _MAPPINGS.items():
         for name in getattr(plugin, attribute):

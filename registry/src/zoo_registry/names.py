@@ -141,7 +141,7 @@ class Resolved:
 
 
 def resolve(name: str | ModelName, *, plugins: Manager | None = None) -> Resolved:
-    """The card (and weights) of ``arch`` or ``arch.tag``; aliases work, with a RenamedModelWarning.
+    """The card (and weights) of ``arch`` or ``arch.tag``; aliases work, former names with a RenamedModelWarning.
 
     Raises UnknownModel or UnknownTag (both KeyErrors) that say what would have been right, and BadName.
     """
@@ -152,14 +152,16 @@ def resolve(name: str | ModelName, *, plugins: Manager | None = None) -> Resolve
     cards = plugins.models()
     card = cards.get(wanted.name)
     if card is None:
-        card = next((c for c in cards.values() if wanted.name in c.aliases), None)
+        card = next((c for c in cards.values() if wanted.name in c.names), None)
         if card is None:
             raise _unknown_model(wanted, plugins)
-        warnings.warn(
-            f"the model {wanted.name!r} is called {card.name!r} now; the old name will go away in two minor versions",
-            RenamedModelWarning,
-            stacklevel=2,
-        )
+        if wanted.name in card.former_names:
+            warnings.warn(
+                f"the model {wanted.name!r} is called {card.name!r} now; the old name will go away in two minor "
+                "versions",
+                RenamedModelWarning,
+                stacklevel=2,
+            )
     if wanted.tag is None:
         return Resolved(card, card.default_weights)
     if wanted.tag not in card.weights:
@@ -279,13 +281,18 @@ def _plain(name: str) -> str:
 
 def _unknown_model(wanted: ModelName, plugins: Manager) -> UnknownModel:
     cards = plugins.models()
-    near = nearest(wanted.name, cards)
-    if wanted.tag is not None and len(near) < 3:  # "vim-tiny.in1k" and also "vim.tiny" for "vim_tiny"
-        near = list(dict.fromkeys([*near, *nearest(f"{wanted.name}_{wanted.tag}", cards)]))[:3]
-    shown = [cards[n].full_name(cards[n].default_weights) for n in near]
+    named = {name: card for card in cards.values() for name in (card.name, *card.aliases)}
+    near = nearest(wanted.name, named, count=6)
+    if wanted.tag is not None:  # "vim-tiny.in1k", but also "vim.tiny" for "vim_tiny"
+        joined = f"{wanted.name}_{wanted.tag}"
+        other = nearest(joined, named)
+        near = other + near if other and _plain(joined) == other[0] else near + other
+    # each card once, under that of its names which is nearest
+    near = list({named[name].name: name for name in reversed(near)}.values())[::-1][:3]
+    shown = [named[n].full_name(named[n].default_weights).replace(named[n].name, n, 1) for n in near]
     parts = [f"no model {str(wanted)!r}"]
     if shown:
-        stem = re.match(r"[a-z0-9]+", near[0])
+        stem = re.match(r"[a-z]+", near[0])
         parts.append(f"nearest: {', '.join(shown)}")
         parts.append(f"`zoo list '{stem.group() if stem else near[0]}*'` shows all of them")
     else:
@@ -348,14 +355,15 @@ def natural_sorted(names: Iterable[str]) -> list[str]:
 def matches(pattern: str | Sequence[str], card: ModelCard, weights: WeightsCard | None) -> bool:
     """Whether a shell pattern (``*``, ``?``, ``[ab]``) fits a model.
 
-    With a dot the pattern is held against ``arch.tag``, without against ``arch``; ``vision/v*`` asks for the domain
-    too. Several patterns: any of them.
+    With a dot the pattern is held against ``arch.tag``, without against ``arch``; aliases count. ``vision/v*`` asks
+    for the domain too. Several patterns: any of them.
     """
     patterns = [pattern] if isinstance(pattern, str) else pattern
     for one in patterns:
         domain, slash, rest = one.rpartition("/")
         if slash and not fnmatchcase(card.domain, domain):
             continue
-        if fnmatchcase(card.full_name(weights) if "." in rest else card.name, rest or "*"):
+        tag = f".{weights.tag}" if weights is not None and "." in rest else ""
+        if any(fnmatchcase(f"{name}{tag}", rest or "*") for name in (card.name, *card.aliases)):
             return True
     return False
