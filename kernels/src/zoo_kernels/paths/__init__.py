@@ -130,7 +130,10 @@ def _lookup(spec: str, size: tuple[int, ...], device: str) -> Tensor:
         found = _cache.get(key)
         if found is None:
             order = np.ascontiguousarray(_stack(nodes, size))
-            found = torch.from_numpy(order).to(device)
+            with torch.inference_mode(False):  # or training could not use what inference cached
+                found = torch.from_numpy(order).to(device)
+            if type(found) is not Tensor:  # a tracer's stand-in (torch.export): good for this trace alone
+                return found
             _cache[key] = found
             while len(_cache) > 1 and sum(t.numel() * 8 for t in _cache.values()) > _CACHE_BYTES:
                 _cache.popitem(last=False)

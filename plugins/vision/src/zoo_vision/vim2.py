@@ -2,8 +2,8 @@
 
 Paper: Behrouz, Santacatterina and Zabih, "MambaMixer: Efficient Selective State Space Models with Dual Token and
 Channel Selection", arXiv 2403.19888v1. The authors published no code. What the paper states: a block is a selective
-token mixer (gated S6 along several scans of the image, with a depthwise 2-D convolution), then a selective channel mixer
-(bidirectional S6 along the channels of the transposed input); every mixer reads a learned weighted average of all
+token mixer (gated S6 along several scans of the image, with a depthwise 2-D convolution), then a selective channel
+mixer (bidirectional S6 along the channels of the transposed input); every mixer reads a learned weighted average of all
 earlier outputs of both kinds; four stages with downsampling by 2.
 
 Choices of ours, where the paper leaves room:

@@ -12,7 +12,6 @@ masked. The attention map comes back as a tensor, because some models use it mor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -32,6 +31,10 @@ def axis_window(length: int, kernel: int, dilation: int) -> np.ndarray:
     members = (length - at % dilation + dilation - 1) // dilation  # size of the query's residue class
     start = np.clip(at // dilation - kernel // 2, 0, members - kernel)
     return at[:, None] % dilation + dilation * (start[:, None] + np.arange(kernel))
+
+
+#: plans kept at most, the oldest out first
+_MOST_PLANS = 64
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,13 @@ class Plan:
     back: Tensor
 
 
-@lru_cache(maxsize=64)
+_plans: dict[tuple, Plan] = {}
+
+
 def _plan(height: int, width: int, kernel: int, dilation: tuple[int, int], device: str) -> Plan:
+    key = (height, width, kernel, dilation, device)
+    if key in _plans:
+        return _plans[key]
     rows, columns = _axis(height, kernel, dilation[0]), _axis(width, kernel, dilation[1])
     groups = len(rows.queries) * len(columns.queries)
 
@@ -90,9 +98,14 @@ def _plan(height: int, width: int, kernel: int, dilation: tuple[int, int], devic
     index = np.where((r >= 0) & (c >= 0), r * side + c, side * side)
     index = index.reshape(groups, queries.shape[1], keys.shape[1])
     _, back = np.unique(queries.reshape(-1), return_index=True)  # sorted rows, first place of each
-    with torch.inference_mode(False):
-        made = [torch.from_numpy(np.ascontiguousarray(a.astype(np.int64))) for a in (queries, keys, index, back)]
-        return Plan(kernel, *(t.to(device) for t in made))
+    with torch.inference_mode(False):  # or training could not use what inference cached
+        made = [torch.from_numpy(a.astype(np.int64)).to(device) for a in (queries, keys, index, back)]
+    plan = Plan(kernel, *made)
+    if type(made[0]) is Tensor:  # not a tracer's stand-in (torch.export), which is good for its trace alone
+        if len(_plans) >= _MOST_PLANS:
+            del _plans[next(iter(_plans))]
+        _plans[key] = plan
+    return plan
 
 
 def _parts(height: int, width: int, kernel: int, dilation: tuple[int, int], device: str) -> tuple[Tensor, ...]:
