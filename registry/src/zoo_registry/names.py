@@ -288,7 +288,10 @@ def _unknown_model(wanted: ModelName, plugins: Manager) -> UnknownModel:
         other = nearest(joined, named)
         near = other + near if other and _plain(joined) == other[0] else near + other
     # each card once, under that of its names which is nearest
-    near = list({named[name].name: name for name in reversed(near)}.values())[::-1][:3]
+    first: dict[str, str] = {}
+    for candidate in near:
+        first.setdefault(named[candidate].name, candidate)
+    near = list(first.values())[:3]
     shown = [named[n].full_name(named[n].default_weights).replace(named[n].name, n, 1) for n in near]
     parts = [f"no model {str(wanted)!r}"]
     if shown:
