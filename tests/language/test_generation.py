@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from zoo_language.bdh import BDH
+from zoo_language.birdie import BirdieLM
 from zoo_language.generation import Sampling, choose, generate, stream
 from zoo_language.icll import InContextLM
 from zoo_language.mamba import MambaLM
@@ -32,6 +33,8 @@ OTHERS = {
     "sambay_attn": lambda: SambaY(50, 8, 32, **SAMBAY, gmu_source="attention", mup=True, depth_scale=True),
     "phi_mamba": lambda: PhiMambaLM(50, 32, ["mamba", "attention", "mamba"], MIXER, heads=4),
     "icll": lambda: InContextLM(16, 50, [{"mixer": "gla", "n_heads": 2}, {"mixer": "ngram", "ngram": 1}], 32),
+    "gated_ssm": lambda: BirdieLM(50, 16, 24, 3),
+    "hawk": lambda: BirdieLM(50, 16, 24, 3, kind="hawk"),
     "bdh": lambda: BDH(50, levels=3, d_model=16, heads=2, multiplier=8),
 }
 MIXER = {"d_state": 8, "v_heads": 4, "qk_heads": 2}

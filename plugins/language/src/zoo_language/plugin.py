@@ -18,6 +18,7 @@ def zoo_models() -> Iterable[ModelCard]:
 def zoo_adapters() -> Mapping[str, str]:
     return {
         "bdh": "zoo_language.bdh:BDHAdapter",
+        "birdie": "zoo_language.birdie:BirdieAdapter",
         "icll": "zoo_language.icll:ICLLAdapter",
         "mamba": "zoo_language.mamba:MambaAdapter",
         "mamba2": "zoo_language.mamba:Mamba2Adapter",
