@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 HERE = Path(__file__).parent
 SITE = HERE / "site"
@@ -18,33 +17,11 @@ for folder in (SITE, HERE.parent / "registry"):  # the toy plugin; the Hub serve
 WEIGHTS = SITE / "zoo_toys" / "demo" / "toy.safetensors"
 
 
-def toy(**config):
-    import zoo_toys.models
-
-    torch.manual_seed(7)
-    return zoo_toys.models.Toy(**config).eval()
-
-
-def original(model) -> dict[str, torch.Tensor]:
-    """The state dict that the toy's original would have written."""
-    state = model.state_dict()
-    return {
-        "conv.weight": state["stem.weight"],
-        "conv.bias": state["stem.bias"],
-        "first": state["pair"][0].clone(),
-        "second": state["pair"][1].clone(),
-        "up.w": state["up.weight"],
-        "down.w": state["up.weight"].clone(),
-        "seen": state["seen"],
-        "counter": torch.tensor(3),
-        "classifier.weight": state["head.weight"],
-        "classifier.bias": state["head.bias"],
-    }
-
-
 @pytest.fixture(scope="session", autouse=True)
 def packed_weights():
     """The checkpoint that the toy plugin ships: written once, so that no binary file lies in the repository."""
+    from toy_weights import toy
+
     from zoo.checkpoints import write_safetensors
 
     state = {k: v for k, v in toy().state_dict().items() if k != "down.weight"}

@@ -144,9 +144,10 @@ class _SkipRandom(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor)
-        if in_place and (name in self._RANDOM or (isinstance(args[0], nn.Parameter) and name not in self._KEEP)):
-            return args[0]
+        target = args[0] if args else (kwargs or {}).get("tensor")  # torch.nn.init passes it by keyword
+        in_place = name.endswith("_") and not name.endswith("__") and isinstance(target, Tensor)
+        if in_place and (name in self._RANDOM or (isinstance(target, nn.Parameter) and name not in self._KEEP)):
+            return target
         return function(*args, **(kwargs or {}))
 
 

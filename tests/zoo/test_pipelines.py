@@ -1,0 +1,192 @@
+"""From files, folders, patterns and objects to results; batching; errors that name the file."""
+
+import pytest
+import torch
+from toy_weights import toy
+
+import zoo
+from zoo import errors
+from zoo.pipelines import Failure, Pipeline, Result, describe_source, plain
+
+
+@pytest.fixture
+def files(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    for i in range(12):
+        rows = torch.rand(3, 36 if i != 5 else 72, generator=generator)
+        (tmp_path / f"f{i}.txt").write_text("\n".join(" ".join(f"{v:.3f}" for v in row) for row in rows.tolist()))
+    (tmp_path / "notes.md").write_text("not an input")
+    (tmp_path / ".hidden.txt").write_text("not either")
+    return tmp_path
+
+
+@pytest.fixture
+def pipe(toys):
+    return zoo.pipeline("toy_small")
+
+
+def test_one_file(pipe, files):
+    answer = pipe(files / "f0.txt")
+    assert isinstance(answer, Result)
+    assert answer.model == "toy_small.packed"
+    assert answer.source.endswith("f0.txt")
+    assert answer.milliseconds > 0
+    assert answer.label in ("ant", "bee", "cat", "dog")
+    found = answer.to_dict()
+    assert found["answer"] == answer.label
+    assert 0 < found["confidence"] <= 1
+    assert str(answer).endswith(f"{answer.label} ({answer.sure:.1%})")
+
+
+def test_the_answer_is_the_models(pipe, files):
+    x = pipe.read(files / "f0.txt")
+    expected = toy()(x[None] * 2.0).softmax(-1).max()
+    assert pipe(x).confidence == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_folders_lists_and_patterns(pipe, files):
+    every = pipe(files, batch_size=4)
+    assert [r.source.rpartition("/")[2] for r in every] == [f"f{i}.txt" for i in range(12)], "natural order"
+    assert [r.best for r in pipe(str(files / "f*.txt"))] == [r.best for r in every]
+    assert len(pipe([files / "f1.txt", str(files / "f1[01].txt")])) == 3
+    assert [r.best for r in pipe.stream(files, batch_size=5)] == [r.best for r in every]
+
+
+def test_batches_equal_single_answers(pipe, files):
+    single = [r.confidence for r in pipe(files, batch_size=1)]
+    assert [r.confidence for r in pipe(files, batch_size=64)] == pytest.approx(single, abs=1e-6)
+
+
+def test_samples_of_other_shapes_get_batches_of_their_own(pipe, files):
+    sizes = []
+    collate = pipe.collate
+    pipe.collate = lambda samples: sizes.append(len(samples)) or collate(samples)
+    pipe(files, batch_size=12)
+    assert sizes == [5, 1, 6]
+
+
+def test_mistakes(pipe, files, tmp_path):
+    with pytest.raises(errors.LocalFileMissing, match="there is no file or folder"):
+        pipe("no/such.txt")
+    with pytest.raises(errors.LocalFileMissing, match="no file matches"):
+        pipe(str(files / "*.xyz"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(errors.LocalFileMissing, match=r"expected \.txt"):
+        pipe(tmp_path / "empty")
+    with pytest.raises(errors.BadArgument, match="batch_size is 0"):
+        pipe(files, batch_size=0)
+
+
+def test_a_file_that_cannot_be_read(pipe, files):
+    (files / "f3.txt").write_text("not numbers")
+    with pytest.raises(ValueError, match="could not convert") as caught:
+        pipe(files)
+    assert any("f3.txt" in note for note in caught.value.__notes__)
+    results = pipe(files, batch_size=4, keep_going=True)
+    assert [i for i, r in enumerate(results) if isinstance(r, Failure)] == [3]
+    assert results[3].to_dict()["error"] == "ValueError"
+    assert "failed" in str(results[3])
+
+
+def test_a_model_that_fails(pipe, files):
+    pipe.forward = lambda batch: 1 / 0
+    with pytest.raises(ZeroDivisionError) as caught:
+        pipe(files / "f0.txt")
+    assert any("while answering" in note for note in caught.value.__notes__)
+    assert all(isinstance(r, Failure) for r in pipe(files, keep_going=True))
+
+
+def test_options_go_where_they_belong(toys, files):
+    assert zoo.pipeline("toy_small", upper=True)(files / "f0.txt").label.isupper()
+    pipe = zoo.pipeline("toy_small", num_classes=2, dtype=torch.float64, upper=True)
+    assert pipe.dtype == torch.float64
+    assert pipe(files / "f0.txt").label.startswith("CLASS")
+    assert zoo.pipeline(zoo.load("toy_small"), upper=True).upper
+
+
+def test_tasks(toys):
+    with pytest.raises(errors.UnknownTask, match="toy-counting"):
+        zoo.pipeline("toy_small", task="toy-countin")
+    with pytest.raises(errors.UnknownTask, match="give task="):
+        zoo.pipeline(torch.nn.Linear(1, 1))
+    assert zoo.pipeline(torch.nn.Linear(1, 1), task="toy-counting").name == "Linear"
+
+
+def test_pictures(pipe, files, tmp_path):
+    answer = pipe(files / "f0.txt")
+    assert answer.has_picture
+    assert answer.save_picture(tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(errors.BadArgument, match="has no picture"):
+        Result().save_picture(tmp_path / "b.png")
+    assert not Result().has_picture
+
+
+class Echo(Pipeline):
+    task = "echo"
+    text_input = True
+
+    def __init__(self):
+        super().__init__(torch.nn.Identity())
+
+    def read(self, source):
+        return source if isinstance(source, str) else source.read_text()
+
+    def prepare(self, sample):
+        return {"input": torch.tensor([float(len(sample))], dtype=torch.float32)}
+
+    def finish(self, output, sample):
+        return Said(text=sample, length=output)
+
+
+@__import__("dataclasses").dataclass(kw_only=True)
+class Said(Result):
+    text: str
+    length: object
+
+    def summary(self):
+        return self.text
+
+
+def test_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("from a file")
+    pipe = Echo()
+    assert pipe("some words").text == "some words"
+    assert [r.text for r in pipe(["a", "bc"], batch_size=2)] == ["a", "bc"]
+    assert pipe(pipe.argument("t.txt")).text == "from a file"
+    assert pipe(pipe.argument("x" * 5000)).text == "x" * 5000
+    assert pipe("a").to_dict()["length"] == [1.0]
+
+
+class Pair(Echo):
+    text_input = False
+    files_per_sample = 2
+    extensions = (".txt",)
+
+    def read(self, source):
+        return "+".join(p.read_text() for p in source)
+
+
+def test_several_files_a_sample(tmp_path):
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text(name)
+    pipe = Pair()
+    assert pipe((tmp_path / "a.txt", tmp_path / "b.txt")).text == "a+b"
+    assert [r.text for r in pipe([tmp_path / f"{n}.txt" for n in "abcd"])] == ["a+b", "c+d"]
+    assert pipe((tmp_path / "a.txt", tmp_path / "b.txt")).source.count(" + ") == 1
+    with pytest.raises(errors.BadArgument, match="takes 2 for each sample"):
+        pipe([tmp_path / "a.txt"])
+
+
+def test_plain_values():
+    assert plain({"a": torch.ones(2), 1: (torch.tensor(3), {"b"}), "p": __import__("pathlib").Path("x")}) == {
+        "a": [1.0, 1.0],
+        "1": [3, ["b"]],
+        "p": "x",
+    }
+
+
+def test_sources_in_words():
+    assert describe_source(torch.zeros(2, 3)) == "Tensor(2, 3)"
+    assert describe_source("y" * 100) == "y" * 57 + "..."
+    assert describe_source(object()) == "object"
