@@ -32,7 +32,7 @@ template <class V> struct SsdBackward : Ssd<V> {
 
   struct Memory {  // one item's buffers
     T *borders, *dS, *q, *k, *kT, *kTe, *G, *dG, *dq, *dk, *M, *dM, *v, *u, *g, *gc, *vT, *duT, *rows;
-    T *factor, *weight, *carry, *end, *scale, *off, *out, *row, *column;
+    T *factor, *weight, *carry, *end, *scale, *off, *out;
   };
   static int64_t layout(Memory &m, T *base, int64_t chunks, int64_t heads, int64_t N, int64_t Np, int64_t headdim, int64_t P) {
     T *p = base;
@@ -44,7 +44,7 @@ template <class V> struct SsdBackward : Ssd<V> {
     take(m.G, kRows * kRows); take(m.dG, kRows * kRows); take(m.M, kRows * kRows); take(m.dM, kRows * kRows);
     take(m.v, kRows * P); take(m.u, kRows * P); take(m.g, kRows * P); take(m.gc, kRows * P);
     take(m.vT, headdim * kRows); take(m.duT, headdim * kRows);
-    take(m.factor, kRows); take(m.weight, kRows); take(m.carry, kRows); take(m.end, kRows); take(m.scale, kRows); take(m.off, kRows); take(m.out, kRows); take(m.row, kRows); take(m.column, kRows);
+    take(m.factor, kRows); take(m.weight, kRows); take(m.carry, kRows); take(m.end, kRows); take(m.scale, kRows); take(m.off, kRows); take(m.out, kRows);
     return p - base;
   }
 
@@ -143,8 +143,7 @@ template <class V> struct SsdBackward : Ssd<V> {
     Base::gather(m.v, P, a.v, chunk, it.b, h, dim);
     Base::gather(m.g, P, f.dy, chunk, it.b, h, dim);
     transpose<V>(n, dim, m.v, P, m.vT, kRows);
-    for (int64_t t = 0; t < n; ++t) m.off[t] = m.out[t] = m.row[t] = T(0);
-    clear(m.column, kRows);
+    for (int64_t t = 0; t < n; ++t) m.off[t] = m.out[t] = T(0);
 
     // inside the chunk
     clear(m.M, n * kRows);
@@ -195,15 +194,16 @@ template <class V> struct SsdBackward : Ssd<V> {
     return s.sum();
   }
 
-  // dM holds dy v^T: from it dG, and the sums of dW * W over rows and columns; M becomes the weights W.
+  // dM holds dy v^T: from it dG; then it becomes dW * W for the pairs s < t. M becomes the weights W.
   static void pairs(const Segment &s, Memory &m, int64_t strict) {
     T decay[kRows];
     int64_t from = s.first / W * W;
     for (int64_t j = from; j < kRows; ++j) decay[j] = T(0);
     for (int64_t t = s.first; t < s.end; ++t) {
-      V x = V::set1(m.factor[t]), sum = zero<V>();
-      const T *G = m.G + t * kRows, *dM = m.dM + t * kRows;
-      T *M = m.M + t * kRows, *dG = m.dG + t * kRows;
+      V x = V::set1(m.factor[t]);
+      const T *G = m.G + t * kRows;
+      T *M = m.M + t * kRows, *dG = m.dG + t * kRows, *dM = m.dM + t * kRows;
+      T own = dM[t];
       for (int64_t j = from; j < t; j += W) {  // the pairs before t; decay[t] is still 0
         V d = V::load(decay + j) * x;
         d.store(decay + j);
@@ -211,14 +211,12 @@ template <class V> struct SsdBackward : Ssd<V> {
         V both = change * V::load(G + j);
         weight.store(M + j);
         (V::load(dG + j) + change).store(dG + j);
-        (V::load(m.column + j) + both).store(m.column + j);
-        sum = sum + both;
+        both.store(dM + j);
       }
-      m.row[t] = sum.sum();
       decay[t] = T(1);
       if (!strict) {
         M[t] = G[t];
-        dG[t] += dM[t] * m.weight[t];
+        dG[t] += own * m.weight[t];
       }
     }
   }
@@ -228,15 +226,25 @@ template <class V> struct SsdBackward : Ssd<V> {
     T *da = static_cast<T *>(f.da);
     for (int64_t i = 0; i < chunk.segment_count; ++i) {
       const Segment &s = chunk.segments[i];
-      T before = T(0), tail = T(0), result[kRows];
+      T before = T(0), tail = T(0), result[kRows], below[kRows];
+      int64_t from = s.first / W * W;
+      for (int64_t j = from; j < kRows; ++j) below[j] = T(0);
       for (int64_t t = s.first; t < s.end; ++t) {
         result[t] = (s.to_end ? before : T(0)) + (s.from_state && s.to_end ? whole : T(0));
         before += m.out[t];
       }
       for (int64_t t = s.end - 1; t >= s.first; --t) {
-        tail += m.row[t] + m.off[t] - m.column[t];
+        // All pairs across t, added up as they are: differences of sums would lose what strong decays leave.
+        V sum = zero<V>();
+        for (int64_t j = from; j < t; j += W) {
+          int lanes = int(min_of(W, t - j));
+          V v = V::load(below + j) + V::load_n(m.dM + t * kRows + j, lanes);
+          v.store(below + j);
+          sum = sum + V::load_n(below + j, lanes);
+        }
+        tail += m.off[t];
         // at a reset the decay multiplies nothing
-        da[(it.b * a.length + chunk.rows[t]) * a.heads + h] = t == s.first && !s.from_state ? T(0) : result[t] + tail;
+        da[(it.b * a.length + chunk.rows[t]) * a.heads + h] = t == s.first && !s.from_state ? T(0) : result[t] + tail + sum.sum();
       }
     }
   }

@@ -167,7 +167,9 @@ def final_stabiliser(m: Tensor, order: Tensor | None, initial_state: State | Non
 
 def _normalised(sums: Tensor, m: Tensor, scale: float, eps: float, order: Tensor | None, v: Tensor) -> Tensor:
     headdim = v.shape[3]
-    total = torch.maximum((sums[..., headdim] * scale).abs(), torch.exp(-m)) + eps
+    # Where m is so low that exp(-m) overflows, y is 0 to rounding and so is its gradient.
+    most = 80.0 if m.dtype == torch.float32 else 700.0
+    total = torch.maximum((sums[..., headdim] * scale).abs(), torch.exp((-m).clamp(max=most))) + eps
     y = sums[..., :headdim] * (scale / total)[..., None]
     return y.to(v.dtype)
 

@@ -136,13 +136,13 @@ def backward(grads, arguments, saved, needs, *, chunk=CHUNK):
         dq_rows = dG @ ks + w.groups_of(carry[..., None] * gS)
         dk_rows = dG.transpose(-1, -2) @ qs + w.groups_of(end[..., None] * uS)
         if da is not None:
-            # decay_t acts on every pair s < t <= t': row sums minus column sums, summed from the end of the chunk
-            pairs = (dM * M * G).tril(-1)
+            # decay_t acts on every pair s < t <= t'; sums of these, not differences of sums, which would lose what strong
+            # decays leave
+            pairs = (dM * M * G).flip(-2).cumsum(-2).flip(-2).tril(-1)
             off = carry * (gS * qh).sum(-1)
             out = end * (uS * kh).sum(-1)
             whole = total * (dS * S).sum((-1, -2))
-            row = pairs.sum(-1) + off - pairs.sum(-2)
-            tail = row.flip(-1).cumsum(-1).flip(-1) + whole[..., None] + (out.cumsum(-1) - out)
+            tail = pairs.sum(-1) + off.flip(-1).cumsum(-1).flip(-1) + whole[..., None] + (out.cumsum(-1) - out)
             da[:, a:b] = tail.transpose(1, 2)
         if dw is not None:
             dw[:, a:b] = (du * vs).sum(-1).transpose(1, 2)

@@ -17,15 +17,15 @@ def forward(v, decay, weight, k, q, D, state, resets, order, strict, *, save=Fal
     steps = torch.arange(vs.shape[1], device=v.device)
     keep = (steps[:, None] >= steps)[None, :, :, None]  # (batch, to, from, heads)
     if decay is None:
-        c = torch.zeros(batch, vs.shape[1], heads, dtype=work, device=v.device)
-    else:
-        c = gather_rows(decay, order).to(work).cumsum(1)
-    carry = c.exp()
+        c = torch.zeros(batch, vs.shape[1], heads, dtype=torch.float64, device=v.device)
+    else:  # in float64, for differences of sums that may be large
+        c = gather_rows(decay, order).to(torch.float64).cumsum(1)
+    carry = c.to(work).exp()
     if resets is not None:
         segment = gather_rows(resets, order).to(torch.int64).cumsum(1)
         keep = keep & (segment[:, :, None] == segment[:, None])[..., None]
         carry = torch.where((segment == 0)[..., None], carry, torch.zeros_like(carry))
-    M = torch.where(keep, c[:, :, None] - c[:, None], torch.full_like(c[:, :1, None], -torch.inf)).exp()
+    M = torch.where(keep, c[:, :, None] - c[:, None], torch.full_like(c[:, :1, None], -torch.inf)).to(work).exp()
     end = M[:, -1]
     if strict:
         M = torch.where((steps[:, None] > steps)[None, :, :, None], M, torch.zeros_like(M))

@@ -5,7 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo_kernels import _checks
+from zoo_kernels import _backends, _checks
+from zoo_kernels._ops import Operator
+
+
+def _fake(x, dt, A, B, C, D, z, dt_bias, dt_scale, state, dt_softplus, low, high, *, save):
+    return (torch.empty_like(x, memory_format=torch.contiguous_format),)
+
+
+def _cases(device: torch.device, dtype: torch.dtype):
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    for heads, headdim, groups, size in ((4, 12, 2, 16), (3, 5, 1, 7)):
+        yield (
+            r(2, heads, headdim), r(2, heads), -torch.rand(heads, device=device), r(2, groups, size), r(2, groups,
+            size), r(heads), r(2, heads, headdim), r(heads), None, torch.randn(2, heads, headdim, size, device=device),
+            True, 0.0, float("inf"),
+        )  # fmt: skip
+
+
+# On a CPU the torch form is called directly: a handful of operators with nothing to choose from.
+_step = Operator(
+    "ssd_step",
+    package=__package__,
+    arguments=(
+        "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? dt_scale, "
+        "Tensor state, bool dt_softplus, float low, float high"
+    ),
+    outputs=("y",),
+    mutates=("state",),
+    backends={"reference": ".step_reference", "triton": ".step_gpu"},
+    fake=_fake,
+    cases=_cases,
+)
 
 
 def ssd_step(
@@ -29,23 +62,19 @@ def ssd_step(
     (batch, state); D: (heads,) or (heads, headdim). Returns y: (batch, heads, headdim), x's dtype.
     Raises ValueError as :func:`zoo_kernels.ssd`. Source: as there; ``selective_state_update`` in the original.
     """
-    from . import check_ssd, discretise, gate
+    from . import check_ssd
 
     _checks.has_shape("ssd_step", "x", x, [("batch", None), ("heads", None), ("headdim", None)])
     _checks.is_tensor("ssd_step", "state", state, x)
     B, C = (t[:, None] if t.dim() == 2 else t for t in (B, C))
     one = [None if t is None else t[:, None] for t in (x, dt, B, C, z, dt_scale)]
     check_ssd("ssd_step", one[0], one[1], A, one[2], one[3], D, one[4], dt_bias, one[5], state)
-    work = state.dtype
-    d = discretise(dt, dt_scale, dt_bias, dt_softplus, dt_limit, work)
-    repeat = x.shape[1] // B.shape[1]
-    b, c = (t.to(work).repeat_interleave(repeat, dim=1) for t in (B, C))
-    xs = x.to(work)
-    new = torch.exp(d * A.to(d.dtype)).to(work)[..., None, None] * state
-    new = new + (d.to(work)[..., None] * xs)[..., None] * b[:, :, None]
-    state.copy_(new)
-    y = (new * c[:, :, None]).sum(-1)
-    if D is not None:
-        y = y + (D.to(work)[:, None] if D.dim() == 1 else D.to(work)) * xs
-    y = y.to(x.dtype)
-    return y if z is None else gate(y, z)
+    low, high = float(dt_limit[0]), float(dt_limit[1])
+    if low > high:
+        raise ValueError(f"ssd_step: dt_limit is {tuple(dt_limit)}; the first must not exceed the second")
+    if x.device.type == "cpu" and _backends.forced() in ("", "native", "reference"):
+        from .step_reference import forward
+
+        return forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, state, dt_softplus, low, high)
+    y: Tensor = _step.direct(x, dt, A, B, C, D, z, dt_bias, dt_scale, state, bool(dt_softplus), low, high)
+    return y
