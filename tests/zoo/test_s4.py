@@ -72,9 +72,11 @@ def test_a_fresh_kernel_transforms_its_c_as_the_original_does():
     prefix = "state_before_first_forward/"
     before = {k.removeprefix(prefix): v for k, v in golden.mids.items() if k.startswith(prefix)}
     model = S4Adapter().build(golden.config, {**golden.state, **before}, source=golden.source)
+    x = golden.inputs["x"].transpose(1, 2)
     with torch.no_grad():
-        y = model(golden.inputs["x"].transpose(1, 2)).transpose(1, 2)
-    assert torch.allclose(y, golden.outputs["y"], atol=1e-5)
+        assert torch.allclose(model(x).transpose(1, 2), golden.outputs["y"], atol=1e-5)
+        assert int(model.layer.kernel.l_kernel) == 0  # evaluation writes nothing
+        assert torch.allclose(model.train()(x).transpose(1, 2), golden.outputs["y"], atol=1e-5)
     assert int(model.layer.kernel.l_kernel) == int(golden.state["layer.kernel.l_kernel"])
     assert torch.allclose(model.layer.kernel.C, golden.state["layer.kernel.C"], atol=1e-5)
 
@@ -185,7 +187,9 @@ def test_the_s4_kernel_is_c_a_to_the_l_b():
     assert torch.allclose(K, torch.stack(expected, -1), rtol=1e-9, atol=1e-12)
     assert int(kernel.l_kernel) == 33
     with torch.no_grad():
-        longer, _ = kernel(100)  # doubles twice
+        aside, _ = kernel.eval()(100)
+        longer, _ = kernel.train()(100)  # doubles twice
+    assert torch.allclose(aside, longer, rtol=1e-8, atol=1e-12)
     assert int(kernel.l_kernel) == 132
     assert torch.allclose(longer[..., :33], K, rtol=1e-8, atol=1e-12)
 
@@ -308,7 +312,7 @@ def test_kernels_are_remembered_in_eval_mode_until_a_parameter_changes():
 def test_hippo_is_normal_up_to_its_low_rank_part():
     for measure, rank in (("legs", 1), ("legt", 2), ("fout", 1)):
         A, B = hippo.transition(measure, 12)
-        W, P, Bc, V = hippo.nplr(measure, 12, rank, B_clip=None)
+        W, _, Bc, V = hippo.nplr(measure, 12, rank, B_clip=None)
         normal = 2 * (V * W @ V.conj().T).real
         low = hippo.rank_correction(measure, 12, rank)
         assert abs(normal - low.T @ low - A).max() < 1e-9, measure

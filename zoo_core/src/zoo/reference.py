@@ -68,7 +68,7 @@ def read_golden(path: str | Path) -> Golden:
     with contextlib.suppress(ValueError):  # a plain sentence, not JSON
         call = json.loads(call)
     return Golden(
-        system=meta.get("system", ""),
+        system=meta.get("system", "").partition(" ")[0],
         source=meta.get("source", ""),
         config=json.loads(meta.get("config", "{}") or "{}"),
         call=call,

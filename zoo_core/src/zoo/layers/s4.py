@@ -18,9 +18,10 @@ class S4Kernel(SSMKernel):
     """Kernel of a system with A = diag - P P^*, discretised by the bilinear rule.
 
     Beside the parameters of :class:`~zoo.layers.ssm_kernel.SSMKernel`: ``P`` (rank, S, N, 2) and the buffer
-    ``l_kernel``: while it is 0, ``C`` is the system's; the first forward replaces C by C (I - dA^l), which makes the
-    kernel's generating function of length l = ``l_max`` (or the length asked for) exact, and sets l_kernel; a longer
-    input later doubles it. State dicts of used models hold the replaced C, as the original's do.
+    ``l_kernel``: while it is 0, ``C`` is the system's; the first forward in training replaces C by C (I - dA^l), which
+    makes the kernel's generating function of length l = ``l_max`` (or the length asked for) exact, and sets l_kernel; a
+    longer input later doubles it. State dicts of trained models hold the replaced C, as the original's do. In eval mode
+    nothing is written (the original writes there, too): the replacement is made for the call alone.
 
     ``init``: "legs", "legt" (rank 2), "fout", "hippo", "dplr-lin" ...
     Source: Gu et al., arXiv 2111.00396, algorithm 1; state-spaces/s4 ``SSMKernelDPLR``.
@@ -87,15 +88,15 @@ class S4Kernel(SSMKernel):
 
     def forward(self, length: int, rate: float = 1.0, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         internal, plan = self.lengthen(round(rate * length))
-        tracing = torch.compiler.is_compiling()
-        if plan and not tracing:
+        write = bool(plan) and self.training and not torch.compiler.is_compiling()
+        if write:
             self._write_length(internal, plan)
         points = round(internal / rate)
         if points == 0:
             empty = self.C.new_zeros(self.channels, self.d_model, 0)
             return empty, None if state is None else empty.expand(state.shape[0], -1, -1, -1)
         dt, A, B, C = self.system(rate)
-        if plan and tracing:  # a traced graph writes nothing
+        if plan and not write:
             C = self._times_powers(C, plan)
         P = self.low_rank()
         if state is not None:

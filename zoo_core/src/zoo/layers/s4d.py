@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from zoo_kernels import long_conv, vandermonde_kernel
 
 from .dss import dss_kernel
-from .ssm_kernel import SSMKernel, as_complex, wide
+from .ssm_kernel import SSMKernel, as_complex, exact, wide
 
 
-def vandermonde_state(u: Tensor, log_decay: Tensor) -> Tensor:
-    """``sum_l u[..., l] exp((L - 1 - l) * log_decay)``: (batch, channels, L), (channels, N) to (batch, channels, N)."""
+def vandermonde_state(u: Tensor, log_decay: Tensor, kind: torch.dtype) -> Tensor:
+    """``sum_l u[..., l] exp((L - 1 - l) * log_decay)``: (batch, channels, L), (channels, N) to (batch, channels, N).
+
+    ``kind`` is the dtype of the result; powers are formed in that of ``log_decay`` or better.
+    """
     length = u.shape[-1]
     inner = max(1, 1 << (max(length, 1).bit_length() // 2))
     u = F.pad(u, (-length % inner, 0)).unflatten(-1, (-1, inner))  # zeros in front change nothing
     outer = u.shape[-2]
-    exact = log_decay.to(torch.promote_types(log_decay.dtype, torch.float64))
-    steps = torch.arange(max(inner, outer), device=u.device, dtype=torch.float64)
-    kind = log_decay.dtype
-    fine = torch.exp(exact[:, None] * steps[:inner, None].flip(0)).to(kind)  # (channels, inner, N)
-    coarse = torch.exp(exact[:, None] * (inner * steps[:outer, None].flip(0))).to(kind)
+    log_decay = exact(log_decay)
+    steps = torch.arange(max(inner, outer), device=u.device, dtype=log_decay.real.dtype)
+    fine = torch.exp(log_decay[:, None] * steps[:inner, None].flip(0)).to(kind)  # (channels, inner, N)
+    coarse = torch.exp(log_decay[:, None] * (inner * steps[:outer, None].flip(0))).to(kind)
     part = torch.matmul(u.to(kind), fine)  # (batch, channels, outer, N)
     return (part * coarse).sum(-2)
 
@@ -48,14 +50,14 @@ class S4DKernel(SSMKernel):
         self.disc = disc
 
     def discrete(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """log dA (H, N), dB (H, N), C (channels, H, N)."""
-        dt, A, B, C = self.system(rate)
+        """log dA (H, N) in double precision, dB (H, N), C (channels, H, N)."""
+        dt, A, B, C = self.system(rate, double=True)
         dtA = dt * A
         if self.disc == "bilinear":
-            return torch.log((1 + dtA / 2) / (1 - dtA / 2)), (B * dt / (1 - dtA / 2))[0], C
+            return torch.log((1 + dtA / 2) / (1 - dtA / 2)), (B[0] * dt / (1 - dtA / 2)).to(C.dtype), C
         if self.disc == "dss":
             raise ValueError("the DSS softmax kernel has no recurrent form; it cannot step or carry a state")
-        return dtA, (B * torch.expm1(dtA) / A)[0], C
+        return dtA, (B[0] * torch.expm1(dtA) / A).to(C.dtype), C
 
     def forward(self, length: int, rate: float = 1.0, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if self.disc == "dss":
@@ -67,21 +69,23 @@ class S4DKernel(SSMKernel):
         K = vandermonde_kernel(dB * C, log_dA, length)
         if state is None:
             return K, None
-        ahead = state[:, None] * torch.exp(log_dA) * C  # (batch, channels, H, N): the next step already decays it
+        ahead = (
+            state[:, None] * torch.exp(log_dA).to(C.dtype) * C
+        )  # (batch, channels, H, N): the next step already decays it
         return K, vandermonde_kernel(ahead, log_dA, length)
 
     def final_state(self, u: Tensor, state: Tensor) -> Tensor:
         """The state after u (batch, length, d_model) from ``state``."""
         log_dA, dB, _ = self.discrete()
-        carried = torch.exp(log_dA * u.shape[1]) * state
-        return carried + dB * vandermonde_state(u.transpose(1, 2), log_dA)
+        carried = torch.exp(log_dA * u.shape[1]).to(dB.dtype) * state
+        return carried + dB * vandermonde_state(u.transpose(1, 2), log_dA, dB.dtype)
 
     def step(self, u: Tensor, state: Tensor) -> Tensor:
         """u: (batch, d_model); ``state`` is updated in place. Returns (batch, channels, d_model)."""
 
         def prepare():
             log_dA, dB, C = self.discrete()
-            return torch.exp(log_dA), dB, C
+            return torch.exp(log_dA).to(C.dtype), dB, C
 
         dA, dB, C = self.kept("step", prepare)
         state.mul_(dA).add_(dB * u[..., None])
@@ -131,7 +135,7 @@ class S4D(nn.Module):
             dtA, C = self.discrete()
             old = state["ssm"]
             y = y + vandermonde_kernel(old * torch.exp(dtA) * C, dtA, u.shape[1]).transpose(1, 2).to(y.dtype)
-            new = torch.exp(dtA * u.shape[1]) * old + vandermonde_state(u.transpose(1, 2), dtA)
+            new = torch.exp(dtA * u.shape[1]) * old + vandermonde_state(u.transpose(1, 2), dtA, C.dtype)
             state["ssm"] = new.detach()
         return self.output(y)
 

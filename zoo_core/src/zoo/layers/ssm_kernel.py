@@ -54,6 +54,13 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def exact(x: Tensor) -> Tensor:
+    """In double precision, where the device has it: for exponents, whose phase grows with the length."""
+    if x.device.type == "mps":
+        return wide(x)
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
 def _stamp(tensors: list[Tensor]) -> tuple[Any, ...]:
     return tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
 
@@ -193,15 +200,20 @@ class SSMKernel(ConvolutionKernel):
         if low_rank:
             self.add("P", pair(P), "A")
 
-    def system(self, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dt (H, 1 or N) and, complex, A (H, N), B (1, H, N), C (channels, H, N); real if ``is_real``."""
-        A = -positive(wide(self.A_real), self.real_transform)
+    def system(self, rate: float = 1.0, *, double: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dt (H, 1 or N) and, complex, A (H, N), B (1, H, N), C (channels, H, N); real if ``is_real``.
+
+        ``double``: dt and A in double precision.
+        """
+        enough = exact if double else wide
+        A = -positive(enough(self.A_real), self.real_transform)
         if self.is_real:
             B, C = wide(self.B), wide(self.C)
         else:
-            A = torch.complex(A, -positive(wide(self.A_imag), self.imag_transform))
+            A = torch.complex(A, -positive(enough(self.A_imag), self.imag_transform))
             B, C = as_complex(self.B), as_complex(self.C)
-        free_dt = torch.sinh(wide(self.inv_dt)) if self.dt_fast else wide(self.inv_dt)
+        inv_dt = enough(self.inv_dt)
+        free_dt = torch.sinh(inv_dt) if self.dt_fast else inv_dt
         dt = positive(free_dt, self.dt_transform) * rate
         copies = self.d_model // self.n_ssm
         A, B = A.repeat(copies, 1), B.repeat(1, copies, 1)

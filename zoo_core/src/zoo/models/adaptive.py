@@ -87,7 +87,7 @@ class AdaptiveSoftmax(nn.Module):
         object.__setattr__(self, "_embedding", embedding)
 
     def _cluster(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        embedding: AdaptiveEmbedding = object.__getattribute__(self, "_embedding")
+        embedding: AdaptiveEmbedding = self._embedding  # type: ignore[assignment]
         weight = self.out_layers_weights[i] if len(self.out_layers_weights) else embedding.emb_layers[i].weight
         projection = self.out_projs[str(i)] if str(i) in self.out_projs else embedding.emb_projs[i]
         return weight, self.out_layers_biases[i], projection  # type: ignore[return-value]

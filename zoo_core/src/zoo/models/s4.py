@@ -307,9 +307,10 @@ class S4SequenceClassifier(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(batch, length, d_input), or (batch, length) tokens, to (batch, num_classes) logits.
 
-        lengths: (batch,) positions that count in the pooling; as in the original, layers still see what follows.
+        lengths: (batch,) positions that count; what follows is zeros to every S4 layer and is not pooled.
         """
-        return self.decoder(self.model(self.encoder(x)), lengths)
+        options = {} if lengths is None else {"lengths": lengths}
+        return self.decoder(self.model(self.encoder(x), **options), lengths)
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new head for ``num_classes``; 0: pooled features."""

@@ -139,7 +139,7 @@ def _canonical(
                 f"{NAME}: initial_state has shape {tuple(initial_state.shape)}; it must be {(batch, *channels)}"
             )
     if a.is_complex() or (initial_state is not None and initial_state.is_complex()):
-        x = x if x.is_complex() else x.to(checks.state_dtype(x.dtype).to_complex())
+        x = x if x.is_complex() else x.to(torch.promote_types(x.dtype, torch.complex64))
     work = checks.state_dtype(x.dtype)
     if x.is_complex():
         a = a.to(work)

@@ -14,7 +14,7 @@ from torch import Tensor
 from zoo_kernels import _checks as checks
 from zoo_kernels._walk import put_sum, take, walk
 
-from .reference import Spectrum, convolve, convolve_nd, spectrum
+from .reference import Spectrum, convolve, convolve_nd, real_dtype, spectrum
 from .vandermonde import vandermonde_kernel
 
 __all__ = ["Spectrum", "kernel_spectrum", "long_conv", "long_conv_nd", "long_conv_step", "vandermonde_kernel"]
@@ -103,7 +103,7 @@ def long_conv(
         ).to(x.dtype)
     y = convolve(walk_x, kernel, back_kernel, gap, before, chunk)
     if D is not None:
-        skip = walk_x.to(y.dtype if not y.is_complex() else y.dtype.to_real())
+        skip = walk_x.to(real_dtype(y.dtype))
         y = y + (skip if heads is None else skip[:, :, None]) * D.to(y.dtype)
     final = _last_rows(walk_x, before, taps, lengths) if return_final_state else None
     if rows is not None:

@@ -14,6 +14,11 @@ from zoo_kernels._checks import state_dtype
 CHUNK_ABOVE = 1 << 16
 
 
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of real and imaginary parts (``dtype.to_real()``, which torch.compile does not trace)."""
+    return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, dtype)
+
+
 def fast_length(n: int) -> int:
     """The smallest even 2^a 3^b 5^c at least n: a length for which FFTs are fast."""
     best = 1 << max(n - 1, 1).bit_length()
@@ -91,11 +96,11 @@ def convolve(
         x = torch.cat([before, x], dim=1)
     past = x.shape[1] - length
     heads = ready.values.shape[:-2]
-    work = ready.values.dtype if ready.complex_kernel else ready.values.dtype.to_real()
+    work = ready.values.dtype if ready.complex_kernel else real_dtype(ready.values.dtype)
     work = torch.promote_types(work, state_dtype(x.dtype))
     if x.numel() == 0 or ready.taps == 0:
         return x.new_zeros(batch, length, *heads, channels, dtype=work)
-    line = x.transpose(1, 2).to(work if not ready.complex_kernel else work.to_real())  # (batch, channels, steps)
+    line = x.transpose(1, 2).to(real_dtype(work))  # (batch, channels, steps)
     total = line.shape[-1]
     steps = _chunk(total, min(ready.taps, total), chunk, ready.back)
     if steps == total:
