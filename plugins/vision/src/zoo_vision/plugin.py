@@ -25,3 +25,20 @@ def zoo_adapters() -> Mapping[str, str]:
         "a2mamba": "zoo_vision.a2mamba:A2MambaAdapter",
         "mambavision": "zoo_vision.mambavision:MambaVisionAdapter",
     }
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {
+        "image-classification": "zoo_vision.pipelines:ImageClassification",
+        "image-embedding": "zoo_vision.pipelines:ImageEmbedding",
+    }
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {
+        "classify": "zoo_vision.commands:classify",
+        "embed-images": "zoo_vision.commands:embed_images",
+        "validate": "zoo_vision.commands:validate",
+    }

@@ -1,0 +1,146 @@
+"""The vision plugin's verbs of the command line: ``zoo classify``, ``zoo embed-images``, ``zoo validate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zoo.cli import output
+
+
+@click.command()
+@click.argument("name")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--top-k", default=5, show_default=True, type=click.IntRange(min=1), help="Classes to report.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1))
+@click.option("--csv", "table", type=click.Path(dir_okay=False), help="Write one line an image to this file.")
+@click.option("--save-picture", "pictures", type=click.Path(file_okay=False), help="Draw the answers into this folder.")
+@click.option("--contributions", is_flag=True, help="Draw what each scan direction contributes, token by token.")
+@click.option("--keep-going", is_flag=True, help="Go on after a file that cannot be read.")
+@output.loading_options
+@output.as_json
+def classify(
+    name: str,
+    inputs: tuple[str, ...],
+    top_k: int,
+    batch_size: int,
+    table: str | None,
+    pictures: str | None,
+    contributions: bool,
+    keep_going: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Name what is in INPUTS (image files, folders, patterns) with the model NAME.
+
+    \b
+        zoo classify vim_micro.digits seven.png --save-picture out --contributions
+        zoo classify vim_tiny.in1k photos/ --top-k 3 --csv answers.csv
+    """
+    import zoo
+    from zoo.cli.predict import picture_name
+    from zoo.pipelines import Failure
+
+    from .pipelines import write_csv
+
+    arguments = output.loading(options) | {"top_k": top_k, "contributions": contributions}
+    pipe = zoo.pipeline(name, "image-classification", **arguments)
+    results = pipe(list(inputs), batch_size=batch_size, keep_going=keep_going)
+    drawn: dict[int, str] = {}
+    for i, result in enumerate(results):
+        if pictures is not None and result.has_picture:
+            drawn[i] = str(result.save_picture(Path(pictures) / picture_name(result.source, i)))
+    if table is not None:
+        write_csv(results, table)
+    if as_json:
+        output.emit([r.to_dict() | ({"picture": drawn[i]} if i in drawn else {}) for i, r in enumerate(results)])
+    else:
+        for i, result in enumerate(results):
+            click.echo(str(result) + (f"  -> {drawn[i]}" if i in drawn else ""))
+    return 1 if any(isinstance(r, Failure) for r in results) else 0
+
+
+@click.command()
+@click.argument("name")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="A .npy or .parquet file.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1))
+@click.option("--keep-going", is_flag=True, help="Leave out files that cannot be read.")
+@output.loading_options
+@output.as_json
+def embed_images(
+    name: str,
+    inputs: tuple[str, ...],
+    out: str,
+    batch_size: int,
+    keep_going: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Write the features of INPUTS (image files, folders, patterns) before the classifier of NAME.
+
+    \b
+        zoo embed-images vim_tiny.in1k photos/ --out photos.npy        # names in photos.txt
+        zoo embed-images vim_tiny.in1k photos/ --out photos.parquet
+    """
+    import zoo
+    from zoo.pipelines import Failure
+
+    from .pipelines import write_embeddings
+
+    pipe = zoo.pipeline(name, "image-embedding", **output.loading(options))
+    results = pipe(list(inputs), batch_size=batch_size, keep_going=keep_going)
+    path = write_embeddings(results, out)
+    failed = [r for r in results if isinstance(r, Failure)]
+    width = next((len(r.vector) for r in results if not isinstance(r, Failure)), 0)
+    if as_json:
+        output.emit({"file": str(path), "images": len(results) - len(failed), "features": width, "failed": len(failed)})
+    else:
+        click.echo(f"{len(results) - len(failed)} images, {width} features each -> {path}")
+        for failure in failed:
+            click.echo(str(failure), err=True)
+    return 1 if failed else 0
+
+
+@click.command()
+@click.argument("name")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read files.")
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many images.")
+@output.loading_options
+@output.as_json
+def validate(
+    name: str, folder: str, batch_size: int, workers: int, limit: int | None, as_json: bool, **options: Any
+) -> int:
+    """Measure NAME on the images of FOLDER, one subfolder a class: top-1, top-5, images a second.
+
+    Subfolders are matched to the classes by name (ImageNet's synset ids such as n01440764, or the labels); if no name
+    fits and their number is the model's, in sorted order.
+
+    \b
+        zoo validate vim_tiny.in1k imagenet/val --batch-size 64 --workers 4
+    """
+    import zoo
+
+    from .validation import validate_folder
+
+    model = zoo.load(name, **output.loading(options))
+    measured = validate_folder(model, folder, batch_size=batch_size, workers=workers, limit=limit, progress=not as_json)
+    if as_json:
+        output.emit(measured.to_dict())
+    else:
+        output.table(
+            ("model", "images", "classes", "top-1", "top-5", "images/s"),
+            [
+                (
+                    measured.model, measured.images, measured.classes, f"{measured.top1:.2%}",
+                    "" if measured.top5 is None else f"{measured.top5:.2%}", f"{measured.per_second:.1f}",
+                )
+            ],
+            right=(1, 2, 3, 4, 5),
+        )  # fmt: skip
+        click.echo(measured.matching)
+    return 0

@@ -1,0 +1,308 @@
+"""Image classification from files people have, and embeddings of the same files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from zoo.pipelines import Failure, Pipeline, Result
+from zoo_registry import errors
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+#: settings that timm's transforms take from a weights card
+_SETTINGS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+
+
+@dataclass(kw_only=True)
+class Classification(Result):
+    """The likeliest classes of one image, best first."""
+
+    labels: list[str]
+    indices: list[int]
+    probabilities: list[float]
+    image: Image.Image | None = field(default=None, repr=False)
+    contributions: Any = field(default=None, repr=False)  #: :class:`~zoo_vision.contributions.Contributions`
+
+    @property
+    def label(self) -> str:
+        return self.labels[0]
+
+    @property
+    def confidence(self) -> float:
+        return self.probabilities[0]
+
+    def summary(self) -> str:
+        return self.labels[0]
+
+    def __str__(self) -> str:
+        rows = ", ".join(f"{n} {p:.1%}" for n, p in zip(self.labels, self.probabilities, strict=True))
+        return f"{self.source}: {rows}"
+
+    def row(self) -> dict[str, Any]:
+        """Flat: one column a value, for tables."""
+        row: dict[str, Any] = {"source": self.source, "model": self.model}
+        for i, (name, p) in enumerate(zip(self.labels, self.probabilities, strict=True), start=1):
+            row |= {f"label_{i}": name, f"probability_{i}": round(p, 6)}
+        return row
+
+    def picture(self) -> Image.Image | None:
+        """The image with its likeliest classes; with ``contributions`` also a map for each scan direction."""
+        from .pictures import answer_card
+
+        if self.image is None:
+            return None
+        parts = self.contributions
+        maps = [] if parts is None else list(zip(parts.names, parts.maps.numpy(), strict=True))
+        note = ""
+        if parts is not None:
+            note = f"contribution of each scan direction over {parts.blocks} blocks, 1 = average"
+        rows = list(zip(self.labels, self.probabilities, strict=True))
+        return answer_card(self.image, rows, title=f"{self.model}   {Path(self.source).name}", maps=maps, note=note)
+
+
+class ImageClassification(Pipeline):
+    """Image files to their likeliest classes.
+
+    ``top_k`` classes are reported. ``contributions``: also measure what each scan direction contributes at each token
+    (see :mod:`zoo_vision.contributions`) and draw it into the picture. Images: paths, PIL images, arrays (H, W) or
+    (H, W, 3) of uint8, or tensors (in_chans, H, W) that are already prepared. Resizing, cropping and normalising are
+    timm's, with the settings of the weights card.
+    """
+
+    task = "image-classification"
+    extensions = EXTENSIONS
+
+    def __init__(self, model: nn.Module, top_k: int = 5, contributions: bool = False) -> None:
+        super().__init__(model)
+        if int(top_k) < 1:
+            raise errors.BadArgument(f"top_k is {top_k}; expected 1 or more", argument="top_k", accepted=[])
+        self.top_k, self.contributions = int(top_k), bool(contributions)
+        self.in_chans = int(getattr(model, "in_chans", 3))
+        if self.in_chans not in (1, 3):
+            raise errors.BadArgument(
+                f"the model takes {self.in_chans} channels; files of one or three channels can be read. Call the model "
+                "on tensors of your own instead",
+                argument="model",
+                accepted=[],
+            )
+        self.settings = transform_settings(model, self.preprocess)
+        self._transform: Any = None
+        self.names = self.labels()
+
+    def read(self, source: Any) -> Any:
+        if isinstance(source, Tensor):
+            return source
+        return open_image(source, self.in_chans)
+
+    def prepare(self, sample: Any) -> Tensor:
+        if isinstance(sample, Tensor):
+            if sample.dim() != 3 or sample.shape[0] != self.in_chans:
+                raise errors.BadArgument(
+                    f"a tensor of shape {tuple(sample.shape)} was given; expected ({self.in_chans}, height, width)",
+                    argument="inputs",
+                    accepted=[],
+                )
+            return sample
+        if self._transform is None:
+            from timm.data import create_transform
+
+            self._transform = create_transform(**self.settings, is_training=False)
+        return self._transform(sample)
+
+    def finish(self, output: Any, sample: Any) -> Classification:
+        if not isinstance(output, Tensor) or output.dim() != 1:
+            raise errors.BadArgument(
+                f"{self.name} gives no vector of logits; is it a backbone, or a pyramid (features_only)?",
+                argument="model",
+                accepted=[],
+            )
+        probabilities, indices = output.float().softmax(-1).topk(min(self.top_k, output.shape[-1]))
+        found = indices.tolist()
+        parts = None
+        if self.contributions:
+            from .contributions import scan_contributions
+
+            parts = scan_contributions(self.model, self._to_model(self.prepare(sample))[None])
+        return Classification(
+            labels=[self.names[i] if self.names is not None and i < len(self.names) else f"class {i}" for i in found],
+            indices=found,
+            probabilities=probabilities.tolist(),
+            image=None if isinstance(sample, Tensor) else sample,
+            contributions=parts,
+        )
+
+    def named_labels(self, name: str) -> list[str] | None:
+        """ImageNet's subsets, as timm names them: the first synonym of each class, in the order of the logits."""
+        if not name.startswith("imagenet"):
+            return None
+        from timm.data import ImageNetInfo
+
+        info = ImageNetInfo(name)
+        return [info.index_to_description(i) for i in range(info.num_classes())]
+
+
+def transform_settings(model: nn.Module, preprocess: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``timm.data.create_transform``: the card's settings, at the size that the model was built for."""
+    from timm.data import resolve_data_config
+
+    channels = int(getattr(model, "in_chans", 3))
+    info = getattr(model, "zoo_info", None)
+    if not preprocess and info is not None and info.card is not None and info.card.default_weights is not None:
+        preprocess = info.card.default_weights.preprocess  # random weights: what the published ones would get
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in preprocess.items() if k in _SETTINGS}
+    size = getattr(model, "img_size", None)
+    if isinstance(size, tuple) and tuple(known.get("input_size", (0, 0, 0))[1:]) != size:
+        known["input_size"] = (channels, *size)
+    known.setdefault("input_size", (channels, 224, 224))
+    if len(known.get("mean", (0,) * channels)) != channels:  # built with other channels than the weights were
+        mean, std = float(np.mean(known.pop("mean"))), float(np.mean(known.pop("std")))
+        known |= {"mean": (mean,) * channels, "std": (std,) * channels}
+    if channels == 1:
+        known.setdefault("mean", (0.5,))
+        known.setdefault("std", (0.5,))
+    resolved = resolve_data_config(args=known, pretrained_cfg=known)
+    return {k: resolved[k] for k in _SETTINGS if k in resolved}
+
+
+def open_image(source: Any, channels: int) -> Image.Image:
+    """A path, PIL image or array as a PIL image of 1 or 3 channels, upright as its EXIF data says."""
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3):
+            raise errors.BadArgument(
+                f"an array of {source.dtype} and shape {source.shape} was given; expected uint8, (height, width) or "
+                "(height, width, 3)",
+                argument="inputs",
+                accepted=[],
+            )
+        image = Image.fromarray(source)
+    elif isinstance(source, Image.Image):
+        image = source
+    elif isinstance(source, (str, Path)):
+        try:
+            image = Image.open(source)
+            image.load()
+        except OSError as error:
+            raise errors.BadArgument(
+                f"{source} is not an image that can be read ({error}); expected {', '.join(EXTENSIONS)}",
+                argument="inputs",
+                accepted=[],
+            ) from error
+    else:
+        raise errors.BadArgument(
+            f"a {type(source).__name__} was given; expected a file, a PIL image, an array or a tensor",
+            argument="inputs",
+            accepted=[],
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16-bit and float greys: stretch their own range to 8 bits
+        values = np.asarray(image, dtype=np.float64)
+        low, high = float(values.min()), float(values.max())
+        image = Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        solid = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        solid.alpha_composite(image.convert("RGBA"))
+        image = solid
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+# -- tables and vectors ----------------------------------------------------------------------------------------------
+
+
+def write_csv(results: Sequence[Result], path: str | Path) -> Path:
+    """One line an image: source, model, then label and probability of each of the top classes; failures say why."""
+    rows = [
+        {"source": r.source, "model": r.model, "error": str(r.error)} if isinstance(r, Failure) else r.row()  # type: ignore[attr-defined]
+        for r in results
+    ]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@dataclass(kw_only=True)
+class Embedding(Result):
+    """The pooled features of one image, before the classifier."""
+
+    vector: np.ndarray = field(repr=False)
+
+    def summary(self) -> str:
+        return f"{len(self.vector)} features, norm {float(np.linalg.norm(self.vector)):.3g}"
+
+
+class ImageEmbedding(ImageClassification):
+    """Image files to vectors: the features that the classifier sees (``forward_head(..., pre_logits=True)``)."""
+
+    task = "image-embedding"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+            raise errors.BadArgument(
+                f"{self.name} has no forward_features and forward_head to take embeddings from",
+                argument="model",
+                accepted=[],
+            )
+
+    def forward(self, batch: Any) -> Any:
+        model: Any = self.model
+        return model.forward_head(model.forward_features(batch), pre_logits=True)
+
+    def finish(self, output: Any, sample: Any) -> Embedding:  # type: ignore[override]
+        return Embedding(vector=output.float().numpy())
+
+
+def write_embeddings(results: Sequence[Result], path: str | Path) -> Path:
+    """Vectors to ``.npy`` ((images, features) float32, names beside it in .txt) or ``.parquet`` (source, embedding).
+
+    Failed images are left out of the file. Parquet needs pyarrow. Raises BadArgument for any other ending.
+    """
+    path = Path(path)
+    done = [r for r in results if isinstance(r, Embedding)]
+    vectors = np.stack([r.vector for r in done]) if done else np.zeros((0, 0), dtype=np.float32)
+    names = [r.source for r in done]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, vectors)
+        path.with_suffix(".txt").write_text("".join(f"{n}\n" for n in names), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise errors.MissingExtra(
+                "writing parquet needs pyarrow: pip install pyarrow (or choose a name that ends in .npy)",
+                extra="pyarrow",
+                command="pip install pyarrow",
+            ) from error
+        flat = pyarrow.array(vectors.reshape(-1))
+        column = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1] if vectors.size else 1)
+        pyarrow.parquet.write_table(pyarrow.table({"source": names, "embedding": column}), path)
+    else:
+        raise errors.BadArgument(
+            f"{path.name} ends in {path.suffix or 'nothing'}; expected .npy or .parquet", argument="out", accepted=[]
+        )
+    return path
+
+
+def embed(model: nn.Module, inputs: Any, *, batch_size: int = 8) -> np.ndarray:
+    """Vectors (images, features) of files, folders, patterns or images, in order; float32."""
+    found = ImageEmbedding(model)(inputs if isinstance(inputs, list) else [inputs], batch_size=batch_size)
+    return np.stack([r.vector for r in found])
+
+
+def as_tensor(images: Sequence[Any], pipeline: ImageClassification) -> Tensor:
+    """Images prepared and stacked: (batch, in_chans, H, W)."""
+    return torch.stack([pipeline.prepare(pipeline.read(image)) for image in images])
