@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,12 @@ class Failed(Exception):
 class Client:
     def __init__(self, env: Mapping[str, str], **options: Any) -> None:
         self.warnings: list[list[str]] = []
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in close(); a pipe that nobody reads fills up
         self.process = subprocess.Popen(
             [sys.executable, "-c", _LOOP],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if options.pop("quiet", True) else None,
+            stderr=self.log if options.pop("quiet", True) else None,
             env=dict(env),
             text=True,
             **options,
@@ -73,7 +75,8 @@ class Client:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the client process ended: {self.process.stderr and self.process.stderr.read()}")
+            self.log.seek(0)
+            raise RuntimeError(f"the client process ended: {self.log.read()}")
         answer = json.loads(line)
         self.warnings = answer["warnings"]
         if "error" in answer:
@@ -92,9 +95,8 @@ class Client:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        for pipe in (self.process.stdout, self.process.stderr):
-            if pipe is not None:
-                pipe.close()
+        self.process.stdout.close()  # type: ignore[union-attr]
+        self.log.close()
 
     def __enter__(self) -> Client:
         return self

@@ -75,6 +75,6 @@ def hub(server: HubServer) -> Iterator[HubServer]:
 @pytest.fixture(scope="module")
 def shared_client(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     home = tmp_path_factory.mktemp("hf")
-    with Client(server.env(home, HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")) as client:
+    with Client(server.env(home, HF_HUB_ETAG_TIMEOUT="3", HF_HUB_DOWNLOAD_TIMEOUT="2")) as client:
         client("import zoo_registry.store, huggingface_hub; huggingface_hub.hf_hub_download")
         yield client

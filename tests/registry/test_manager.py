@@ -216,6 +216,20 @@ def test_listing_imports_nothing(site):
     assert "zoo_plug_never" not in sys.modules
 
 
+def test_damaged_metadata_of_others_does_no_harm(site):
+    folder, fresh = site
+    install(folder, "zoo_plug_ok", GOOD.format(name="toy_ok", domain="toys"), entry="toys")
+    for name, text in (("no_metadata", None), ("bad_entries", "[zoo.plugins\nx = = y\n\x00"), ("empty", "")):
+        info = folder / f"{name}-1.0.dist-info"
+        info.mkdir()
+        if text is not None:
+            (info / "entry_points.txt").write_text(text)
+    (folder / "nameless-1.0.dist-info").mkdir()
+    (folder / "nameless-1.0.dist-info" / "entry_points.txt").write_text("[zoo.plugins]\nnameless = zoo_plug_ok\n")
+    assert [e.name for e in installed_plugins() if e.value == "zoo_plug_ok"] in (["nameless", "toys"], ["toys"])
+    assert list(fresh().models()) == ["toy_ok"]
+
+
 def test_a_good_distribution(site):
     folder, fresh = site
     install(folder, "zoo_plug_good", GOOD.format(name="toy_good", domain="toys"), entry="toys")

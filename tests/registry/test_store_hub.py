@@ -319,7 +319,7 @@ def test_too_many_requests_and_odd_answers(hub, client, commit, cache):
 
 
 def test_timeouts(hub, client, commit, cache):
-    hub.fault("/resolve/", silent=1.5)
+    hub.fault("/resolve/", silent=3.5)
     error = refused(client, cache, "HubTimeout", revision=commit)
     assert "did not answer in time" in error.message
     assert "HF_HUB_ETAG_TIMEOUT" in error.message

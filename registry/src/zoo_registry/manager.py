@@ -94,13 +94,17 @@ def installed_plugins() -> list[PluginEntry]:
 
     found: dict[tuple[str, str], PluginEntry] = {}
     for distribution in distributions():
-        for entry in distribution.entry_points:
-            if entry.group == GROUP:
-                # The first on sys.path wins, as for any import; a second copy of a distribution is no duplicate.
-                key = (entry.name, normalised(distribution.name))
-                found.setdefault(
-                    key, PluginEntry(entry.name, entry.value, distribution.name, distribution.version or "unknown")
-                )
+        try:
+            entries = [e for e in distribution.entry_points if e.group == GROUP]
+            if not entries:
+                continue
+            name, version = distribution.metadata["Name"] or "unknown", distribution.metadata["Version"] or "unknown"
+        except Exception as error:  # half-removed or damaged metadata of any distribution, most of them not ours
+            log.debug("the metadata of a distribution cannot be read: %s", _describe(error))
+            continue
+        for entry in entries:
+            # The first on sys.path wins, as for any import; a second copy of a distribution is no duplicate.
+            found.setdefault((entry.name, normalised(name)), PluginEntry(entry.name, entry.value, name, version))
     return sorted(found.values(), key=lambda e: (e.name, e.distribution))
 
 
