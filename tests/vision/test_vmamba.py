@@ -9,6 +9,7 @@ from torchvision.ops import FeaturePyramidNetwork
 import zoo
 import zoo.testing
 from zoo.reference import read_golden
+from zoo_registry import load_cards
 from zoo_vision.vmamba import VMambaAdapter, forward_type, translate, vmamba
 
 TESTS = Path(__file__).parents[1]
@@ -258,3 +259,34 @@ def test_stochastic_depth_drops_whole_samples():
     y = drop(torch.ones(64, 2, 2, 3)).flatten(1)
     assert set(y.unique().tolist()) == {0.0, 2.0}
     assert torch.equal(y.min(1).values, y.max(1).values)
+
+
+# -- published files --------------------------------------------------------------------------------------------------
+
+
+def test_published_formats_load_by_tag(tmp_path):
+    """A training checkpoint (weights under "model") and a detector's (under "state_dict", below "backbone.")."""
+    small = {"depths": (1, 1, 2, 1), "dims": 8}
+    adapter, x, file = VMambaAdapter(), torch.randn(1, 3, 64, 64), tmp_path / "published.pth"
+    model = zoo.create("vmamba_tiny_s1l8", **small).eval()
+    torch.save({"model": adapter.to_reference(model.state_dict(), model=model), "epoch": 3}, file)
+    torch.testing.assert_close(zoo.load("vmamba_tiny_s1l8.in1k", checkpoint=file, **small)(x), model(x))
+
+    pyramid = zoo.create("vmamba_tiny_s1l8.coco_mask_rcnn_1x", **small).eval()
+    state = {f"backbone.{k}": v for k, v in adapter.to_reference(pyramid.state_dict(), model=pyramid).items()}
+    torch.save({"meta": {}, "state_dict": state | {"neck.conv.weight": torch.zeros(2)}}, file)
+    again = zoo.load("vmamba_tiny_s1l8.coco_mask_rcnn_1x", checkpoint=file, **small)
+    for found, expected in zip(again(x), pyramid(x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_every_published_checkpoint_has_a_card_and_a_place():
+    cards = [c for c in load_cards("zoo_vision") if c.system == "vmamba"]
+    weights = [w for c in cards for w in c.weights.values() if w.package_file is None]
+    assert len(weights) == 29  # 9 classifiers, 8 + 5 detectors, 7 segmentors
+    places = {w.where for w in weights}
+    assert len(places) == 29
+    assert all(p.startswith("https://github.com/MzeroMiko/VMamba/releases/download/%23v") for p in places)
+    assert all(w.metrics for w in weights)
+    with pytest.raises(zoo.errors.NotOnHub, match="vssm1_tiny_0230s_ckpt_epoch_264"):
+        zoo.load("vmamba_tiny")
