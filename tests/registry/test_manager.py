@@ -230,6 +230,45 @@ def test_damaged_metadata_of_others_does_no_harm(site):
     assert list(fresh().models()) == ["toy_ok"]
 
 
+@pytest.mark.parametrize(
+    ("project", "found"),
+    [
+        (
+            '[project]\nname = "ssm-zoo-x"\nversion = "7"\n[project.entry-points."zoo.plugins"]\nx = "zoo_x.plugin"\n',
+            True,
+        ),
+        ('[project]\nname = "zoo.plugins"\n', False),
+        ("[project\nzoo.plugins", False),
+        ('[project]\nname = "other"\n', False),
+        (None, False),
+    ],
+)
+def test_a_source_folder_on_the_path_counts_as_installed(tmp_path, monkeypatch, project, found):
+    source = tmp_path / "src"
+    source.mkdir()
+    if project is not None:
+        (tmp_path / "pyproject.toml").write_text(project)
+    monkeypatch.syspath_prepend(source)
+    entries = [e for e in installed_plugins() if e.name == "x"]
+    assert [(e.value, e.distribution, e.version) for e in entries] == [("zoo_x.plugin", "ssm-zoo-x", "7")] * found
+
+
+def test_an_installed_distribution_and_its_source_folder_are_one_plugin(site):
+    folder, _ = site
+    install(folder, "zoo_plug_dev", GOOD.format(name="toy_dev", domain="toys"), entry="dev", version="1.0")
+    source = folder / "src"
+    source.mkdir()
+    (folder / "pyproject.toml").write_text(
+        '[project]\nname = "ssm_zoo.dev"\nversion = "2"\n[project.entry-points."zoo.plugins"]\ndev = "zoo_plug_dev"\n'
+    )
+    sys.path.insert(0, str(source))
+    try:
+        (entry,) = (e for e in installed_plugins() if e.name == "dev")
+    finally:
+        sys.path.remove(str(source))
+    assert entry.version == "1.0"
+
+
 def test_a_good_distribution(site):
     folder, fresh = site
     install(folder, "zoo_plug_good", GOOD.format(name="toy_good", domain="toys"), entry="toys")

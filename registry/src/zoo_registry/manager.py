@@ -15,11 +15,14 @@ import importlib
 import logging
 import os
 import re
+import sys
 import threading
+import tomllib
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -89,7 +92,11 @@ class PluginEntry:
 
 
 def installed_plugins() -> list[PluginEntry]:
-    """Every entry point of the group ``zoo.plugins``, sorted by name. Imports none of them."""
+    """Every entry point of the group ``zoo.plugins``, sorted by name. Imports none of them.
+
+    A source folder on ``sys.path`` counts too (``PYTHONPATH=plugins/vision/src``), by the pyproject.toml above it, so
+    that a checkout works without being installed.
+    """
     from importlib.metadata import distributions
 
     found: dict[tuple[str, str], PluginEntry] = {}
@@ -105,7 +112,25 @@ def installed_plugins() -> list[PluginEntry]:
         for entry in entries:
             # The first on sys.path wins, as for any import; a second copy of a distribution is no duplicate.
             found.setdefault((entry.name, normalised(name)), PluginEntry(entry.name, entry.value, name, version))
+    for own in _checkouts():
+        found.setdefault((own.name, normalised(own.distribution)), own)
     return sorted(found.values(), key=lambda e: (e.name, e.distribution))
+
+
+def _checkouts() -> Iterator[PluginEntry]:
+    for place in dict.fromkeys(sys.path):
+        project = Path(place).parent / "pyproject.toml"
+        if os.path.basename(place) != "src" or not project.is_file():
+            continue
+        try:
+            text = project.read_text(encoding="utf-8")
+            if GROUP not in text:
+                continue
+            table = tomllib.loads(text)["project"]
+            for name, value in table["entry-points"][GROUP].items():
+                yield PluginEntry(str(name), str(value), str(table["name"]), str(table.get("version", "unknown")))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            log.debug("%s names no plugins: %s", project, _describe(error))
 
 
 def normalised(name: str) -> str:
