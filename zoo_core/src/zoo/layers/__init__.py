@@ -5,19 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .fft_conv import FFTConv, S4Block
+    from .lru import LRU
     from .mamba import Mamba
     from .mamba2 import Mamba2
     from .mamba3 import Mamba3
     from .norm import GatedRMSNorm, RMSNorm
     from .path_scan import PathScan
+    from .s4d import S4D
+    from .s4nd import S4ND
+    from .s5 import S5, S5Layer
     from .ss2d import SS2D, GridScan, GridSSD
     from .vss import ConvDownsample, PatchEmbed, PatchMerging, VSSBlock
 
 _LAZY = {
     "ConvDownsample": "vss",
+    "FFTConv": "fft_conv",
     "GatedRMSNorm": "norm",
-    "GridSSD": "ss2d",
     "GridScan": "ss2d",
+    "GridSSD": "ss2d",
+    "LRU": "lru",
     "Mamba": "mamba",
     "Mamba2": "mamba2",
     "Mamba3": "mamba3",
@@ -25,13 +32,23 @@ _LAZY = {
     "PatchMerging": "vss",
     "PathScan": "path_scan",
     "RMSNorm": "norm",
+    "S4Block": "fft_conv",
+    "S4D": "s4d",
+    "S4ND": "s4nd",
+    "S5": "s5",
+    "S5Layer": "s5",
     "SS2D": "ss2d",
     "VSSBlock": "vss",
 }
 
 __all__ = [
+    "LRU",
+    "S4D",
+    "S4ND",
+    "S5",
     "SS2D",
     "ConvDownsample",
+    "FFTConv",
     "GatedRMSNorm",
     "GridSSD",
     "GridScan",
@@ -42,6 +59,8 @@ __all__ = [
     "PatchMerging",
     "PathScan",
     "RMSNorm",
+    "S4Block",
+    "S5Layer",
     "VSSBlock",
 ]
 
