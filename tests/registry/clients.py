@@ -6,6 +6,7 @@ whatever depends on it runs in a process of its own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 #: In the process: run snippets from stdin; the value of ``result``, or the error, goes back as one line of JSON.
 _LOOP = """
@@ -114,3 +117,41 @@ def run(code: str, env: Mapping[str, str], **options: Any) -> Any:
 def tree(folder: Path) -> list[str]:
     """Every file below a folder, for a test that nothing was left behind."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() or p.is_symlink())
+
+
+# -- one checkpoint of a registry, as the tests of the store use it
+
+#: What the repository org/repo of the fixture ``commit`` holds as model.safetensors.
+DATA = bytes(range(256)) * 1200  # 307,200 bytes
+SHA = hashlib.sha256(DATA).hexdigest()
+
+#: In the client: a card whose weights are on the Hub, fetched by name as a user would.
+FETCH = """
+from zoo_registry import *
+from zoo_registry import errors, store
+def toy(**weights):
+    card = ModelCard(name="toy_small", system="toy", domain="toys", task="a-task", builder="x.y:Z",
+                     weights={{"in1k": WeightsCard(tag="in1k", **weights)}})
+    return Resolved(card, card.weights["in1k"])
+options = {options!r}
+files = store.fetch(toy(**{weights!r}), **options)
+result = dict(paths=[str(p) for p in files.paths], revision=files.revision, repo=files.repo_id,
+              data=[__import__("hashlib").sha256(p.read_bytes()).hexdigest() for p in files.paths])
+"""
+
+
+def fetch(
+    client: Client, cache: Path, *, repo_id: str = "org/repo", filename: str = "model.safetensors", **more: Any
+) -> Any:
+    """``store.fetch`` in the client. Keyword arguments of the weights card; ``options`` are fetch's own."""
+    options = {"cache_dir": str(cache)} | more.pop("options", {})
+    weights = {"repo_id": repo_id, "filename": filename} | more
+    return client(FETCH.format(weights=weights, options=options))
+
+
+def refused(client: Client, cache: Path, error: str, **more: Any) -> Failed:
+    """``fetch`` must end with this error of the zoo."""
+    with pytest.raises(Failed) as caught:
+        fetch(client, cache, **more)
+    assert caught.value.error == error, str(caught.value)
+    return caught.value

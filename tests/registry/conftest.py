@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
-from clients import Client  # noqa: E402
+from clients import DATA, Client  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 
 from zoo_registry import Manager, ModelCard, hookimpl  # noqa: E402
@@ -78,3 +78,21 @@ def shared_client(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -
     with Client(server.env(home, HF_HUB_ETAG_TIMEOUT="3", HF_HUB_DOWNLOAD_TIMEOUT="2")) as client:
         client("import zoo_registry.store, huggingface_hub; huggingface_hub.hf_hub_download")
         yield client
+
+
+@pytest.fixture
+def client(shared_client: Client) -> Client:
+    return shared_client
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def commit(hub: HubServer) -> str:
+    """The newest commit of org/repo."""
+    if "org/repo" not in hub.repos:
+        hub.add("org/repo", {"model.safetensors": DATA, "config.json": b"{}", "nested/x.bin": b"nested"})
+    return hub.repos["org/repo"].refs["main"]
