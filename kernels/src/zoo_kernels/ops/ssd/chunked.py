@@ -136,8 +136,8 @@ def backward(grads, arguments, saved, needs, *, chunk=CHUNK):
         dq_rows = dG @ ks + w.groups_of(carry[..., None] * gS)
         dk_rows = dG.transpose(-1, -2) @ qs + w.groups_of(end[..., None] * uS)
         if da is not None:
-            # decay_t acts on every pair s < t <= t'; sums of these, not differences of sums, which would lose what strong
-            # decays leave
+            # decay_t acts on every pair s < t <= t'; sums of these, not differences of sums, which would lose what
+            # strong decays leave
             pairs = (dM * M * G).flip(-2).cumsum(-2).flip(-2).tril(-1)
             off = carry * (gS * qh).sum(-1)
             out = end * (uS * kh).sum(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo_kernels import _backends, _checks
+from zoo_kernels import _checks
 from zoo_kernels._ops import Operator
 
 
@@ -25,7 +25,6 @@ def _cases(device: torch.device, dtype: torch.dtype):
         )  # fmt: skip
 
 
-# On a CPU the torch form is called directly: a handful of operators with nothing to choose from.
 _step = Operator(
     "ssd_step",
     package=__package__,
@@ -35,7 +34,7 @@ _step = Operator(
     ),
     outputs=("y",),
     mutates=("state",),
-    backends={"reference": ".step_reference", "triton": ".step_gpu"},
+    backends={"reference": ".step_reference", "native": ".step_native", "triton": ".step_gpu"},
     fake=_fake,
     cases=_cases,
 )
@@ -72,9 +71,5 @@ def ssd_step(
     low, high = float(dt_limit[0]), float(dt_limit[1])
     if low > high:
         raise ValueError(f"ssd_step: dt_limit is {tuple(dt_limit)}; the first must not exceed the second")
-    if x.device.type == "cpu" and _backends.forced() in ("", "native", "reference"):
-        from .step_reference import forward
-
-        return forward(x, dt, A, B, C, D, z, dt_bias, dt_scale, state, dt_softplus, low, high)
     y: Tensor = _step.direct(x, dt, A, B, C, D, z, dt_bias, dt_scale, state, bool(dt_softplus), low, high)
     return y
