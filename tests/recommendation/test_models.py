@@ -60,7 +60,7 @@ def test_step_by_step_is_the_whole_history(name):
     items = torch.randint(1, 20, (2, 30))  # longer than max_length: a state has no window
     with torch.no_grad():
         whole = model(items, torch.tensor([30, 30]))
-        state = model.init_state(2)
+        state = model.init_user(2)
         for t in range(30):
             user = model.step(items[:, t], state)
     torch.testing.assert_close(user, whole, rtol=1e-4, atol=1e-5)
@@ -69,7 +69,7 @@ def test_step_by_step_is_the_whole_history(name):
 @pytest.mark.parametrize("name", ["tim4rec", "sasrec"])
 def test_models_without_a_state_say_so(name):
     with pytest.raises(NotImplementedError, match="no state of fixed size"):
-        MODELS[name]().init_state(1)
+        MODELS[name]().init_user(1)
 
 
 @pytest.mark.parametrize("loss", ["CE", "BPR"])

@@ -247,8 +247,7 @@ class Agent:
         return self.last_action
 
     def _options(self, *, explore: bool) -> Tensor:
-        """Candidate mixtures: uniform ones, three heavy-tailed blocks, and when exploring a bet on one or two classes.
-        """
+        """Candidate mixtures: uniform ones, three heavy-tailed blocks; when exploring, a bet on one or two classes."""
         count, block = len(self.groups), self.candidates // 4
         first = self.random.uniform(size=(block, count))
         if explore:

@@ -19,7 +19,7 @@ from zoo.reference import ReferenceAdapter
 from zoo.rules import Drop, Rename, Rules, Tied
 
 from ._base import CausalLM
-from .icll_mixers import GILR, LRU, Attention, HyenaFilter, mixer, ngram_weights
+from .icll_mixers import GILR, LRU, LSTM, Attention, HyenaFilter, mixer, ngram_weights
 from .icll_task import Automaton, AutomatonSampler
 from .state import State
 
@@ -44,9 +44,11 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+    def mix(self, x: Tensor, ids: Tensor) -> Tensor:
         n = self.norm1(x)
-        mixed = self.mixer(n, ids) if getattr(self.mixer, "needs_ids", False) else self.mixer(n)
+        return self.mixer(n, ids) if getattr(self.mixer, "needs_ids", False) else self.mixer(n)
+
+    def close(self, x: Tensor, mixed: Tensor) -> Tensor:
         x = x + self.dropout(mixed)
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -84,6 +86,8 @@ class InContextLM(CausalLM):
             [Block(d_model, m, h, resid_dropout) for m, h in zip(mixers, hidden, strict=True)] if blocks else mixers
         )
         self.norm_f = nn.LayerNorm(d_model) if blocks else nn.Identity()
+        #: torch.compile does not take torch's LSTM whole
+        self.not_compilable = any(isinstance(m, LSTM) for m in self.modules())
         self.apply(self._init)
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight")):
@@ -118,13 +122,10 @@ class InContextLM(CausalLM):
                 found.append(layer(x, input_ids) if getattr(layer, "needs_ids", False) else layer(x))
             return found[-1], found
         x = self.embed_dropout(x)
-        hooks = [layer.mixer.register_forward_hook(lambda _m, _a, out: found.append(out)) for layer in self.layers]  # type: ignore[union-attr, operator]
-        try:
-            for layer in self.layers:
-                x = layer(x, input_ids)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            found.append(layer.mix(x, input_ids))
+            x = layer.close(x, found[-1])
         return self.norm_f(x), found
 
     # -- decoding: the text is the state ---------------------------------------------------------------------------

@@ -117,14 +117,15 @@ class Retention(nn.Module):
         q, v, g = self.q_proj(x), self.v_proj(x), self.g_proj(x)
         k = self.k_proj(x) * self.scale
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
-        decay = torch.log(1 - 2.0 ** (-5 - torch.arange(self.heads, device=x.device, dtype=torch.float32)))
+        decay = torch.log1p(-(2.0 ** (-5 - torch.arange(self.heads, device=x.device, dtype=torch.float32))))
         step = torch.arange(length, device=x.device)
         distance = step[:, None] - step[None]
         mask = torch.exp(distance * decay[:, None, None]).masked_fill(distance < 0, 0)
         mask = mask / mask.sum(-1, keepdim=True).sqrt()
-        weight = torch.einsum("blhd,bshd->bhls", self._turn(q), self._turn(k)) * mask
+        # Decays and normalisers in float32, whatever the weights are.
+        weight = torch.einsum("blhd,bshd->bhls", self._turn(q.float()), self._turn(k.float())) * mask
         weight = weight / weight.detach().sum(-1, keepdim=True).abs().clamp(min=1)
-        out = torch.einsum("bhls,bshd->blhd", weight, v)
+        out = torch.einsum("bhls,bshd->blhd", weight, v.float()).to(x.dtype)
         out = F.layer_norm(out, (out.shape[-1],)).flatten(-2)
         return self.out_proj(F.silu(g) * out)
 

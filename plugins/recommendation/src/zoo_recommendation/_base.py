@@ -18,7 +18,7 @@ class SequentialRecommender(nn.Module):
     """Next-item prediction: encode a history, score every item by the product with its embedding.
 
     Item 0 is padding. Histories are right-padded with 0 to ``max_length``. Subclasses implement :meth:`encode` and,
-    where a user can be held as a state, :meth:`init_state` and :meth:`step`.
+    where a user can be held as a state, :meth:`init_user` and :meth:`step`.
     """
 
     item_embedding: nn.Embedding
@@ -67,7 +67,7 @@ class SequentialRecommender(nn.Module):
         negative_score = (user * self.item_embedding(negative)).sum(-1)
         return -torch.log(1e-10 + torch.sigmoid(positive_score - negative_score)).mean()
 
-    def init_state(self, batch: int) -> UserState:
+    def init_user(self, batch: int) -> UserState:
         """Users without history."""
         raise NotImplementedError(f"{type(self).__name__} has no state of fixed size: recompute from the history")
 

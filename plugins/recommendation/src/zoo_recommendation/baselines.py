@@ -81,7 +81,7 @@ class GRU4Rec(SequentialRecommender):
         hidden, _ = self.gru(self.dropout(self.item_embedding(item_seq)))
         return self.dense(hidden)
 
-    def init_state(self, batch: int) -> UserState:
+    def init_user(self, batch: int) -> UserState:
         weight = self.dense.weight
         return [
             {"hidden": torch.zeros(batch, self.gru.hidden_size, device=weight.device, dtype=weight.dtype)}

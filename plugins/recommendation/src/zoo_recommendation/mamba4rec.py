@@ -82,7 +82,7 @@ class Mamba4Rec(SequentialRecommender):
             found.append(x)
         return found
 
-    def init_state(self, batch: int) -> UserState:
+    def init_user(self, batch: int) -> UserState:
         return [layer.mamba.init_state(batch) for layer in self.layers]  # type: ignore[union-attr, operator, misc]
 
     def step(self, item: Tensor, state: UserState) -> Tensor:

@@ -200,7 +200,7 @@ class Recommender:
         self.item_ids = {token: i for i, token in enumerate(self.item_tokens) if i}
         self.store: Store = MemoryStore() if store is None else store
         self.popularity = np.zeros(model.n_items) if popularity is None else np.asarray(popularity, dtype=np.float64)
-        self._layout = [{k: v.shape[1:] for k, v in layer.items()} for layer in model.init_state(1)] if (
+        self._layout = [{k: v.shape[1:] for k, v in layer.items()} for layer in model.init_user(1)] if (
             model.recurrent
         ) else []  # fmt: skip
 
@@ -257,7 +257,7 @@ class Recommender:
     def _walk(self, histories: list[np.ndarray]) -> tuple[list[np.ndarray | None], list[np.ndarray | None]]:
         """States and vectors after whole histories: all users step together, those that have ended wait."""
         longest = max(len(h) for h in histories)
-        state = self.model.init_state(len(histories))
+        state = self.model.init_user(len(histories))
         vectors = torch.zeros(len(histories), self.model.hidden_size)
         lengths = torch.tensor([len(h) for h in histories])
         items = torch.zeros(len(histories), longest, dtype=torch.long)
@@ -327,7 +327,7 @@ class Recommender:
 
     def _open(self, row: np.ndarray | None) -> UserState:
         if row is None:
-            return self.model.init_state(1)
+            return self.model.init_user(1)
         state, position = [], 0
         for layer in self._layout:
             tensors = {}

@@ -163,6 +163,9 @@ class TiM4Rec(SequentialRecommender):
             )
             for _ in range(num_layers)
         )
+        # What the last layer would hand to a next one has no reader; the original holds it all the same.
+        last = f"layers.{num_layers - 1}.ssd.time."
+        self.unused_parameters = (last + "gate", last + "norm") if time else ()
         self.apply(init_normal)
         if kaiming_init:
             for module in self.modules():
@@ -200,9 +203,9 @@ class TiM4Rec(SequentialRecommender):
             found.append((x, tau))
         return found
 
-    def init_state(self, batch: int) -> UserState:
+    def init_user(self, batch: int) -> UserState:
         if not self.recurrent:
-            return super().init_state(batch)
+            return super().init_user(batch)
         return [layer.ssd.init_state(batch) for layer in self.layers]  # type: ignore[union-attr, operator, misc]
 
     def step(self, item: Tensor, state: UserState) -> Tensor:
