@@ -206,7 +206,8 @@ def test_unit_roots(length):
 @pytest.mark.parametrize(
     ("heads", "channels", "N", "length"), [(1, 1, 1, 1), (3, 2, 5, 33), (5, 3, 4, 64), (9, 2, 3, 7)]
 )
-def test_cauchy_sums(backend, dtype, heads, channels, N, length):
+def test_cauchy_sums(backend, dtype, sizes):
+    heads, channels, N, length = sizes
     torch.manual_seed(0)
     v = torch.randn(heads, channels, N, dtype=torch.complex128)
     a = torch.complex(-torch.rand(channels, N) - 0.1, torch.randn(channels, N)).to(torch.complex128)

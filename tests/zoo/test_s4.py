@@ -25,6 +25,7 @@ from zoo.models.s4 import S4SequenceClassifier, SequenceDecoder, SequenceModel
 from zoo.models.s5 import S5Classifier
 from zoo.reference import read_golden
 from zoo.systems.s4 import S4Adapter
+from zoo_kernels import long_conv
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted((ROOT / "golden").glob("s4__*.safetensors"))
@@ -137,7 +138,7 @@ LAYERS = {
     "legt": {"mode": "dplr", "init": "legt", "rank": 2, "l_max": 21},
     "fout": {"mode": "nplr", "init": "fout", "n_ssm": 2},
     "hippo": {"mode": "dplr", "init": "hippo", "rank": 3},
-    "random dplr": {"mode": "dplr", "init": "dplr-lin", "bandlimit": 0.2},
+    "random dplr": {"mode": "dplr", "init": "dplr-lin"},
     "dt per state": {"mode": "dplr", "dt_tie": False, "dt_transform": "softplus"},
     "lin": {"mode": "s4d", "init": "diag-lin"},
     "inv bilinear": {"mode": "diag", "init": "diag-inv", "disc": "bilinear", "n_ssm": 2, "channels": 3},
@@ -375,6 +376,27 @@ def test_a_block_with_two_layers_sees_the_same_input():
         assert torch.allclose(block(x), x + block.bidirectional_linear(both))
     with pytest.raises(ValueError, match="cannot step"):
         model.init_state(1)
+
+
+@double
+def test_a_band_limit_is_the_same_however_long_the_kernel_is_made():
+    fresh = S4Kernel(3, d_state=8, l_max=12, bandlimit=0.01)
+    kept = copy.deepcopy(fresh).train()
+    with torch.no_grad():
+        kept(12)
+        assert int(kept.l_kernel) == 12
+        assert torch.allclose(fresh.eval()(12)[0], kept.eval()(12)[0], atol=1e-12)
+        dt, A, _, C = kept.system()
+        assert torch.equal(C == 0, (dt * A.imag.abs() / (2 * math.pi) >= 0.005).expand(C.shape))
+        assert 0 < int((C == 0).sum()) < C.numel()
+        # steps follow the convolution unless the original's are asked for
+        x = torch.randn(1, 12, 3)
+        y = long_conv(x, kept(12)[0][0])[0]
+        for limited in (True, False):
+            kept.setup_step("dense", limited=limited)
+            state = kept.init_state(1)
+            steps = torch.stack([kept.step(x[:, t], state)[:, 0] for t in range(12)], 1)
+            assert torch.allclose(steps, y, atol=1e-10) == limited
 
 
 @pytest.mark.parametrize("name", zoo.testing.model_names(plugin="core"))

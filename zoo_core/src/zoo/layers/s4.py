@@ -33,7 +33,7 @@ class S4Kernel(SSMKernel):
             raise ValueError("is_real is defined for diagonal kernels (mode 'diag') only")
         super().__init__(d_model, channels, l_max, lr, low_rank=True, **system)
         self.register_buffer("l_kernel", torch.tensor(0))
-        self.step_mode = "linear"
+        self.step_mode, self.step_limited = "linear", True
         self._length: int | None = None
 
     def low_rank(self) -> Tensor:
@@ -97,7 +97,7 @@ class S4Kernel(SSMKernel):
             return empty, None if state is None else empty.expand(state.shape[0], -1, -1, -1)
         dt, A, B, C = self.system(rate)
         if plan and not write:
-            C = self._times_powers(C, plan)
+            C = self.band(self._times_powers(as_complex(self.C), plan), dt / rate, A)
         P = self.low_rank()
         if state is not None:
             PQs = torch.einsum("bhm,rhm->bhr", state, P.conj())
@@ -140,11 +140,13 @@ class S4Kernel(SSMKernel):
         solved = torch.linalg.solve(eye - M, right)
         return solved[..., :-1], solved[..., -1]
 
-    def output_row(self, dA: Tensor) -> Tensor:
-        """The system's own C (channels, H, N) in complex128, recovered from the one that is stored."""
-        C = as_complex(self.C.detach()).to(torch.complex128)
-        if self.bandlimit is not None:
-            C = self.system()[3].to(torch.complex128)
+    def output_row(self, dA: Tensor, limited: bool = True) -> Tensor:
+        """The system's own C (channels, H, N) in complex128, recovered from the one that is stored.
+
+        ``limited``: what the band limit leaves of the stored one, which is what the convolution sees; the original's
+        steps forget the limit.
+        """
+        C = (self.system()[3] if limited else as_complex(self.C)).detach().to(torch.complex128)
         length = self.internal_length()
         if length == 0:
             return C
@@ -154,14 +156,14 @@ class S4Kernel(SSMKernel):
         a, b = torch.linalg.solve(left, row[..., None]).squeeze(-1).chunk(2, dim=-1)
         return torch.complex(a, -b)
 
-    def setup_step(self, mode: str = "linear") -> None:
+    def setup_step(self, mode: str = "linear", limited: bool = True) -> None:
         """How :meth:`step` computes: "linear" (O(N), default), "dense" (the full matrix), "diagonal" (its eigenvalues).
 
-        All give the same output; "diagonal" keeps its state in the eigenbasis.
+        All give the same output; "diagonal" keeps its state in the eigenbasis. limited: see :meth:`output_row`.
         """
         if mode not in STEP_MODES:
             raise ValueError(f"step mode is {mode!r}; expected one of {', '.join(STEP_MODES)}")
-        self.step_mode = mode
+        self.step_mode, self.step_limited = mode, limited
         self._kept.clear()
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> Tensor:
@@ -184,7 +186,7 @@ class S4Kernel(SSMKernel):
         DP = D * P
         inner = 2 * torch.einsum("rhn,shn->hrs", P.conj(), DP).real
         inner = torch.linalg.inv(inner + torch.eye(self.rank, dtype=inner.dtype, device=inner.device))
-        C = 2 * self.output_row(dA)
+        C = 2 * self.output_row(dA, self.step_limited)
         work = torch.promote_types(self.inv_dt.dtype, torch.float32).to_complex()
         named = (D, E, 2 * B, P, P.conj(), DP, C)
         return (*(t.to(work).contiguous() for t in named), inner.to(work.to_real()))
@@ -201,7 +203,7 @@ class S4Kernel(SSMKernel):
 
     def _prepare_dense(self) -> tuple[Tensor, ...]:
         dA, dB = self.dense()
-        C = self.output_row(dA)
+        C = self.output_row(dA, self.step_limited)
         row = 2 * torch.cat([C.real, -C.imag], -1)
         work = torch.promote_types(self.inv_dt.dtype, torch.float32)
         return dA.to(work), dB.to(work), row.to(work)
@@ -214,7 +216,7 @@ class S4Kernel(SSMKernel):
 
     def _prepare_diagonal(self) -> tuple[Tensor, ...]:
         dA, dB = self.dense()
-        C = self.output_row(dA)
+        C = self.output_row(dA, self.step_limited)
         row = 2 * torch.cat([C.real, -C.imag], -1)
         values, V = torch.linalg.eig(dA)
         work = torch.promote_types(self.inv_dt.dtype, torch.float32).to_complex()

@@ -217,10 +217,14 @@ class SSMKernel(ConvolutionKernel):
         dt = positive(free_dt, self.dt_transform) * rate
         copies = self.d_model // self.n_ssm
         A, B = A.repeat(copies, 1), B.repeat(1, copies, 1)
-        if self.bandlimit is not None and A.is_complex():
-            frequency = dt / rate * A.imag.abs() / (2 * math.pi)
-            C = C * (frequency < self.bandlimit / 2)
+        C = self.band(C, dt / rate, A)
         return dt, A, B, C
+
+    def band(self, C: Tensor, dt: Tensor, A: Tensor) -> Tensor:
+        """C without the modes above the band limit (cycles per step at rate 1, times 2)."""
+        if self.bandlimit is None or not A.is_complex():
+            return C
+        return C * (dt * A.imag.abs() / (2 * math.pi) < self.bandlimit / 2)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> Tensor:
         """(batch, d_model, modes) zeros, complex unless the system is real."""

@@ -321,7 +321,7 @@ def _steps(model: nn.Module, x: Tensor, name: str, first: bool) -> dict[str, Ten
     mode = next((m for m in STEP_MODES if name.endswith(m)), "")
     kernel = next((m for m in model.modules() if isinstance(m, S4Kernel)), None)
     if kernel is not None:
-        kernel.setup_step(mode or "dense")
+        kernel.setup_step(mode or "dense", limited=False)
     state = model.init_state(x.shape[0])  # type: ignore[operator]
     steps = [model.step(x[:, t], state) for t in range(x.shape[1])]  # type: ignore[operator]
     if kernel is not None:
@@ -346,7 +346,7 @@ def _layer_mids(model: nn.Module, x: Tensor, name: str) -> dict[str, Tensor]:
         if name.endswith("l_kernel"):
             return {name: torch.zeros_like(kernel.l_kernel)}
         with torch.no_grad():
-            C = kernel.output_row(kernel.dense()[0])
+            C = kernel.output_row(kernel.dense()[0], limited=False)
         return {name: torch.view_as_real(C.resolve_conj()).to(kernel.C.dtype)}
     return {}
 
