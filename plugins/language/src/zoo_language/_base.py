@@ -56,7 +56,7 @@ class CausalLM(nn.Module):
             x = layer(x, state=own, position=None if state is None else state.position, lengths=lengths)
         if state is not None:
             state.position += input_ids.shape[1] if lengths is None else lengths
-        return self.norm_f(x)
+        return normed(self.norm_f, x)
 
     def forward(self, input_ids: Tensor, *, state: State | None = None, lengths: Tensor | None = None) -> Tensor:
         """Logits of every position, (batch, length, padded vocabulary).
@@ -100,7 +100,7 @@ class CausalLM(nn.Module):
         for layer, own in zip(self.layers, state.layers, strict=True):
             x = layer.step(x, own, state.position)  # type: ignore[operator]
         state.position += 1
-        state.logits = self.head(self.norm_f(x))
+        state.logits = self.head(normed(self.norm_f, x))
         return state.logits
 
     def _check(self, input_ids: Tensor, state: State | None, lengths: Tensor | None) -> None:
@@ -119,6 +119,12 @@ class CausalLM(nn.Module):
         """Recompute each block in the backward instead of keeping its activations."""
         for layer in self.layers:
             layer.checkpointing = enable  # type: ignore[assignment]
+
+
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)`` in the norm's own dtype, whatever the residual stream is kept in."""
+    weight = getattr(norm, "weight", None)
+    return norm(x if weight is None else x.to(weight.dtype))
 
 
 class Block(nn.Module):
@@ -145,10 +151,6 @@ class Block(nn.Module):
     def _in(self, x: Tensor) -> Tensor:
         return x.float() if self.residual_in_fp32 and x.dtype in (torch.bfloat16, torch.float16) else x
 
-    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
-        weight = getattr(norm, "weight", None)
-        return norm(x.to(weight.dtype)) if weight is not None and weight.dtype != x.dtype else norm(x)
-
     def forward(
         self,
         x: Tensor,
@@ -164,18 +166,18 @@ class Block(nn.Module):
     def _forward(self, x: Tensor, state: LayerState | None, position: Tensor | None, lengths: Tensor | None) -> Tensor:
         x = self._in(x)
         where: dict[str, Any] = {"position": position} if self._positional else {}
-        x = x + self.mixer(self._normed(self.norm, x), state=state, lengths=lengths, **where)
+        x = x + self.mixer(normed(self.norm, x), state=state, lengths=lengths, **where)
         if self.mlp is not None:
             assert self.norm2 is not None
-            x = x + self.mlp(self._normed(self.norm2, x))
+            x = x + self.mlp(normed(self.norm2, x))
         return x
 
     def step(self, x: Tensor, state: LayerState, position: Tensor) -> Tensor:
         x = self._in(x)
-        normed = self._normed(self.norm, x)
-        mixed = self.mixer.step(normed, state, position) if self._positional else self.mixer.step(normed, state)  # type: ignore[operator]
+        n = normed(self.norm, x)
+        mixed = self.mixer.step(n, state, position) if self._positional else self.mixer.step(n, state)  # type: ignore[operator]
         x = x + mixed
         if self.mlp is not None:
             assert self.norm2 is not None
-            x = x + self.mlp(self._normed(self.norm2, x))
+            x = x + self.mlp(normed(self.norm2, x))
         return x
