@@ -139,6 +139,6 @@ def backward(grads, arguments, saved, needs):
     with _gpu.guard(v):
         _gpu.launch(
             backward_kernel, heads * channels * triton.cdiv(N, BN), _raw(v), _raw(a), _raw(p), _raw(q), _raw(grads[0]),
-            torch.view_as_real(dv), torch.view_as_real(da), channels, p.shape[0], N=N, BN=BN, BK=BK,
+            torch.view_as_real(dv), torch.view_as_real(da), channels, p.shape[0], N=N, BN=BN, BK=BK // 2,
         )  # fmt: skip
     return [dv, da.sum(0)]

@@ -276,7 +276,7 @@ def _meta(gates, recurrent) -> dict:
     exact = recurrent.dtype == torch.float32
     return {
         "P": P, "BP": BP, "BK": max(16, min(64, BP, 8192 // BP)), "BB": BB, "DOT": tl.bfloat16 if low else tl.float32,
-        "PRECISION": "tf32x3" if exact else "tf32", "num_warps": 4 if BP <= 128 else 8, "num_stages": 1,
+        "PRECISION": "tf32x3" if exact else "tf32", "num_warps": 4 if BP <= 64 else 8, "num_stages": 1,
     }  # fmt: skip
 
 
