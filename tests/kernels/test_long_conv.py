@@ -203,9 +203,7 @@ def test_unit_roots(length):
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=native)])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-@pytest.mark.parametrize(
-    ("heads", "channels", "N", "length"), [(1, 1, 1, 1), (3, 2, 5, 33), (5, 3, 4, 64), (9, 2, 3, 7)]
-)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 2, 5, 33), (5, 3, 4, 64), (9, 2, 3, 7)])
 def test_cauchy_sums(backend, dtype, sizes):
     heads, channels, N, length = sizes
     torch.manual_seed(0)
