@@ -106,7 +106,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         for name in ("gamma_1", "gamma_2"):
-            setattr(self, name, None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale, **dd)))
+            setattr(
+                self, name, None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale), **dd))
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mixer(self.norm1(x))
@@ -122,7 +124,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(dim, dim, 3, padding=1, **dd), nn.BatchNorm2d(dim, **dd)
         self.conv2, self.norm2 = nn.Conv2d(dim, dim, 3, padding=1, **dd), nn.BatchNorm2d(dim, **dd)
-        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale, **dd))
+        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale), **dd))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

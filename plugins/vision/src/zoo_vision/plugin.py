@@ -42,3 +42,12 @@ def zoo_commands() -> Mapping[str, str]:
         "embed-images": "zoo_vision.commands:embed_images",
         "validate": "zoo_vision.commands:validate",
     }
+
+
+@hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [
+        {"model": "vim_micro.digits", "file": "demo/samples/digit_3.png", "picture": "yes"},
+        {"model": "vim_micro.digits", "file": "demo/samples/digit_5.png"},
+        {"model": "vim_micro.digits", "file": "demo/samples/digit_8.png"},
+    ]

@@ -54,7 +54,7 @@ class VimMixer(nn.Module):
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.scan = PathScan(inner, state, rank, paths, shared=kind == "v1", **dd)
         self.out_proj = nn.Linear(inner, dim, bias=bias, **dd)
-        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale, **dd))
+        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale), **dd))
         self.reset_parameters()
 
     def reset_parameters(self, depth: int = 1) -> None:
