@@ -63,13 +63,40 @@ def ssd_step(
     """
     from . import check_ssd
 
-    _checks.has_shape("ssd_step", "x", x, [("batch", None), ("heads", None), ("headdim", None)])
-    _checks.is_tensor("ssd_step", "state", state, x)
-    B, C = (t[:, None] if t.dim() == 2 else t for t in (B, C))
-    one = [None if t is None else t[:, None] for t in (x, dt, B, C, z, dt_scale)]
-    check_ssd("ssd_step", one[0], one[1], A, one[2], one[3], D, one[4], dt_bias, one[5], state)
+    if not _fits(x, dt, A, B, C, D, z, dt_bias, dt_scale, state):
+        _checks.has_shape("ssd_step", "x", x, [("batch", None), ("heads", None), ("headdim", None)])
+        _checks.is_tensor("ssd_step", "state", state, x)
+        B, C = (t[:, None] if t.dim() == 2 else t for t in (B, C))
+        one = [None if t is None else t[:, None] for t in (x, dt, B, C, z, dt_scale)]
+        check_ssd("ssd_step", one[0], one[1], A, one[2], one[3], D, one[4], dt_bias, one[5], state)
     low, high = float(dt_limit[0]), float(dt_limit[1])
     if low > high:
         raise ValueError(f"ssd_step: dt_limit is {tuple(dt_limit)}; the first must not exceed the second")
     y: Tensor = _step.direct(x, dt, A, B, C, D, z, dt_bias, dt_scale, state, bool(dt_softplus), low, high)
     return y
+
+
+def _fits(x, dt, A, B, C, D, z, dt_bias, dt_scale, state) -> bool:
+    """Whether plain tensors of one dtype and device fit together: the usual call, found out in a microsecond or two."""
+    try:
+        batch, heads, headdim = x.shape
+        _, groups, size = B.shape
+        kind, device = x.dtype, x.device
+        return (
+            dt.shape == (batch, heads)
+            and A.shape == (heads,)
+            and B.shape == C.shape == (batch, groups, size)
+            and state.shape == (batch, heads, headdim, size)
+            and heads % groups == 0
+            and (D is None or D.shape in ((heads,), (heads, headdim)))
+            and (z is None or z.shape == x.shape)
+            and (dt_bias is None or dt_bias.shape == (heads,))
+            and (dt_scale is None or dt_scale.shape == dt.shape)
+            and kind in _checks.FLOATS
+            and all(
+                t is None or (t.dtype == kind and t.device == device)
+                for t in (dt, A, B, C, D, z, dt_bias, dt_scale, state)
+            )
+        )
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+        return False  # the full checks say what is wrong
