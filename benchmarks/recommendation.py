@@ -67,13 +67,13 @@ def quality(arguments: argparse.Namespace) -> dict:
             model = build(name, table.n_items, 50)
             with tempfile.TemporaryDirectory() as folder:
                 settings = Settings(epochs=arguments.epochs, batch_size=512, patience=arguments.epochs, seed=seed)
-                history = fit(
-                    model, parts[0], parts[1], folder, settings,
-                    on_epoch=lambda row: print(
-                        f"  {name} seed {seed} epoch {row['epoch']}: loss {row['loss']:.1f} "
-                        f"hit@10 {row['hit@10']:.4f} ndcg@10 {row['ndcg@10']:.4f} ({row['seconds']:.0f} s)", flush=True
-                    ),
-                )  # fmt: skip
+                history = fit(model, parts[0], parts[1], folder, settings)
+            for row in history.epochs:
+                print(
+                    f"  {name} seed {seed} epoch {row['epoch']}: loss {row['loss']:.1f} hit@10 {row['hit@10']:.4f} "
+                    f"ndcg@10 {row['ndcg@10']:.4f} ({row['seconds']:.0f} s)",
+                    flush=True,
+                )
             scores = evaluate(model, parts[2])
             found[name].append(
                 {"seed": seed, "best_epoch": history.best_epoch, "test": scores, "epochs": history.epochs}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 
 import zoo
 from zoo_recommendation.protocol import Ranking, Samples, prepare, split
-from zoo_recommendation.training import Settings, evaluate, fit, plot
+from zoo_recommendation.training import Settings, evaluate, fit
 
 PLUGIN = Path(__file__).parents[1] / "src" / "zoo_recommendation"
 EXAMPLES = Path(__file__).parents[3] / "examples" / "recommendation"
@@ -44,11 +43,17 @@ def best_possible(samples: Samples, label: list[str]) -> dict[str, float]:
     return ranking.result()
 
 
+def report(row: dict[str, float]) -> None:
+    print(f"epoch {row['epoch']:2} {row['seconds']:.0f} s NDCG@10 {row['ndcg@10']:.4f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mamba4rec_micro")
-    parser.add_argument("--users", type=int, default=4000)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--users", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dry-run", action="store_true", help="train and print, write nothing")
     arguments = parser.parse_args()
@@ -61,15 +66,13 @@ def main() -> None:
     print(f"{len(table.user)} interactions, {table.n_items - 1} items, {len(train)} training samples")
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(
-            epochs=arguments.epochs, batch_size=512, learning_rate=2e-3, patience=5, seed=arguments.seed
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            learning_rate=arguments.lr,
+            patience=5,
+            seed=arguments.seed,
         )
-        history = fit(
-            model, train, valid, folder, settings,
-            on_epoch=lambda row: print(f"epoch {row['epoch']:2} {row['seconds']:.0f} s NDCG@10 {row['ndcg@10']:.4f}"),
-        )  # fmt: skip
-        if not arguments.dry_run:
-            plot(history, Path(folder) / "curve.png")
-            shutil.copy(Path(folder) / "curve.png", EXAMPLES.parent / "recommendation_curve.png")
+        fit(model, train, valid, folder, settings, on_epoch=report)
     scores = evaluate(model, test)
     best = best_possible(test, table.item_tokens)
     print(json.dumps({"model": scores, "best possible": best}, indent=1))
