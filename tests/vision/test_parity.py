@@ -1,0 +1,128 @@
+"""Vim, MambaOut, EfficientViM and MambaVision against the originals: recorded tensors, full sizes, keys both ways."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+import zoo.testing
+from zoo.reference import read_golden
+
+TESTS = Path(__file__).parents[1]
+SYSTEMS = ("vim", "mambaout", "efficientvim", "mambavision")
+GOLDEN = [p for s in SYSTEMS for p in sorted((TESTS / "golden").glob(f"{s}__*.safetensors"))]
+FULLSIZE = [p for s in SYSTEMS for p in sorted((TESTS / "fullsize").glob(f"{s}__*.json"))]
+#: ablations that the golden files leave out, recorded from the originals in the same format
+RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.safetensors"))
+
+
+def test_there_are_files():
+    assert (len(GOLDEN), len(FULLSIZE), len(RECORDED)) == (13, 20, 11)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+def test_golden(path):
+    zoo.testing.check_golden(path, grad=True, grad_tolerance=1e-4)
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda p: p.stem)
+def test_recorded(path):
+    zoo.testing.check_golden(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FULLSIZE, ids=lambda p: p.stem)
+def test_fullsize(path):
+    zoo.testing.check_fullsize(path)
+
+
+@pytest.mark.parametrize("path", GOLDEN + RECORDED, ids=lambda p: p.stem)
+def test_state_dict_goes_back_to_the_original(path):
+    golden = read_golden(path)
+    adapter = zoo.reference(golden.system)
+    model = adapter.build(golden.config, golden.state, source=golden.source)
+    back = adapter.to_reference(model.state_dict(), model=model)
+    assert back.keys() == golden.state.keys()
+    for key, tensor in golden.state.items():
+        assert torch.equal(back[key], tensor), key
+
+
+@pytest.mark.parametrize("path", GOLDEN + RECORDED, ids=lambda p: p.stem)
+def test_the_class_follows_from_arguments_and_keys(path):
+    """Users bring a config and a state dict; they need not name the class."""
+    golden = read_golden(path)
+    adapter = zoo.reference(golden.system)
+    named = adapter.build(golden.config, golden.state, source=golden.source)
+    assert type(adapter.build(golden.config, golden.state)) is type(named)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_unknown_arguments_are_refused_by_name(system):
+    with pytest.raises(ValueError, match="no argument 'd_stat'"):
+        zoo.reference(system).build({"d_stat": 3}, {})
+
+
+def test_missing_and_unexpected_keys_are_named():
+    golden = read_golden(TESTS / "golden/vim__midclstok_v2.safetensors")
+    adapter = zoo.reference("vim")
+    state = dict(golden.state)
+    state["layers.0.mixer.nonsense"] = torch.zeros(1)
+    with pytest.raises(zoo.errors.KeysDoNotMatch, match="nonsense"):
+        adapter.build(golden.config, state)
+    del state["layers.0.mixer.nonsense"], state["norm_f.weight"]
+    with pytest.raises(zoo.errors.KeysDoNotMatch, match="norm_f"):
+        adapter.build(golden.config, state)
+    del state["layers.0.mixer.x_proj_b.weight"]
+    with pytest.raises(ValueError, match="needs all of them together"):
+        adapter.build(golden.config, state)
+
+
+def test_what_the_originals_swallow_is_ignored_and_what_they_refuse_is_refused():
+    golden = read_golden(TESTS / "golden/vim__midclstok_v2.safetensors")
+    adapter = zoo.reference("vim")
+    adapter.build({**golden.config, "if_devide_out": False, "pretrained_cfg": None}, golden.state)
+    with pytest.raises(ValueError, match="final_pool_type"):
+        adapter.build({**golden.config, "final_pool_type": "avg"}, golden.state)
+    with pytest.raises(ValueError, match="use_fast_path"):
+        adapter.build({**golden.config, "ssm_cfg": {"use_fast_path": False}}, golden.state)
+    seg = read_golden(TESTS / "golden/vim__seg_backbone.safetensors")
+    with pytest.raises(ValueError, match="in_chans is its d_state"):
+        adapter.build({**seg.config, "d_state": 4}, seg.state, source=seg.source)
+
+
+def test_a_checkpoint_of_parallel_training_loads():
+    golden = read_golden(TESTS / "golden/mambavision__tiny_flavour.safetensors")
+    adapter = zoo.reference("mambavision")
+    for prefix in ("module.", "model."):
+        model = adapter.build(golden.config, {prefix + k: v for k, v in golden.state.items()})
+        torch.testing.assert_close(model(golden.inputs["image"]), golden.outputs["logits"], rtol=1e-4, atol=1e-3)
+
+
+def test_timm_and_original_keys_give_the_same_mambaout():
+    golden = read_golden(TESTS / "golden/mambaout__original.safetensors")
+    adapter = zoo.reference("mambaout")
+    original = adapter.build(golden.config, golden.state)
+    ours = {k: v.clone() for k, v in original.state_dict().items()}
+    timm_config = {k: v for k, v in golden.config.items() if k != "head_dropout"}
+    again = adapter.build(timm_config, ours)
+    assert torch.equal(original(golden.inputs["image"]), again(golden.inputs["image"]))
+    assert adapter.to_reference(ours).keys() == golden.state.keys()  # without a model: the original's format
+
+
+def test_a_recorded_permutation_and_class_position_are_replayed():
+    """Random orders of the original, given as inputs: the identity changes nothing, another order does."""
+    golden = read_golden(TESTS / "golden/vim__midclstok_v2.safetensors")
+    adapter = zoo.reference("vim")
+    model = adapter.build(golden.config, golden.state)
+    image = golden.inputs["image"]
+    tokens = model.pos_embed.shape[1]
+    with torch.no_grad():
+        same = adapter.run(model, {"image": image, "shuffle_indices": torch.arange(tokens)})
+        other = adapter.run(model, {"image": image, "shuffle_indices": torch.arange(tokens).flip(0)})
+    torch.testing.assert_close(same["features"], golden.outputs["features"], rtol=1e-4, atol=1e-4)
+    assert (other["features"] - same["features"]).abs().max() > 1e-3
+    head = adapter.build({**golden.config, "use_middle_cls_token": False}, golden.state)
+    with torch.no_grad():
+        moved = adapter.run(head, {"image": image, "token_position": torch.tensor((tokens - 1) // 2)})
+    torch.testing.assert_close(moved["features"], golden.outputs["features"], rtol=1e-4, atol=1e-4)
