@@ -70,6 +70,16 @@ def test_legacy_names_and_segmentor_checkpoints_load():
     torch.testing.assert_close(maps[3], golden.outputs["stage3"], rtol=1e-4, atol=1e-4)
 
 
+def test_a_backbone_of_the_first_stages_ignores_the_later_ones():
+    golden, adapter = read_golden(TESTS / "golden/vmamba__backbone_ln2d.safetensors"), VMambaAdapter()
+    config = {**golden.config, "out_indices": [0, 2]}
+    state = {k: v for k, v in golden.state.items() if not k.startswith(("outnorm1", "outnorm3"))}
+    model = adapter.build(config, state, source=golden.source)
+    found = adapter.run(model, golden.inputs)
+    for name in ("stage0", "stage2"):
+        torch.testing.assert_close(found[name], golden.outputs[name], rtol=1e-4, atol=1e-4)
+
+
 def test_convolution_weights_of_linear_layers_load():
     golden, adapter = read_golden(TESTS / "golden/vmamba__v05_noz_s2.safetensors"), VMambaAdapter()
     state = {k: v[..., None, None] if "mlp" in k and v.dim() == 2 else v for k, v in golden.state.items()}

@@ -214,7 +214,8 @@ def timm_cfg(model: Any) -> dict[str, Any]:
     weights = info.weights if info is not None else None
     settings = dict(weights.preprocess) if weights is not None else {}
     channels = getattr(model, "in_chans", 3)
-    size = getattr(model, "img_size", None) or (224, 224)
+    shape = info.card.input.get("shape") if info is not None and info.card is not None else None
+    size = getattr(model, "img_size", None) or (tuple(shape[1:]) if shape and len(shape) == 3 else (224, 224))
     return {
         "architecture": info.architecture if info is not None else type(model).__name__.lower(),
         "tag": info.tag if info is not None else None,

@@ -421,14 +421,13 @@ class VMambaAdapter(ReferenceAdapter):
         if source:
             pyramid = source.rpartition(":")[2] == "Backbone_VSSM"
         if pyramid:  # it makes a position table and never adds it
-            config = {
-                "norm_layer": config.get("norm_layer", "ln2d"),
-                **config,
-                "posembed": False,
-            }
+            config = {"norm_layer": "ln2d", **config, "posembed": False}
             state = {k: v for k, v in state.items() if k != "pos_embed"}
             indices = config.get("out_indices", (0, 1, 2, 3))
             model = vmamba(**translate(config), features_only=True, out_indices=tuple(indices))
+            last = max(indices)  # the original keeps all four stages, also those that nothing reads
+            unread = (f"layers.{last}.downsample.", *(f"layers.{i}." for i in range(last + 1, STAGES)))
+            state = {k: v for k, v in state.items() if not k.startswith(unread)}
         else:
             model = vmamba(**translate(config))
         model.channels_first = str(config.get("norm_layer", "ln")).lower() != "ln"
