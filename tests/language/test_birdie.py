@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from zoo_language.birdie import Agent, BirdieLM, exploration, scale_actions, two_way_scan
+from zoo_language.birdie import Agent, exploration, scale_actions
+from zoo_language.birdie_lm import BirdieLM, two_way_scan
 from zoo_language.birdie_objectives import OBJECTIVES, CharacterTokenizer, Packer, objective
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs far away into the old forest at night " * 4

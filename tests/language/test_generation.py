@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zoo_language.bdh import BDH
-from zoo_language.birdie import BirdieLM
+from zoo_language.birdie_lm import BirdieLM
 from zoo_language.generation import Sampling, choose, generate, stream
 from zoo_language.icll import InContextLM
 from zoo_language.mamba import MambaLM

@@ -24,7 +24,7 @@ def zoo_adapters() -> Mapping[str, str]:
         "mamba2": "zoo_language.mamba:Mamba2Adapter",
         "mamba3": "zoo_language.mamba:Mamba3Adapter",
         "phi_mamba": "zoo_language.phi_mamba:PhiMambaAdapter",
-        "sambay": "zoo_language.sambay:SambaYAdapter",
+        "sambay": "zoo_language.sambay_formats:SambaYAdapter",
     }
 
 

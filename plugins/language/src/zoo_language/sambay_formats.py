@@ -1,0 +1,191 @@
+"""The formats SambaY is published in: ArchScale's (training code) and the released Phi-4-mini-flash's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.reference import ReferenceAdapter
+from zoo.rules import Rename, Rules, Split, Tied
+
+from .sambay import Attention, SambaY, Shared
+
+#: What no published configuration sets otherwise; another value is refused.
+FIXED: dict[str, Any] = {
+    "scale_embed": False, "moe": False, "zero_mod": False, "sqrt_gate": False, "rotary_percentage": 1.0,
+    "ada_rope": False, "separate_qkv": True, "qk_norm": False, "attn_norm": False, "sc_attn": False,
+    "sink_attn": False, "relu2": False, "full_swa_extend": False, "da_const_lamb": False, "use_sigmoid": False,
+    "gated_attn": False, "scaling_factor": 1.0, "bias": False, "no_mlp_bias": False, "mlp": True, "oss_swiglu": False,
+    "ffn_norm": False, "mlp_relu2": False, "full_per_layer": 1000000, "attn_layer_pos": None, "jamba_norm": False,
+    "yoco_nope": False, "post_norm": False, "decouple_postnorm": False, "skip_gain": False,
+    "skip_weight_per_layer": -1, "no_skip": False, "lc": False, "lc_shared": False, "sc_lc": False, "sum_skip": False,
+    "share_per_layer": -1, "share_group": 1, "compress": False, "attn_scale": None, "super_mup": False,
+    "original_mup": False, "shadow_init": False,
+}  # fmt: skip
+#: Keys that name things, or change speed, training or initialisation only.
+IGNORED = {
+    "org", "name", "block_size", "eos_token_id", "padded_vocab_size", "fa2", "use_cu_seqlen", "residual_in_fp32",
+    "w_init_scale", "head_init_std", "use_muon", "use_muonh", "lc_budget_tau", "lc_budget_lambda", "sparsity", "top_k",
+    "aux_gamma", "aux_style", "share_expert", "fuse_sort_and_padding", "use_sonicmoe", "global_aux",
+    "intermediate_size",
+}  # fmt: skip
+READ = {
+    "vocab_size", "padding_multiple", "n_layer", "n_head", "n_embd", "ar", "mlp_expand", "head_dim", "n_query_groups",
+    "tied_embed", "local_window", "nope", "use_da", "rope_base", "attn_bias", "attn_out_bias", "rnn_per_layer",
+    "rnn_type", "yoco", "gmu_yoco", "gmu_per_layer", "gmu_attn", "gmu_mlp", "yoco_window", "mup", "mup_d0", "mup_hd0",
+    "depth_scale", "_norm_class", "norm_eps",
+}  # fmt: skip
+
+
+def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """SambaY's arguments from an ArchScale Config. Switches that nothing published uses are refused by name."""
+    for key, value in config.items():
+        if key in FIXED and value != FIXED[key]:
+            raise ValueError(f"sambay: {key}={value!r} is not built; only {FIXED[key]!r} is")
+        if key not in FIXED and key not in IGNORED and key not in READ:
+            raise ValueError(f"sambay has no configuration key {key!r}")
+    norms = {"FusedRMSNorm": False, "RMSNorm": False, "LayerNorm": True}
+    norm = config.get("_norm_class", "FusedRMSNorm")
+    if norm not in norms:
+        raise ValueError(f"sambay: _norm_class is {norm!r}; expected one of {sorted(norms)}")
+    n = config["n_layer"]
+    d = config["ar"] * n if config.get("ar") else config["n_embd"]
+    heads = config["n_head"]
+    window = config.get("local_window", -1)
+    source = "attention" if config.get("gmu_attn") else ("mlp" if config.get("gmu_mlp") else "scan")
+    return {
+        "vocab_size": config["vocab_size"],
+        "padding_multiple": config.get("padding_multiple", 512),
+        "n_layer": n,
+        "d_model": d,
+        "heads": heads,
+        "kv_heads": config.get("n_query_groups") or heads,
+        "head_dim": config.get("head_dim") or d // heads,
+        "ff": int(config.get("mlp_expand", 4) * d),
+        "window": window if window > 0 else None,
+        "rnn_per_layer": config.get("rnn_per_layer", -1),
+        "rnn_type": config.get("rnn_type", "mamba"),
+        "yoco": config.get("yoco", False),
+        "gmu": config.get("gmu_yoco", False),
+        "gmu_per_layer": config.get("gmu_per_layer", 2),
+        "gmu_source": source,
+        "differential": config.get("use_da", False),
+        "rope_base": None if config.get("nope", False) else config.get("rope_base", 10000),
+        "attn_bias": config.get("attn_bias", False),
+        "attn_out_bias": config.get("attn_out_bias", False),
+        "layer_norm": norms[norm],
+        "norm_eps": config.get("norm_eps", 1e-5),
+        "tied": config.get("tied_embed", False),
+        "mup": config.get("mup", False),
+        "mup_d0": config.get("mup_d0", 16),
+        "mup_hd0": config.get("mup_hd0", 128),
+        "depth_scale": config.get("depth_scale", False),
+        "yoco_window": config["block_size"] // 2 if config.get("yoco_window") else None,
+    }
+
+
+def archscale_rules(model: SambaY) -> Rules:
+    tie = [Tied("lm_head.weight", "transformer.wte.weight")] if model.lm_head is None else []
+    head = [Rename("lm_head.weight", "embedding.weight")] if model.lm_head is None else []
+    return Rules(
+        *tie,
+        *head,
+        Rename("transformer.wte.weight", "embedding.weight"),
+        Rename("transformer.ln_f.{p}", "norm_f.{p}"),
+        *(
+            Rename(f"transformer.h.{i}.attn.gmu.{{rest:*}}", f"layers.{i}.mixer.{{rest:*}}")
+            for i, layer in enumerate(model.layers)
+            if layer.role == "gmu"
+        ),
+        Rename("transformer.h.{i:d}.attn.{rest:*}", "layers.{i:d}.mixer.{rest:*}"),
+        Rename("transformer.h.{i:d}.{rest:*}", "layers.{i:d}.{rest:*}"),
+    )
+
+
+def phi4_rules(model: SambaY) -> Rules:
+    """The released Phi-4-mini-flash: fused Wqkv (all q, then k, then v), other names, a copy of the tied head.
+
+    The rows of Wqkv.bias that belong to k exist there but cannot change any output: without positions a key bias
+    moves all scores of a query alike. They are dropped, and written back as zeros.
+    """
+    rules: list[Any] = [Tied("model.embed_tokens.weight", "lm_head.weight")]
+    for i, layer in enumerate(model.layers):
+        theirs, ours = f"model.layers.{i}.attn.", f"layers.{i}.mixer."
+        if layer.role == "gmu":
+            continue
+        if isinstance(layer.mixer, Attention):
+            q = layer.mixer.heads * layer.mixer.head_dim
+            kv = layer.mixer.kv_heads * layer.mixer.head_dim
+            if layer.mixer.cross:
+                rules.append(Rename(theirs + "Wqkv.{p}", ours + "q_proj.{p}"))
+            else:
+                rules.append(
+                    Split(
+                        theirs + "Wqkv.weight",
+                        [ours + "q_proj.weight", ours + "k_proj.weight", ours + "v_proj.weight"],
+                        sizes=[q, kv, kv],
+                    )
+                )
+                rules.append(_SplitBias(theirs + "Wqkv.bias", ours, q, kv))
+            rules += [
+                Rename(theirs + "out_proj.{p}", ours + "proj.{p}"),
+                Rename(theirs + "inner_cross_attn.{rest:*}", ours + "da.{rest:*}"),
+                Rename(theirs + "{name}", ours + "da.{name}"),
+            ]
+    rules += [
+        Rename("model.embed_tokens.weight", "embedding.weight"),
+        Rename("model.final_layernorm.{p}", "norm_f.{p}"),
+        Rename("model.layers.{i:d}.input_layernorm.{p}", "layers.{i:d}.norm_1.{p}"),
+        Rename("model.layers.{i:d}.post_attention_layernorm.{p}", "layers.{i:d}.norm_2.{p}"),
+        Rename("model.layers.{i:d}.mlp.fc1.{p}", "layers.{i:d}.mlp.w1.{p}"),
+        Rename("model.layers.{i:d}.mlp.fc2.{p}", "layers.{i:d}.mlp.w3.{p}"),
+        Rename("model.layers.{i:d}.attn.{rest:*}", "layers.{i:d}.mixer.{rest:*}"),
+    ]
+    return Rules(*rules)
+
+
+class _SplitBias(Split):
+    """Wqkv.bias to the q and v biases; the k rows, which change nothing, are left out and come back as zeros."""
+
+    def __init__(self, theirs: str, ours: str, q: int, kv: int) -> None:
+        super().__init__(theirs, [ours + "q_proj.bias", ours + "v_proj.bias"])
+        self.q, self.kv = q, kv
+
+    def forward(self, parts: list[Tensor]) -> list[Tensor]:
+        return [parts[0][: self.q], parts[0][self.q + self.kv :]]
+
+    def backward(self, parts: list[Tensor]) -> list[Tensor]:
+        return [torch.cat([parts[0], parts[0].new_zeros(self.kv), parts[1]])]
+
+
+class SambaYAdapter(ReferenceAdapter):
+    """Reads microsoft/ArchScale's GPT and the released Phi-4-mini-flash."""
+
+    system = "sambay"
+
+    def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
+        return self.load(SambaY(**arguments_of(config)), state)
+
+    def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
+        if not isinstance(model, SambaY):
+            raise ValueError("the key table of sambay depends on the layers: give model=")
+        return phi4_rules(model) if any(k.startswith("model.") for k in state) else archscale_rules(model)
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
+        assert isinstance(model, SambaY)
+        found: dict[str, Tensor] = {}
+        shared = Shared()
+        x = model.embed(inputs["input_ids"])
+        last: Tensor | None = None
+        for i, layer in enumerate(model.layers):
+            x = layer(x, shared, None, None, None)
+            found[f"mid/block{i}"] = x
+            if shared.memory is not None and shared.memory is not last:
+                found[f"mid/gmu_memory{i}"] = last = shared.memory
+            if layer.role == "full" and shared.k is not None:
+                assert shared.v is not None
+                found |= {"mid/shared_k": shared.k, "mid/shared_v": shared.v}
+        return {"logits": model.head(model.norm_f(x)), **found}
