@@ -100,11 +100,17 @@ class TrainingHabits(Habits):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group parameters by depth, for layer-wise learning rates."""
+        stages = "(?:blocks|layers|levels|stages)"
         return {
             "stem": r"^cls_token|^pos_embed|^patch_embed",
-            "blocks": r"^(?:blocks|layers|levels|stages)\.(\d+)"
+            "blocks": rf"^{stages}\.(\d+)"
             if coarse
-            else [(r"^(?:blocks|layers|levels|stages)\.(\d+)(?:\.blocks\.(\d+))?", None), (r"^norm", (99999,))],
+            else [
+                (rf"^{stages}\.(\d+)\.blocks\.(\d+)", None),
+                (rf"^{stages}\.(\d+)\.downsample", (99999,)),
+                (rf"^{stages}\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
         }
 
 
@@ -212,7 +218,8 @@ def timm_cfg(model: Any) -> dict[str, Any]:
     """timm's ``pretrained_cfg`` of a model that the zoo built: preprocessing of its weights, or ImageNet's defaults."""
     info = getattr(model, "zoo_info", None)
     weights = info.weights if info is not None else None
-    settings = dict(weights.preprocess) if weights is not None else {}
+    given = weights.preprocess if weights is not None else {}
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     channels = getattr(model, "in_chans", 3)
     shape = info.card.input.get("shape") if info is not None and info.card is not None else None
     size = getattr(model, "img_size", None) or (tuple(shape[1:]) if shape and len(shape) == 3 else (224, 224))
@@ -220,7 +227,7 @@ def timm_cfg(model: Any) -> dict[str, Any]:
         "architecture": info.architecture if info is not None else type(model).__name__.lower(),
         "tag": info.tag if info is not None else None,
         "num_classes": getattr(model, "num_classes", None),
-        "input_size": tuple(settings.pop("input_size", (channels, *size))),
+        "input_size": settings.pop("input_size", (channels, *size)),
         "fixed_input_size": getattr(model, "img_size", None) is not None,
         "interpolation": "bicubic",
         "crop_pct": 0.875,

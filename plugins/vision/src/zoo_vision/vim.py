@@ -91,11 +91,18 @@ class VimTrunk(nn.Module):
         self.img_size = to_2tuple(img_size)
         self.grid_size = self.patch_embed.grid(self.img_size)
         patches = self.grid_size[0] * self.grid_size[1]
-        directions = 1 if mixer == "none" else self._directions(paths)
-        if mixer == "none" and paths != BOTH:
-            directions = self._directions(paths)
-            if directions != 1:
+        directions = 1
+        if paths != BOTH:
+            orders = scan_paths.get(paths, self.grid_size)
+            directions = len(orders)
+            #: which paths are an earlier one walked backwards
+            self.backward_paths = [
+                any(torch.equal(orders[k], o.flip(0)) for o in orders[:k]) for k in range(directions)
+            ]
+            if mixer == "none" and directions != 1:
                 raise ValueError(f"paths={paths!r} has {directions} directions; mixer='none' walks one")
+        elif mixer != "none":
+            directions = 2
         if paired_layers and paths != BOTH:
             raise ValueError("paired_layers walks the raster order in both directions; it takes no other paths")
 
@@ -129,9 +136,6 @@ class VimTrunk(nn.Module):
 
     def _class_tokens(self) -> list[str]:
         return {"none": [], "double": ["cls_token_head", "cls_token_tail"]}.get(self.cls, ["cls_token"])
-
-    def _directions(self, spec: str) -> int:
-        return 2 if spec == BOTH else scan_paths.get(spec, self.grid_size).shape[0]
 
     def _init_weights(self) -> None:
         """The original's start: lecun-normal patches, truncated-normal tokens, Mamba's own for the mixers."""
@@ -171,16 +175,19 @@ class VimTrunk(nn.Module):
     def walk(self, grid: tuple[int, int], slots: Sequence[int], device: torch.device) -> Tensor | None:
         """The rows in visiting order, (K, length); None for the raster order in both directions.
 
-        A class token is visited at its own place: the middle one after half of the patches, on every path.
+        A class token is visited at its own place: the middle one after half of the patches, on every path. A path
+        that is an earlier one walked backwards meets the class tokens from the other end, as the raster order does.
         """
         if self.paths == BOTH:
             return None
-        order = scan_paths.get(self.paths, grid, device=device)
-        for slot in slots:
-            order = order + (order >= slot)  # rows behind the class token move up by one
-            own = torch.full_like(order[:, :1], slot)
-            order = torch.cat([order[:, :slot], own, order[:, slot:]], dim=1)
-        return order
+        rows = []
+        for order, backward in zip(scan_paths.get(self.paths, grid, device=device), self.backward_paths, strict=True):
+            order = order.flip(0) if backward else order
+            for slot in slots:
+                order = order + (order >= slot)  # rows behind the class token move up by one
+                order = torch.cat([order[:slot], torch.full_like(order[:1], slot), order[slot:]])
+            rows.append(order.flip(0) if backward else order)
+        return torch.stack(rows)
 
     # -- body
 
