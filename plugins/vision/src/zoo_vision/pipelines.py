@@ -158,10 +158,9 @@ def transform_settings(model: nn.Module, preprocess: dict[str, Any]) -> dict[str
     if not preprocess and info is not None and info.card is not None and info.card.default_weights is not None:
         preprocess = info.card.default_weights.preprocess  # random weights: what the published ones would get
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in preprocess.items() if k in _SETTINGS}
-    size = getattr(model, "img_size", None)
-    if isinstance(size, tuple) and tuple(known.get("input_size", (0, 0, 0))[1:]) != size:
-        known["input_size"] = (channels, *size)
-    known.setdefault("input_size", (channels, 224, 224))
+    built_for = getattr(model, "img_size", None)
+    trained_at = tuple(known.get("input_size", (channels, 224, 224)))[1:]
+    known["input_size"] = (channels, *(built_for if isinstance(built_for, tuple) else trained_at))
     if len(known.get("mean", (0,) * channels)) != channels:  # built with other channels than the weights were
         mean, std = float(np.mean(known.pop("mean"))), float(np.mean(known.pop("std")))
         known |= {"mean": (mean,) * channels, "std": (std,) * channels}
