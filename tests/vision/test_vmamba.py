@@ -300,3 +300,23 @@ def test_every_published_checkpoint_has_a_card_and_a_place():
     assert all(w.metrics for w in weights)
     with pytest.raises(zoo.errors.NotOnHub, match="vssm1_tiny_0230s_ckpt_epoch_264"):
         zoo.load("vmamba_tiny")
+
+
+def test_the_demo_scores_what_its_card_says():
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    from PIL import Image
+    from sklearn.model_selection import train_test_split
+
+    _, images, _, labels = train_test_split(
+        digits.images, digits.target, test_size=450, stratify=digits.target, random_state=0
+    )
+    pipe = zoo.pipeline("vmamba_micro.digits")
+    drawn = [
+        Image.fromarray((i / 16 * 255).round().astype("uint8")).resize((64, 64), Image.Resampling.BICUBIC)
+        for i in images
+    ]
+    with torch.no_grad():
+        found = pipe.model(torch.stack([pipe.prepare(i) for i in drawn])).argmax(1)
+    score = 100 * (found.numpy() == labels).mean()
+    (stated,) = zoo.info("vmamba_micro.digits").weights.metrics
+    assert score == pytest.approx(stated.value, abs=0.25)  # one image is 0.22
