@@ -48,6 +48,9 @@ _LAZY = {
     "mamba3_scan": "zoo_kernels.ops.mamba3_scan",
     "mamba3_step": "zoo_kernels.ops.mamba3_scan",
     # not operators
+    "MambaBlock": "zoo_kernels.ops.mamba_step",
+    "MambaStep": "zoo_kernels.ops.mamba_step",
+    "Matrix": "zoo_kernels.ops.mamba_step",
     "backend": "zoo_kernels._backends",
     "BackendError": "zoo_kernels._backends",
     "status": "zoo_kernels._status",
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
         vandermonde_kernel,
     )
     from zoo_kernels.ops.mamba3_scan import mamba3_scan, mamba3_step
+    from zoo_kernels.ops.mamba_step import MambaBlock, MambaStep, Matrix
     from zoo_kernels.ops.mlstm import mlstm, mlstm_step
     from zoo_kernels.ops.rms_norm import gated_rms_norm, rms_norm
     from zoo_kernels.ops.selective_scan import selective_scan, selective_scan_step
@@ -78,6 +82,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendError",
+    "MambaBlock",
+    "MambaStep",
+    "Matrix",
     "ancestor_windows",
     "backend",
     "cauchy",

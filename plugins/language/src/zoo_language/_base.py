@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .state import LayerState, State
+
+if TYPE_CHECKING:
+    from .decode import Decoder
 
 
 class CausalLM(nn.Module):
@@ -102,6 +105,16 @@ class CausalLM(nn.Module):
         state.position += 1
         state.logits = self.head(normed(self.norm_f, x))
         return state.logits
+
+    def fast_decoder(self, weights: str | None = None) -> Decoder:
+        """What reads one text token by token on a CPU in one native call, its matrices stored as ``weights``.
+
+        "float32", "bfloat16", "float16", "int8", or None: as they are. Give it to ``generate(..., decoder=...)``.
+        Raises ValueError, with the reason, for models that have none (see :mod:`zoo_language.decode`).
+        """
+        from .decode import Decoder
+
+        return Decoder(self, weights)
 
     def _check(self, input_ids: Tensor, state: State | None, lengths: Tensor | None) -> None:
         if input_ids.dim() != 2 or input_ids.is_floating_point():

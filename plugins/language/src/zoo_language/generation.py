@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ._base import CausalLM
 from .state import State
+
+if TYPE_CHECKING:
+    from .decode import Decoder
 
 
 @dataclass(frozen=True)
@@ -95,12 +98,15 @@ def generate(
     stop_strings: Sequence[str] = (),
     decode: Callable[[list[int]], str] | None = None,
     state: State | None = None,
+    decoder: Decoder | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Text], State]:
     """Continue texts. Returns the texts and the state after the last token that was read.
 
     prompts: token ids, one list a text; with ``state`` (one text a prompt) they continue what it has read and may be
-    empty. stop_strings need ``decode`` (ids to text). on_token(row, token) is called as tokens come.
+    empty. stop_strings need ``decode`` (ids to text). decoder: what reads the tokens of a single text
+    (:meth:`CausalLM.fast_decoder`); by itself a float32 model on a CPU decodes fused where it can.
+    on_token(row, token) is called as tokens come.
     """
     result: dict[str, Any] = {}
     for row, token in stream(
@@ -112,6 +118,7 @@ def generate(
         stop_strings=stop_strings,
         decode=decode,
         state=state,
+        decoder=decoder,
         result=result,
     ):
         if on_token is not None:
@@ -130,9 +137,12 @@ def stream(
     stop_strings: Sequence[str] = (),
     decode: Callable[[list[int]], str] | None = None,
     state: State | None = None,
+    decoder: Decoder | None = None,
     result: dict[str, Any] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Like :func:`generate`, but yields (row, token) as tokens come; ``result`` receives ``texts`` and ``state``."""
+    from .decode import decoder_for
+
     _check(model, prompts, max_new_tokens, stop_strings, decode, state)
     rows = len(prompts)
     longest = max((len(p) for p in prompts), default=0)
@@ -150,6 +160,7 @@ def stream(
     generators = [torch.Generator().manual_seed(sampling.row_seed(i)) for i in range(rows)]
     alive = list(range(rows))  # rows of the batch that still grow; ``current`` holds their states in this order
     current, parked = state, {}
+    fast = decoder_for(model) if decoder is None else decoder
     for _ in range(max_new_tokens):
         logits = current.logits
         assert logits is not None
@@ -174,7 +185,10 @@ def stream(
             if not alive:
                 break
             current = current.select(stay)
-        model.step(torch.tensor(chosen, device=device), current)
+        if fast is not None and len(alive) == 1:
+            fast.step(chosen[0], current)
+        else:
+            model.step(torch.tensor(chosen, device=device), current)
     for i, row in enumerate(alive):
         texts[row].reason = texts[row].reason or "length"
         parked[row] = current.select(i)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._base import CausalLM
+
+if TYPE_CHECKING:
+    from .decode import Decoder
 
 
 @dataclass(frozen=True)
@@ -41,26 +45,32 @@ def score(
     window: int = 2048,
     carry_state: bool = True,
     start: int | None = None,
+    decoder: Decoder | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Score a text, ``window`` tokens at a time.
 
     carry_state: go on from the state of the window before (a recurrent model's context has no end); without it every
     window starts anew, as transformers are scored. start: a token to condition the first window on, such as the
-    end-of-text token; without one the first token is given and not scored. Raises ValueError for texts of fewer than
-    two tokens.
+    end-of-text token; without one the first token is given and not scored. decoder: read token by token with it (what
+    quantised weights cost). Raises ValueError for texts of fewer than two tokens.
     """
     ids = torch.as_tensor(ids, dtype=torch.long).reshape(-1)
     if start is not None:
         ids = torch.cat([torch.tensor([start]), ids])
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens; scoring needs at least 2")
-    state = model.init_state(1) if carry_state else None
+    state = model.init_state(1) if carry_state or decoder is not None else None
     nats, count = 0.0, 0
     for first in range(0, len(ids) - 1, window):
         piece = ids[first : first + window + 1].to(model.device)
         given, target = piece[:-1], piece[1:]
-        logits = model(given[None], state=state)[0, :, : model.vocab_size].float()
+        if decoder is not None:
+            state = state if carry_state or not first else model.init_state(1)
+            assert state is not None
+            logits = torch.cat([decoder.step(int(token), state) for token in given])[:, : model.vocab_size]
+        else:
+            logits = model(given[None], state=state)[0, :, : model.vocab_size].float()
         nats += float(F.cross_entropy(logits, target, reduction="sum"))
         count += len(target)
         if progress is not None:

@@ -1,0 +1,265 @@
+// One token through a whole stack of Mamba or Mamba-2 blocks, for decoding one text on a CPU.
+//
+// A step reads every weight once and does little else, so what counts is that nothing comes between two reads: a block is
+// three or four rounds of the thread pool, the norms, the convolution, the recurrence and the gates run where their operands
+// are still in registers or in the first cache, and the state is updated where it lies. Weights are float32, bfloat16,
+// float16, or int8 with one factor a row; everything else is float32.
+
+#include "vec.h"
+
+namespace ZK_NAMESPACE {
+
+struct Matrix {  // (out, features), contiguous; sizes follow from the block
+  const void *w;
+  int64_t dtype;
+  const float *scale, *bias;  // (out), or null
+};
+
+// kind 1: Mamba. in = [x, z]; convolution over x; xproj gives [dt (rank), B, C]; A, D a channel.
+// kind 2: Mamba-2. in = [z, x, B, C, dt]; convolution over x, B and C; A a head, D a channel; heads * headdim = inner.
+struct Layer {
+  int64_t kind, inner, states, width, rank, heads, groups, norm_before_gate;
+  double norm_eps, gate_eps, low, high;
+  const float *norm;       // (dim)
+  Matrix in, xproj, dtproj, out;
+  const float *conv, *conv_bias;  // (width, channels), (channels) or null
+  const float *A, *D, *dt_bias, *gate_norm;  // A: (inner, states) or (heads); D: (inner); gate_norm: (inner) or null
+  void *conv_state;        // (width, channels), the oldest input first
+  int64_t conv_dtype;
+  float *state;            // (inner, states) or (heads, headdim, states)
+};
+
+struct StackArgs {
+  int64_t layers, dim, vocabulary, threads, token;
+  const Layer *layer;
+  const void *embedding;   // (vocabulary, dim)
+  int64_t embedding_dtype;
+  const float *norm;
+  double eps;
+  Matrix head;
+  float *logits;           // (vocabulary)
+  float *work;             // room() floats
+};
+
+template <class V> struct Stack {
+  static constexpr int64_t W = V::W;
+  static ZK_INLINE V load(const float *p, int n) { return n == W ? V::load(p) : V::load_n(p, n); }
+  static ZK_INLINE void put(float *p, V v, int n) {
+    if (n == W) v.store(p);
+    else v.store_n(p, n);
+  }
+
+  // -- a matrix times a vector ------------------------------------------------------------------------------------------
+
+  // Q rows at a time with U sums each: enough streams from memory and enough sums in flight.
+  template <int64_t kType, int Q, int U> static ZK_INLINE void dot(const Matrix &m, int64_t features, const float *x, int64_t o, float *y) {
+    const char *w[Q];
+    V sum[Q][U];
+    for (int q = 0; q < Q; ++q) {
+      w[q] = at(m.w, (o + q) * features, kType);
+      for (int u = 0; u < U; ++u) sum[q][u] = zero<V>();
+    }
+    int64_t k = 0;
+    for (; k + U * W <= features; k += U * W)
+      for (int u = 0; u < U; ++u) {
+        V v = V::load(x + k + u * W);
+        for (int q = 0; q < Q; ++q) sum[q][u] = fma(load_as<V>(at(w[q], k + u * W, kType), kType, W), v, sum[q][u]);
+      }
+    for (; k < features; k += W) {
+      int n = int(min_of(W, features - k));
+      V v = load(x + k, n);
+      for (int q = 0; q < Q; ++q) sum[q][0] = fma(load_as<V>(at(w[q], k, kType), kType, n), v, sum[q][0]);
+    }
+    for (int q = 0; q < Q; ++q) {
+      for (int u = 1; u < U; ++u) sum[q][0] = sum[q][0] + sum[q][u];
+      float s = sum[q][0].sum();
+      if (m.scale) s *= m.scale[o + q];
+      if (m.bias) s += m.bias[o + q];
+      y[o + q] = s;
+    }
+  }
+  template <int64_t kType> static void rows_of(const Matrix &m, int64_t features, const float *x, int64_t first, int64_t end, float *y) {
+    int64_t o = first;
+    for (; o + 4 <= end; o += 4) dot<kType, 4, 2>(m, features, x, o, y);
+    for (; o < end; ++o) dot<kType, 1, 4>(m, features, x, o, y);
+  }
+  // y[first .. end) = rows of m times x
+  static void rows(const Matrix &m, int64_t features, const float *x, int64_t first, int64_t end, float *y) {
+    switch (m.dtype) {
+    case ZK_F32: return rows_of<ZK_F32>(m, features, x, first, end, y);
+    case ZK_BF16: return rows_of<ZK_BF16>(m, features, x, first, end, y);
+    case ZK_F16: return rows_of<ZK_F16>(m, features, x, first, end, y);
+    default: return rows_of<ZK_I8>(m, features, x, first, end, y);
+    }
+  }
+  // Rows in a work item: about 64 KB of weights, a multiple of 16 (a whole vector of every width).
+  static int64_t span(const Matrix &m, int64_t features) {
+    int64_t each = 65536 / (features * size_of(m.dtype) + 1);
+    return (each + 16) / 16 * 16;
+  }
+  template <class F> static void over_rows(int64_t threads, const Matrix &m, int64_t features, int64_t out, const F &work) {
+    int64_t each = span(m, features);
+    parallel(out <= each ? 1 : threads, ceil_div(out, each), [&](int64_t i) { work(i * each, min_of((i + 1) * each, out)); });
+  }
+
+  // -- norms --------------------------------------------------------------------------------------------------------------
+
+  static void rms(const float *x, const float *weight, double eps, int64_t size, float *y) {
+    V sum = zero<V>();
+    for (int64_t c = 0; c < size; c += W) {
+      V v = load(x + c, int(min_of(W, size - c)));
+      sum = fma(v, v, sum);
+    }
+    V scale = V::set1(float(1 / sqrt(double(sum.sum()) / double(size) + eps)));
+    for (int64_t c = 0; c < size; c += W) {
+      int n = int(min_of(W, size - c));
+      put(y + c, load(x + c, n) * scale * load(weight + c, n), n);
+    }
+  }
+  // Mamba-2's output norm and gate, in place.
+  static void gate(const Layer &l, float *y, const float *z) {
+    auto times_gate = [&] {
+      for (int64_t c = 0; c < l.inner; c += W) {
+        int n = int(min_of(W, l.inner - c));
+        put(y + c, load(y + c, n) * silu(load(z + c, n)), n);
+      }
+    };
+    if (!l.norm_before_gate || !l.gate_norm) times_gate();
+    if (!l.gate_norm) return;
+    int64_t size = l.inner / l.groups;
+    for (int64_t g = 0; g < l.groups; ++g) rms(y + g * size, l.gate_norm + g * size, l.gate_eps, size, y + g * size);
+    if (l.norm_before_gate) times_gate();
+  }
+
+  // -- the recurrent parts ------------------------------------------------------------------------------------------------
+
+  // Channels first .. end of the convolution: the window moves on by x, which becomes silu(conv(x)).
+  static void convolve(const Layer &l, int64_t channels, float *x, int64_t first, int64_t end) {
+    for (int64_t c = first; c < end; c += W) {
+      int n = int(min_of(W, end - c));
+      V now = load(x + c, n), sum = l.conv_bias ? load(l.conv_bias + c, n) : zero<V>();
+      for (int64_t k = 0; k < l.width; ++k) {
+        char *place = at(l.conv_state, k * channels + c, l.conv_dtype);
+        V next = k + 1 < l.width ? load_as<V>(at(l.conv_state, (k + 1) * channels + c, l.conv_dtype), l.conv_dtype, n) : now;
+        store_as(next, place, l.conv_dtype, n);
+        if (k + 1 == l.width) next = load_as<V>(place, l.conv_dtype, n);  // as it was rounded
+        sum = fma(next, load(l.conv + k * channels + c, n), sum);
+      }
+      put(x + c, silu(sum), n);
+    }
+  }
+
+  // Mamba: channels first .. end. r = [dt (rank), B, C]; x, z as convolved and projected; y may be x.
+  static void scan(const Layer &l, const float *r, float *dt, const float *x, const float *z, float *y, int64_t first, int64_t end) {
+    rows(l.dtproj, l.rank, r, first, end, dt);  // with the bias
+    const float *B = r + l.rank, *C = B + l.states;
+    for (int64_t c = first; c < end; c += W) {
+      int n = int(min_of(W, end - c));
+      put(dt + c, softplus(load(dt + c, n)), n);
+    }
+    FlushSubnormals flush;
+    for (int64_t c = first; c < end; ++c) {
+      float *h = l.state + c * l.states;
+      const float *A = l.A + c * l.states;  // times log2 e
+      V d = V::set1(dt[c]), dx = V::set1(dt[c] * x[c]), sum = zero<V>();
+      for (int64_t i = 0; i < l.states; i += W) {
+        int n = int(min_of(W, l.states - i));
+        V now = fma(exp2_of(d * load(A + i, n)), load(h + i, n), dx * load(B + i, n));
+        put(h + i, now, n);
+        sum = fma(now, load(C + i, n), sum);
+      }
+      dt[c] = sum.sum();
+    }
+    for (int64_t c = first; c < end; c += W) {
+      int n = int(min_of(W, end - c));
+      put(y + c, fma(load(l.D + c, n), load(x + c, n), load(dt + c, n)) * silu(load(z + c, n)), n);
+    }
+  }
+
+  // Mamba-2: head h. x, B and C as convolved; dt as projected.
+  static void head(const Layer &l, const float *x, const float *B, const float *C, float raw, float *y, int64_t h) {
+    int64_t size = l.inner / l.heads, g = h / (l.heads / l.groups);
+    float t[W];
+    softplus(V::set1(raw + l.dt_bias[h])).store(t);
+    float d = t[0] < float(l.low) ? float(l.low) : t[0] > float(l.high) ? float(l.high) : t[0];
+    exp_of(V::set1(d * l.A[h])).store(t);
+    V keep = V::set1(t[0]);
+    B += g * l.states;
+    C += g * l.states;
+    FlushSubnormals flush;
+    for (int64_t p = h * size; p < (h + 1) * size; ++p) {
+      float *s = l.state + p * l.states;
+      V add = V::set1(d * x[p]), sum = zero<V>(), other = zero<V>();
+      int64_t i = 0;
+      for (; i + 2 * W <= l.states; i += 2 * W) {
+        V a = fma(keep, V::load(s + i), add * V::load(B + i)), b = fma(keep, V::load(s + i + W), add * V::load(B + i + W));
+        a.store(s + i);
+        b.store(s + i + W);
+        sum = fma(a, V::load(C + i), sum);
+        other = fma(b, V::load(C + i + W), other);
+      }
+      for (; i < l.states; i += W) {
+        int n = int(min_of(W, l.states - i));
+        V a = fma(keep, load(s + i, n), add * load(B + i, n));
+        put(s + i, a, n);
+        sum = fma(a, load(C + i, n), sum);
+      }
+      y[p] = (sum + other).sum() + l.D[p] * x[p];
+    }
+  }
+
+  // -- blocks -------------------------------------------------------------------------------------------------------------
+
+  // p: the projections; y: the scan's output; h: the normed stream.
+  static void mamba(const StackArgs &a, const Layer &l, const float *h, float *p, float *r, float *y) {
+    int64_t E = l.inner;
+    over_rows(a.threads, l.in, a.dim, 2 * E, [&](int64_t first, int64_t end) {
+      rows(l.in, a.dim, h, first, end, p);
+      if (first < E) convolve(l, E, p, first, min_of(end, E));
+    });
+    over_rows(a.threads, l.xproj, E, l.rank + 2 * l.states, [&](int64_t first, int64_t end) { rows(l.xproj, E, p, first, end, r); });
+    int64_t each = ceil_div(ceil_div(E, 4 * a.threads), 16) * 16;
+    parallel(a.threads, ceil_div(E, each), [&](int64_t i) { scan(l, r, y, p, p + E, y, i * each, min_of((i + 1) * each, E)); });
+  }
+  static void mamba2(const StackArgs &a, const Layer &l, const float *h, float *p, float *y) {
+    int64_t E = l.inner, N = l.groups * l.states, channels = E + 2 * N;
+    over_rows(a.threads, l.in, a.dim, E + channels + l.heads, [&](int64_t first, int64_t end) {
+      rows(l.in, a.dim, h, first, end, p);
+      int64_t c = first < E ? 0 : first - E, stop = min_of(end - E, channels);
+      if (c < stop) convolve(l, channels, p + E, c, stop);
+    });
+    const float *x = p + E;
+    parallel(a.threads, l.heads, [&](int64_t i) { head(l, x, x + E, x + E + N, p[E + channels + i], y, i); });
+    gate(l, y, p);
+  }
+
+  static int64_t step(const StackArgs &a) {
+    float *x = a.work, *h = x + (a.dim + 15) / 16 * 16, *o = h + (a.dim + 15) / 16 * 16, *rest = o + (a.dim + 15) / 16 * 16;
+    const char *token = at(a.embedding, a.token * a.dim, a.embedding_dtype);
+    for (int64_t c = 0; c < a.dim; c += W) {
+      int n = int(min_of(W, a.dim - c));
+      put(x + c, load_as<V>(at(token, c, a.embedding_dtype), a.embedding_dtype, n), n);
+    }
+    for (int64_t i = 0; i < a.layers; ++i) {
+      const Layer &l = a.layer[i];
+      float *y = rest, *r = y + (l.inner + 15) / 16 * 16, *p = r + (l.rank + 2 * l.states + 15) / 16 * 16;
+      rms(x, l.norm, l.norm_eps, a.dim, h);
+      if (l.kind == 1) mamba(a, l, h, p, r, y);
+      else mamba2(a, l, h, p, y);
+      over_rows(a.threads, l.out, l.inner, a.dim, [&](int64_t first, int64_t end) {
+        rows(l.out, l.inner, y, first, end, o);
+        for (int64_t c = first; c < end; ++c) x[c] += o[c];
+      });
+    }
+    rms(x, a.norm, a.eps, a.dim, h);
+    over_rows(a.threads, a.head, a.dim, a.vocabulary, [&](int64_t first, int64_t end) { rows(a.head, a.dim, h, first, end, a.logits); });
+    return ZK_OK;
+  }
+};
+
+} // namespace ZK_NAMESPACE
+
+ZK_EXPORT(mamba_step)(const int64_t *p) {
+  using namespace ZK_NAMESPACE;
+  return Stack<VF>::step(*reinterpret_cast<const StackArgs *>(p));
+}
