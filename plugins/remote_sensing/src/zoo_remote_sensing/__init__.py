@@ -1,0 +1,1 @@
+"""Remote sensing in the zoo of state-space models: change, damage, scenes, spectra."""

@@ -1,0 +1,126 @@
+"""What the adapters of this plugin share: intermediates by the original's module paths, and files of losses."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.reference import Golden, ReferenceAdapter, read_golden
+
+#: an original's module path -> ours, and the layout of its output; see :meth:`PathAdapter.paths`
+Place = tuple[str, Callable[[Any], Any]]
+
+
+def same(x: Any) -> Any:
+    return x
+
+
+def channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+class Losses(nn.Module):
+    """Stands for an original's loss functions where an adapter must return a module: no parameters, settings only."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.settings = dict(settings)
+
+
+class PathAdapter(ReferenceAdapter):
+    """An adapter that finds a file's intermediates by the module paths that the file names (its ``mids``)."""
+
+    #: the input whose gradients a file of losses holds come from this output
+    loss_output: str = ""
+
+    def place(self, model: nn.Module, path: str) -> Place:
+        """Where our model computes what the original's module at ``path`` puts out. Raises ValueError if nowhere."""
+        raise ValueError(f"{self.system}: no module of ours computes what the original's {path!r} does")
+
+    def calls(self, model: nn.Module, path: str) -> int:
+        """How many calls of the original one call of ours makes (two dates in one batch: 2)."""
+        return 1
+
+    def loss(self, golden: Golden, named: Mapping[str, Tensor]) -> Tensor:
+        """The sum over all outputs of mean(output^2), as these files say."""
+        return torch.stack([v.float().pow(2).mean() for k, v in named.items() if k.startswith("out/")]).sum()
+
+    def replay(self, path: str | Path, *, grad: bool = False) -> dict[str, Tensor]:
+        golden = read_golden(path)
+        model = self.build(golden.config, golden.state, source=golden.source)
+        if isinstance(model, Losses):
+            return self._replay_losses(golden, model, grad=grad)
+        found: dict[str, Tensor] = {}
+        with torch.set_grad_enabled(grad), self._watch(model, path, golden, found):
+            named = {f"out/{k}": v for k, v in self.run(model, golden.inputs, call=golden.call).items()}
+            if grad:
+                self.loss(golden, named).backward()
+                gradients = self.gradients(model)
+                named.update({f"grad/{k}": gradients[k] for k in golden.grads if k in gradients})
+        return {k: v.detach() for k, v in (named | found).items()}
+
+    def _replay_losses(self, golden: Golden, model: nn.Module, *, grad: bool) -> dict[str, Tensor]:
+        """Losses have no parameters: the gradients of such a file are those of ``loss_output`` for the inputs."""
+        inputs = {k: v.clone().requires_grad_(grad and k in golden.grads) for k, v in golden.inputs.items()}
+        named = {f"out/{k}": v for k, v in self.run(model, inputs, call=golden.call).items()}
+        if grad and golden.grads:
+            named[f"out/{self.loss_output}"].sum().backward()
+            named.update({f"grad/{k}": g for k in golden.grads if (g := inputs[k].grad) is not None})
+        return {k: v.detach() for k, v in named.items()}
+
+    @contextmanager
+    def _watch(self, model: nn.Module, path: str | Path, golden: Golden, found: dict[str, Tensor]) -> Iterator[None]:
+        """Fill ``found`` with the ``mid/`` tensors of the file while the model runs.
+
+        A name's suffixes: ``.i`` element i of a list (of the last call), ``#n`` the n-th call.
+        """
+        from safetensors import safe_open
+
+        with safe_open(str(path), framework="pt") as file:
+            table: dict[str, str] = json.loads((file.metadata() or {}).get("mids", "{}"))
+        wanted = {n: p for n, p in table.items() if not n.startswith("_") and any(_base(k) == n for k in golden.mids)}
+        outputs: dict[str, list[Any]] = {name: [] for name in wanted}
+        handles = []
+        for name, original in wanted.items():
+            where, layout = self.place(model, original)
+            parts = self.calls(model, original)
+
+            def keep(module: nn.Module, args: Any, output: Any, name=name, layout=layout, parts=parts) -> None:
+                output = layout(output)
+                many = isinstance(output, (list, tuple))
+                pieces = [[t.chunk(parts)[i] for t in output] if many else output.chunk(parts)[i] for i in range(parts)]
+                outputs[name] += pieces
+
+            handles.append(model.get_submodule(where).register_forward_hook(keep))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for key in golden.mids:
+                name, element, call = _parts(key)
+                done = outputs.get(name)
+                if not done:
+                    continue
+                number = call if call is not None else (len(done) if element is not None else 1)
+                if number <= len(done):
+                    output = done[number - 1]
+                    found[f"mid/{key}"] = output if element is None else output[element]
+
+
+def _parts(key: str) -> tuple[str, int | None, int | None]:
+    match = re.fullmatch(r"(.+?)(?:\.(\d+))?(?:#(\d+))?(?:\.(\d+))?", key)
+    assert match is not None
+    element = match[2] or match[4]
+    return match[1], None if element is None else int(element), None if match[3] is None else int(match[3])
+
+
+def _base(key: str) -> str:
+    return _parts(key)[0]

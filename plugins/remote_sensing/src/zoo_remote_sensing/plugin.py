@@ -1,0 +1,21 @@
+"""The hooks of the remote sensing plugin: names only. Nothing here imports torch or a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from zoo_registry import ModelCard, hookimpl, load_cards
+
+ZOO_PLUGIN_API = 1
+
+
+@hookimpl
+def zoo_models() -> Iterable[ModelCard]:
+    return load_cards("zoo_remote_sensing")
+
+
+@hookimpl
+def zoo_adapters() -> Mapping[str, str]:
+    return {
+        "changemamba": "zoo_remote_sensing.changemamba_reference:ChangeMambaAdapter",
+    }
