@@ -1,0 +1,22 @@
+"""The hooks of the medical plugin: names only. Nothing here imports torch or a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from zoo_registry import ModelCard, hookimpl, load_cards
+
+ZOO_PLUGIN_API = 1
+
+
+@hookimpl
+def zoo_models() -> Iterable[ModelCard]:
+    return load_cards("zoo_medical")
+
+
+@hookimpl
+def zoo_adapters() -> Mapping[str, str]:
+    return {
+        "swin_umamba": "zoo_medical.swin_umamba:SwinUMambaAdapter",
+        "vm_unet": "zoo_medical.vm_unet:VMUNetAdapter",
+    }

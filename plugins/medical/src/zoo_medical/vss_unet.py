@@ -1,0 +1,141 @@
+"""VMamba's first blocks in U-shaped networks: what VM-UNet and Swin-UMamba share.
+
+Layout (batch, height, width, channels). The block itself is :class:`zoo.layers.vss.VSSBlock` without an MLP.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from zoo.layers.vss import PatchEmbed, PatchMerging, VSSBlock
+from zoo.rules import Rename, Reshape, Rules
+
+
+def vss_blocks(dim: int, rates: Sequence[float], state: int) -> nn.Sequential:
+    """One VSS block for each drop-path rate."""
+    mixer = {"expand": 2.0, "state": state, "gate": True, "conv_bias": True}
+    return nn.Sequential(*(VSSBlock(dim, mixer, mlp_ratio=0.0, drop_path=rate) for rate in rates))
+
+
+class PatchExpand(nn.Module):
+    """Linear to scale^2 times ``out`` channels, spread over scale x scale positions (row, column, channel), LayerNorm.
+
+    (batch, h, w, dim) to (batch, scale*h, scale*w, out). Source: Cao et al., "Swin-Unet", arXiv 2105.05537, section
+    3.5; VM-UNet's ``PatchExpand2D`` and ``Final_PatchExpand2D``.
+    """
+
+    def __init__(self, dim: int, out: int, scale: int = 2) -> None:
+        super().__init__()
+        self.scale, self.out = scale, out
+        self.expand = nn.Linear(dim, scale * scale * out, bias=False)
+        self.norm = nn.LayerNorm(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        p = self.scale
+        y = self.expand(x).view(batch, height, width, p, p, self.out)
+        return self.norm(y.permute(0, 1, 3, 2, 4, 5).reshape(batch, height * p, width * p, self.out))
+
+
+class VSSLayer(nn.Module):
+    """(Up,) blocks (, down): one resolution of an encoder or a decoder."""
+
+    def __init__(
+        self,
+        dim: int,
+        rates: Sequence[float],
+        state: int,
+        *,
+        up: nn.Module | None = None,
+        down: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if up is not None:
+            self.upsample = up
+        self.blocks = vss_blocks(dim, rates, state)
+        if down is not None:
+            self.downsample = down
+        self.has_up, self.has_down = up is not None, down is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.has_up:
+            x = self.upsample(x)
+        x = self.blocks(x)
+        return self.downsample(x) if self.has_down else x
+
+
+class VSSMEncoder(nn.Module):
+    """Patch embedding and four stages; returns the input and every stage's map before its downsampling.
+
+    Input (batch, in_chans, H, W); a list of (batch, C_i, H/(p 2^i), W/(p 2^i)) behind the input itself.
+    Source: Swin-UMamba's ``VSSMEncoder``.
+    """
+
+    def __init__(
+        self, in_chans: int, patch: int, depths: Sequence[int], dims: Sequence[int], state: int, rates: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(in_chans, dims[0], patch)
+        starts = [sum(depths[:i]) for i in range(len(depths))]
+        self.layers = nn.ModuleList(
+            VSSLayer(dim, rates[s : s + depth], state) for dim, depth, s in zip(dims, depths, starts, strict=True)
+        )
+        self.downsamples = nn.ModuleList(PatchMerging(a, b) for a, b in itertools.pairwise(dims))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = [x]
+        y = self.patch_embed(x)
+        for i, layer in enumerate(self.layers):
+            y = layer(y)
+            maps.append(y.permute(0, 3, 1, 2))
+            if i < len(self.downsamples):
+                y = self.downsamples[i](y)
+        return maps
+
+
+def init_linear(model: nn.Module) -> None:
+    """Linear weights truncated normal 0.02, biases 0; the scans keep their own start."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+_PER_PATH = Reshape(zoo=lambda s: (4, s[0] // 4, *s[1:]), reference=lambda s: (s[0] * s[1], *s[2:]))
+
+
+def rules_for(theirs: str = "", ours: str = "") -> Rules:
+    """The keys of VMamba's first release inside blocks and patch embeddings, below a prefix on each side."""
+    tail = "{stack}.{s:d}.blocks.{b:d}."
+    rules: list[Rename] = []
+    for middle in ("", "{part}."):
+        a, z = theirs + middle + tail, ours + middle + tail
+        rules += [
+            Rename(a + "ln_1.{leaf}", z + "norm.{leaf}"),
+            Rename(a + "self_attention.x_proj_weight", z + "op.scan.x_proj"),
+            Rename(a + "self_attention.dt_projs_weight", z + "op.scan.dt_proj"),
+            Rename(a + "self_attention.dt_projs_bias", z + "op.scan.dt_bias"),
+            Rename(a + "self_attention.A_logs", z + "op.scan.A_log", _PER_PATH),
+            Rename(a + "self_attention.Ds", z + "op.scan.D", _PER_PATH),
+            Rename(a + "self_attention.conv2d.{leaf}", z + "op.conv.{leaf}"),
+            Rename(a + "self_attention.{rest:*}", z + "op.{rest:*}"),
+        ]
+        a, z = theirs + middle + "patch_embed.", ours + middle + "patch_embed."
+        rules += [
+            Rename(a + "proj.{leaf}", z + "conv1.{leaf}"),
+            Rename(a + "norm.{leaf}", z + "norm1.{leaf}"),
+        ]
+    return Rules(*rules, Rename(theirs + "{rest:*}", ours + "{rest:*}"))
+
+
+#: modules inside a block that are named otherwise here
+RENAMED = {"ln_1": "norm", "self_attention": "op"}
+
+
+def block_path(path: str) -> str:
+    """The original's submodule under our name."""
+    return ".".join(RENAMED.get(part, part) for part in path.split("."))
