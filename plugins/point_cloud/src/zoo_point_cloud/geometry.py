@@ -1,0 +1,191 @@
+"""Farthest point sampling, nearest neighbours and interpolation: exact, and the same on every device.
+
+Distances are ``((dx*dx + dy*dy) + dz*dz)`` in float32 (float64 for float64 points), squared. Among equal distances the
+lower index wins, everywhere. That makes results a function of the points alone, whatever computes them: numpy's loop or
+scipy's k-d tree on a CPU, torch on any other device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Most pairs of points whose distances are held at once.
+_PAIRS = 1 << 24
+#: From this many candidates a k-d tree beats comparing all pairs on a CPU.
+_TREE_FROM = 256
+
+
+def check_points(points: Tensor, what: str = "points") -> None:
+    """Raises ValueError unless ``points`` is a floating (batch, N, 3) tensor with N > 0."""
+    if points.dim() != 3 or points.shape[-1] != 3:
+        raise ValueError(f"{what} have shape {tuple(points.shape)}; expected (batch, points, 3)")
+    if not points.is_floating_point():
+        raise ValueError(f"{what} have dtype {points.dtype}; expected a floating dtype")
+    if points.shape[1] == 0:
+        raise ValueError(f"{what} are empty: shape {tuple(points.shape)}; a cloud needs at least one point")
+
+
+def _exact(points: Tensor) -> Tensor:
+    """Coordinates in the precision that distances are computed in."""
+    return points if points.dtype == torch.float64 else points.float()
+
+
+def gather(values: Tensor, index: Tensor) -> Tensor:
+    """Rows by index in each cloud: values (batch, N, C), index (batch, ...) -> (batch, ..., C)."""
+    flat = index.flatten(1)
+    picked = values.gather(1, flat.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+    return picked.view(*index.shape, values.shape[-1])
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """a (..., M, 3), b (..., N, 3) to (..., M, N). Differences are squared: no cancellation of large products."""
+    dx, dy, dz = ((a[..., :, None, i] - b[..., None, :, i]) for i in range(3))
+    return (dx * dx + dy * dy) + dz * dz
+
+
+# -- farthest point sampling ------------------------------------------------------------------------------------------
+
+
+def farthest_point_sample(points: Tensor, count: int, *, skip_origin: bool = False) -> Tensor:
+    """Indices of ``count`` points, each the farthest from those before it: (batch, N, 3) to (batch, count) int64.
+
+    Starts at index 0; the first maximum wins. ``skip_origin``: points with squared norm <= 1e-3 are never chosen (but
+    index 0), as in the CUDA kernel of pointnet2_ops. When only duplicates are left, index 0 is repeated.
+    No gradient. Raises ValueError for another shape or unless 0 < count <= N.
+    Source: Eldar et al. 1997; Qi et al., "PointNet++", arXiv 1706.02413, section 3.2.
+    """
+    check_points(points)
+    if not 0 < count <= points.shape[1]:
+        raise ValueError(f"{count} points are to be sampled from {points.shape[1]}; expected 1 to {points.shape[1]}")
+    xyz = _exact(points.detach())
+    if xyz.device.type == "cpu":
+        return torch.from_numpy(np.stack([_sample_one(cloud.numpy(), count, skip_origin) for cloud in xyz]))
+    return _sample_batch(xyz, count, skip_origin)
+
+
+def _sample_one(cloud: np.ndarray, count: int, skip_origin: bool) -> np.ndarray:
+    """One cloud on the CPU. The loop is sequential by nature; every step reuses the same four buffers."""
+    x, y, z = (np.ascontiguousarray(cloud[:, i]) for i in range(3))
+    nearest = np.full(len(x), np.inf, dtype=x.dtype)
+    if skip_origin:
+        nearest[(x * x + y * y) + z * z <= 1e-3] = -1.0
+    total, part = np.empty_like(x), np.empty_like(x)
+    chosen = np.zeros(count, dtype=np.int64)
+    last = 0
+    for k in range(1, count):
+        np.subtract(x, x[last], out=total)
+        np.multiply(total, total, out=total)
+        np.subtract(y, y[last], out=part)
+        np.multiply(part, part, out=part)
+        np.add(total, part, out=total)
+        np.subtract(z, z[last], out=part)
+        np.multiply(part, part, out=part)
+        np.add(total, part, out=total)
+        np.minimum(nearest, total, out=nearest)
+        last = int(nearest.argmax())
+        chosen[k] = last
+    return chosen
+
+
+def _sample_batch(xyz: Tensor, count: int, skip_origin: bool) -> Tensor:
+    """The same steps in torch, for all clouds at once."""
+    batch, n, _ = xyz.shape
+    x, y, z = (xyz[..., i].contiguous() for i in range(3))
+    nearest = torch.full_like(x, torch.inf)
+    if skip_origin:
+        nearest = torch.where((x * x + y * y) + z * z <= 1e-3, torch.full_like(x, -1.0), nearest)
+    chosen = torch.zeros(batch, count, dtype=torch.int64, device=xyz.device)
+    # argmax may return any of several maxima on some devices; the lowest index among them is asked for.
+    number = torch.arange(n, device=xyz.device).expand(batch, n)
+    last = chosen[:, :1]
+    for k in range(1, count):
+        dx, dy, dz = (a - a.gather(1, last) for a in (x, y, z))
+        nearest = torch.minimum(nearest, (dx * dx + dy * dy) + dz * dz)
+        best = nearest.amax(dim=1, keepdim=True)
+        last = torch.where(nearest == best, number, n).amin(dim=1, keepdim=True)
+        chosen[:, k : k + 1] = last
+    return chosen
+
+
+# -- nearest neighbours -----------------------------------------------------------------------------------------------
+
+
+def nearest_neighbours(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of ``points`` (batch, N, 3) to each of ``query`` (batch, M, 3), nearest first.
+
+    Returns squared distances and indices, (batch, M, k) each; equal distances by index. No gradient.
+    Raises ValueError for another shape or unless 0 < k <= N.
+    """
+    check_points(query, "query points")
+    check_points(points)
+    if not 0 < k <= points.shape[1]:
+        raise ValueError(
+            f"{k} nearest neighbours are asked of {points.shape[1]} points; expected 1 to {points.shape[1]}: "
+            "give a larger cloud or a model with fewer neighbours"
+        )
+    a, b = _exact(query.detach()), _exact(points.detach())
+    if a.dtype != b.dtype:
+        a, b = a.double(), b.double()
+    if b.device.type == "cpu" and b.shape[1] >= _TREE_FROM and k + 8 <= b.shape[1] // 4:
+        found = [_tree_search(q, p, k) for q, p in zip(a, b, strict=True)]
+        return torch.stack([d for d, _ in found]), torch.stack([i for _, i in found])
+    return _search(a, b, k)
+
+
+def _search(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All pairs, in pieces of the queries that bound memory."""
+    step = max(1, _PAIRS // max(1, a.shape[0] * b.shape[1]))
+    parts = [_smallest(squared_distances(piece, b), k) for piece in a.split(step, dim=1)]
+    return torch.cat([d for d, _ in parts], dim=1), torch.cat([i for _, i in parts], dim=1)
+
+
+def _smallest(distance: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest of each row, ties by index."""
+    if distance.dtype == torch.float32:
+        # Floats that are not negative order like their bits: (distance, index) packs into one integer without ties.
+        bits = distance.contiguous().view(torch.int32).long() << 32
+        index = torch.arange(distance.shape[-1], device=distance.device)
+        found = (bits | index).topk(k, dim=-1, largest=False).values & 0xFFFFFFFF
+    else:
+        found = distance.argsort(dim=-1, stable=True)[..., :k]
+    return distance.gather(-1, found), found
+
+
+def _tree_search(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """One cloud with scipy's k-d tree. It finds a few neighbours more than needed; their distances are then computed
+    and ordered as the definition says. Rows whose k-th neighbour is not clearly inside what the tree returned (many
+    equal distances, duplicate points) are searched among all points."""
+    from scipy.spatial import cKDTree
+
+    tree = cKDTree(points.numpy())
+    wide, candidates = tree.query(query.numpy(), k=k + 8)
+    index = torch.from_numpy(candidates.astype(np.int64)).sort(dim=-1).values
+    d = query[:, None, :] - points[index]
+    d = d * d
+    distance, order = _smallest((d[..., 0] + d[..., 1]) + d[..., 2], k)
+    index = index.gather(-1, order)
+    farthest = torch.from_numpy(wide[:, -1] ** 2)
+    unclear = (distance[:, -1].double() * (1 + 1e-5) >= farthest).nonzero().squeeze(-1)
+    if unclear.numel():
+        exact, where = _search(query[unclear][None], points[None], k)
+        distance[unclear], index[unclear] = exact[0], where[0]
+    return distance, index
+
+
+def interpolate(target: Tensor, source: Tensor, features: Tensor, k: int = 3) -> Tensor:
+    """Features of ``source`` points (batch, S, C) at ``target`` points: (batch, T, C).
+
+    The k nearest, weighted by ``1 / (squared distance + 1e-8)``; a single source point is repeated.
+    Source: PointNet++, arXiv 1706.02413, equation 2.
+    """
+    distance, index = nearest_neighbours(target, source, min(k, source.shape[1]))
+    weight = 1.0 / (distance + 1e-8)
+    weight = (weight / weight.sum(dim=-1, keepdim=True)).to(features.dtype)
+    total: Any = 0
+    for j in range(index.shape[-1]):  # one neighbour at a time: no (batch, T, k, C) tensor
+        total = total + gather(features, index[..., j]) * weight[..., j : j + 1]
+    return total

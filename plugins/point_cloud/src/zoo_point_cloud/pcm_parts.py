@@ -1,0 +1,322 @@
+"""The parts of Point Cloud Mamba: grouping, serialisation, windows, prompts, decoder, head. See :mod:`.pcm`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo_kernels import paths
+
+from .geometry import check_points, farthest_point_sample, gather, interpolate, nearest_neighbours
+from .layers import ConvNormAct, MambaLayer, PointConv, PointNorm, ResidualStack
+
+Recorder = Callable[[str, Tensor], None]
+
+
+def nothing(_name: str, _tensor: Tensor) -> None:
+    """A recorder that keeps nothing."""
+
+
+class Grouper(nn.Module):
+    """Subsample by farthest points (order kept), gather k neighbours, normalise each cloud's groups by one scale.
+
+    ``normalize``: "anchor" (minus the centre's own features), "center" (minus the mean of the group) or None.
+    Parameters (with a normalisation): ``affine_alpha``, ``affine_beta`` (1, 1, 1, channels [+ 3]).
+    Source: PointMLP, arXiv 2202.07123, section 3.3.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reducer: int,
+        k: int,
+        *,
+        stride: int = 1,
+        use_xyz: bool = True,
+        normalize: str | None = "anchor",
+    ) -> None:
+        super().__init__()
+        self.reducer, self.k, self.stride, self.use_xyz = reducer, k, stride, use_xyz
+        kind = normalize.lower() if normalize is not None else None
+        self.normalize = kind if kind in ("anchor", "center") else None
+        width = channels + (3 if use_xyz else 0)
+        self.out_channels = width + channels
+        self.affine_alpha = self.affine_beta = None
+        if self.normalize is not None:
+            self.affine_alpha = nn.Parameter(torch.ones(1, 1, 1, width))
+            self.affine_beta = nn.Parameter(torch.zeros(1, 1, 1, width))
+
+    def forward(self, p: Tensor, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """p (B, N, 3), x (B, N, C), residual like x or None -> p (B, S, 3), groups (B, S, k, .), residual (B, S, C)."""
+        n = p.shape[1]
+        count = n // self.reducer
+        if count < 1:
+            raise ValueError(f"{n} points cannot be reduced {self.reducer} times; give more points")
+        centre_p, centre_x = p, x
+        if count < n:
+            kept = farthest_point_sample(p, count).sort(dim=1).values
+            centre_p, centre_x = gather(p, kept), gather(x, kept)
+            residual = None if residual is None else gather(residual, kept)
+        index = nearest_neighbours(centre_p, p, self.k)[1][..., :: self.stride]
+        grouped, anchor = gather(x, index), centre_x
+        if self.use_xyz:
+            grouped = torch.cat([grouped, gather(p, index).to(x.dtype)], dim=-1)
+            anchor = torch.cat([centre_x, centre_p.to(x.dtype)], dim=-1)
+        if self.affine_alpha is not None:
+            middle = grouped.mean(dim=2, keepdim=True) if self.normalize == "center" else anchor.unsqueeze(2)
+            grouped = grouped - middle
+            scale = grouped.flatten(1).std(dim=1).view(-1, 1, 1, 1)
+            grouped = self.affine_alpha * (grouped / (scale + 1e-5)) + self.affine_beta
+        centre = centre_x.unsqueeze(2).expand(-1, -1, grouped.shape[2], -1)
+        return centre_p, torch.cat([grouped, centre], dim=-1), residual
+
+
+class PreBlock(nn.Module):
+    """To the stage's width, ``count`` residual blocks, maximum over the group; ``count`` 0 is the maximum alone."""
+
+    def __init__(
+        self, in_channels: int, channels: int, count: int, *, groups: int, expansion: float, bias: bool, act: str
+    ):
+        super().__init__()
+        self.transfer = self.operation = None
+        if count:
+            self.transfer = ConvNormAct(in_channels, channels, bias=bias, act=act)
+            stack = ResidualStack(channels, count, groups=groups, expansion=expansion, bias=bias, act=act)
+            self.operation = stack.operation
+
+    def forward(self, grouped: Tensor) -> Tensor:
+        """(B, S, k, in) to (B, S, channels)."""
+        if self.transfer is not None and self.operation is not None:
+            grouped = self.operation(self.transfer(grouped))
+        return grouped.amax(dim=2)
+
+
+class PositionMLP(nn.Module):
+    """Three linear layers without bias, ReLU between them."""
+
+    def __init__(self, out_channels: int, hidden: int = 2048) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(i, o, bias=False) for i, o in ((3, hidden), (hidden, hidden), (hidden, out_channels))
+        )
+
+    def forward(self, p: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            p = layer(p).relu()
+        return self.layers[-1](p)
+
+
+def serialise(
+    p: Tensor, rest: Sequence[Tensor | None], order: str, grid_size: float, *, per_cloud: bool = False
+) -> tuple[Tensor, list[Tensor | None]]:
+    """p (B, N, 3) and tensors (B, N, C) in the named order.
+
+    As published, the batch is sorted as one list: the bits of a curve and the extents of a traverse are those of the
+    whole batch. ``per_cloud`` orders every cloud as if it were alone.
+    """
+    if per_cloud:
+        order_of = torch.cat([paths.serialize(cloud[None], order, grid_size=grid_size) for cloud in _coordinates(p)])
+        return gather(p, order_of), [None if t is None else gather(t, order_of) for t in rest]
+    flat = paths.serialize(_coordinates(p), order, grid_size=grid_size, across_batch=True)
+    return (
+        p.flatten(0, 1)[flat].view_as(p),
+        [None if t is None else t.flatten(0, 1)[flat].view_as(t) for t in rest],
+    )
+
+
+def _coordinates(p: Tensor) -> Tensor:
+    return p.detach() if p.dtype == torch.float64 else p.detach().float()
+
+
+class Windows:
+    """Equal pieces of the sequence as clouds of their own (S3DIS); coordinates lie in [0, 1] inside, as published
+    scaled by the range of each point's own three coordinates."""
+
+    def __init__(self, p: Tensor, size: int) -> None:
+        n = p.shape[1]
+        self.count = n // size if n > size else 1
+        self.active, self.size = n > size, size
+        self.kept: Tensor | None = None
+        if self.active and self.count * size < n:
+            self.kept = farthest_point_sample(p, self.count * size).sort(dim=1).values
+
+    def split(self, t: Tensor) -> Tensor:
+        if not self.active:
+            return t
+        t = t if self.kept is None else gather(t, self.kept)
+        return t.reshape(-1, self.size, t.shape[-1])
+
+    def join(self, t: Tensor) -> Tensor:
+        return t.reshape(-1, self.count * t.shape[1], t.shape[-1]) if self.active else t
+
+    def split_points(self, p: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Scaled points, and the base and range that undo it."""
+        p = self.split(p)
+        if not self.active:
+            return p, 0.0, 1.0
+        base = p.amin(dim=2, keepdim=True)
+        extent = p.amax(dim=2, keepdim=True) - base + 1e-6
+        return (p - base) / extent, base, extent
+
+
+class Propagation(nn.Module):
+    """Deep features onto shallower points, joined with the shallow features. Source: PointNet++, section 3.4."""
+
+    def __init__(self, in_channels: int, channels: int, blocks: int, act: str) -> None:
+        super().__init__()
+        self.fuse = ConvNormAct(in_channels, channels, bias=True, act=act)
+        self.extraction = ResidualStack(channels, blocks, groups=1, expansion=1.0, bias=True, act=act)
+
+    def forward(self, shallow_p: Tensor, deep_p: Tensor, shallow: Tensor, deep: Tensor) -> Tensor:
+        return self.extraction(self.fuse(torch.cat([shallow, interpolate(shallow_p, deep_p, deep)], dim=-1)))
+
+
+class Decoder(nn.Module):
+    """From deep to shallow: propagation, optional Mamba layers, then the global context and (parts) the class.
+
+    ``encoder_channels``: embedding and stages, shallow first; ``channels``: of the levels, deep first. ``shapes``:
+    number of object classes whose one-hot vector is an input (16 for ShapeNetPart), 0 for none.
+    """
+
+    def __init__(
+        self,
+        encoder_channels: Sequence[int],
+        channels: Sequence[int],
+        blocks: Sequence[int],
+        mamba_blocks: Sequence[int],
+        orders: Sequence[str],
+        *,
+        rms: bool,
+        two_way: bool,
+        bias: bool,
+        act: str,
+        context_dim: int,
+        shapes: int,
+        shape_dim: int,
+        per_cloud: bool,
+    ) -> None:
+        super().__init__()
+        deep_first = list(reversed(encoder_channels))
+        if not len(deep_first) == len(channels) + 1 == len(blocks) + 1 == len(mamba_blocks) + 1:
+            raise ValueError(
+                f"the decoder has {len(channels)} widths, {len(blocks)} blocks and {len(mamba_blocks)} mamba_blocks for "
+                f"{len(deep_first) - 1} levels; expected one of each a level"
+            )
+        if sum(mamba_blocks) not in (0, len(orders)):
+            raise ValueError(f"the decoder has {sum(mamba_blocks)} Mamba layers and {len(orders)} orders")
+        if mamba_blocks[-1] and orders[-1] != "null":
+            raise ValueError(
+                f"the decoder's last order is {orders[-1]!r}; expected 'null': outputs keep the points' order"
+            )
+        self.orders, self.per_cloud, self.shapes = list(orders), per_cloud, shapes
+        widths = [deep_first[0], *channels]
+        self.decode_list = nn.ModuleList(
+            Propagation(widths[i] + deep_first[i + 1], widths[i + 1], blocks[i], act) for i in range(len(channels))
+        )
+        depth = max(1, sum(mamba_blocks))
+        self.mamba_list = nn.ModuleList(
+            nn.ModuleList(MambaLayer(width, rms=rms, two_way=two_way, depth=depth) for _ in range(count))
+            for width, count in zip(channels, mamba_blocks, strict=True)
+        )
+        if shapes:
+            self.cls_map = nn.Sequential(
+                ConvNormAct(shapes, shape_dim, bias=bias, act=act),
+                ConvNormAct(shape_dim, shape_dim, bias=bias, act=act),
+            )
+        self.gmp_map_list = nn.ModuleList(ConvNormAct(width, context_dim, bias=bias, act=act) for width in deep_first)
+        self.gmp_map_end = ConvNormAct(context_dim * len(deep_first), context_dim, bias=bias, act=act)
+        self.out_channels = channels[-1] + context_dim + (shape_dim if shapes else 0)
+
+    def forward(self, points: list[Tensor], features: list[Tensor], shape: Tensor | None = None) -> Tensor:
+        """points (B, N_l, 3) and features (B, N_l, C_l) of all levels, shallow first; shape (B,): (B, N, out)."""
+        points, features = points[::-1], features[::-1]
+        x, current, number = features[0], "original", 0
+        for level, (decode, layers) in enumerate(zip(self.decode_list, self.mamba_list, strict=True)):
+            p = points[level + 1]
+            x = decode(p, points[level], features[level + 1], x)
+            residual: Tensor | None = None
+            for layer in layers:  # type: ignore[attr-defined]
+                order = self.orders[number]
+                if order not in ("null", current):
+                    # As published: the level's stored points are not reordered with the features.
+                    p, (x, residual) = serialise(p, (x, residual), order, 0.02, per_cloud=self.per_cloud)  # type: ignore[assignment]
+                    current = order
+                x, residual = layer(x, residual)
+                number += 1
+        context = torch.cat([m(f).amax(dim=1) for m, f in zip(self.gmp_map_list, features, strict=True)], dim=-1)
+        parts = [x, self.gmp_map_end(context).unsqueeze(1).expand(-1, x.shape[1], -1)]
+        if self.shapes:
+            if shape is None:
+                raise ValueError(
+                    f"the model segments parts of {self.shapes} kinds of objects; give their number as cls (B,)"
+                )
+            shape = shape.reshape(-1)
+            if shape.shape[0] != x.shape[0] or (
+                not torch.compiler.is_compiling() and bool((shape >= self.shapes).any())
+            ):
+                raise ValueError(f"cls is {shape.tolist()}; expected {x.shape[0]} numbers from 0 to {self.shapes - 1}")
+            one_hot = nn.functional.one_hot(shape, self.shapes).to(x.dtype)
+            parts.append(self.cls_map(one_hot).unsqueeze(1).expand(-1, x.shape[1], -1))
+        return torch.cat(parts, dim=-1)
+
+
+class ClsHead(nn.Module):
+    """[Linear, batch norm, ReLU, dropout] for each of ``mlps``, then Linear; (B, C) to (B, classes)."""
+
+    def __init__(self, in_channels: int, num_classes: int, mlps: Sequence[int], dropout: float = 0.5) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = in_channels
+        for hidden in mlps:
+            layers.append(nn.Sequential(nn.Linear(width, hidden, bias=False), PointNorm(hidden), nn.ReLU()))
+            layers += [nn.Dropout(dropout)] if dropout else []  # as published: numbers of later layers depend on it
+            width = hidden
+        self.head_hidden_size = width
+        layers.append(nn.Sequential(nn.Linear(width, num_classes)) if num_classes else nn.Identity())
+        self.head = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+class SegHead(nn.Module):
+    """Pointwise head; ``pooled`` ("max", "avg") are appended to every point. (B, N, C) to (B, N, classes)."""
+
+    def __init__(
+        self, in_channels: int, num_classes: int, pooled: Sequence[str] = (), mlps: Sequence[int] | None = None,
+        dropout: float = 0.5,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if unknown := [p for p in pooled if p not in ("max", "avg")]:
+            raise ValueError(f"global_feat holds {unknown}; expected 'max', 'avg' or both")
+        self.pooled = list(pooled)
+        width = in_channels * (1 + len(self.pooled))
+        layers: list[Any] = []
+        for hidden in [width] if mlps is None else mlps:
+            layers.append(nn.Sequential(PointConv(width, hidden), PointNorm(hidden), nn.ReLU()))
+            layers += [nn.Dropout(dropout)] if dropout else []
+            width = hidden
+        layers.append(nn.Sequential(PointConv(width, num_classes, bias=True)))
+        self.head = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pools = {"max": lambda t: t.amax(dim=1, keepdim=True), "avg": lambda t: t.mean(dim=1, keepdim=True)}
+        return self.head(torch.cat([x, *(pools[p](x).expand_as(x) for p in self.pooled)], dim=-1))
+
+
+def check_cloud(pos: Tensor, x: Tensor | None, in_channels: int, added: int) -> None:
+    """Raises ValueError for clouds that the network cannot take."""
+    check_points(pos, "pos")
+    if x is not None and (x.dim() != 3 or x.shape[0] != pos.shape[0] or x.shape[2] != pos.shape[1]):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; expected (batch, features, points) for pos of shape {tuple(pos.shape)}"
+        )
+    given = 3 if x is None else x.shape[1] + added
+    if given != in_channels:
+        raise ValueError(
+            f"the cloud has {given} channels ({'coordinates' if x is None else 'x' + (', coordinates' if added else '')}); "
+            f"the model takes {in_channels}"
+        )

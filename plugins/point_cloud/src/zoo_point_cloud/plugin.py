@@ -1,0 +1,31 @@
+"""The hooks of the point-cloud plugin: names only. Nothing here imports torch or a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from zoo_registry import ModelCard, hookimpl, load_cards
+
+ZOO_PLUGIN_API = 1
+
+
+@hookimpl
+def zoo_models() -> Iterable[ModelCard]:
+    return load_cards("zoo_point_cloud")
+
+
+@hookimpl
+def zoo_adapters() -> Mapping[str, str]:
+    return {
+        "pcm": "zoo_point_cloud.pcm_reference:PCMAdapter",
+        "pointmamba": "zoo_point_cloud.pointmamba_reference:PointMambaAdapter",
+        "occmamba": "zoo_point_cloud.occmamba_reference:OccMambaAdapter",
+    }
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {
+        "point-cloud-classification": "zoo_point_cloud.pipelines:CloudClassification",
+        "point-cloud-segmentation": "zoo_point_cloud.pipelines:CloudSegmentation",
+    }

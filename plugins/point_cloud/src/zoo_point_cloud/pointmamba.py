@@ -1,0 +1,369 @@
+"""PointMamba: point patches along two Hilbert curves through a plain Mamba.
+
+Paper: Liang et al., "PointMamba: A Simple State Space Model for Point Cloud Analysis", arXiv 2402.10739. Original:
+LMD0311/PointMamba @ 80858e0 (models/point_mamba_scan.py), Apache-2.0: the version with Hilbert and trans-Hilbert
+orders and an order indicator.
+
+Layout here is (batch, patches, channels). Differs from the original: masks and orders of the pre-training may be given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.adapting import NewHead
+from zoo.layers import Mamba
+from zoo_kernels import paths
+
+from .geometry import check_points, farthest_point_sample, gather, interpolate, nearest_neighbours, squared_distances
+from .layers import ConvNormAct, DropPath, PointConv, PointNorm, make_norm
+
+Recorder = Callable[[str, Tensor], None]
+ORDERS = ("hilbert", "hilbert-trans")
+
+
+def _nothing(_name: str, _tensor: Tensor) -> None:
+    pass
+
+
+class PatchEncoder(nn.Module):
+    """A small PointNet: the points of each patch (B, G, K, 3) to one token (B, G, channels)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first_conv = nn.Sequential(
+            PointConv(3, 128, bias=True), PointNorm(128), nn.ReLU(), PointConv(128, 256, bias=True)
+        )
+        self.second_conv = nn.Sequential(
+            PointConv(512, 512, bias=True), PointNorm(512), nn.ReLU(), PointConv(512, channels, bias=True)
+        )
+
+    def forward(self, patches: Tensor) -> Tensor:
+        x = self.first_conv(patches)
+        x = torch.cat([x.amax(dim=2, keepdim=True).expand_as(x), x], dim=-1)
+        return self.second_conv(x).amax(dim=2)
+
+
+class Block(nn.Module):
+    """``h + drop_path(mamba(norm(h)))``, then dropout."""
+
+    def __init__(self, dim: int, rms: bool, drop_path: float, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.mixer = make_norm(dim, rms), Mamba(dim)
+        self.drop_path, self.drop_out = DropPath(drop_path), nn.Dropout(dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.drop_out(h + self.drop_path(self.mixer(self.norm(h))))
+
+
+class Mixer(nn.Module):
+    """``depth`` blocks over ``tokens + positions``, and a last norm."""
+
+    def __init__(self, dim: int, depth: int, rms: bool, drop_path: float, dropout: float) -> None:
+        super().__init__()
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        self.layers = nn.ModuleList(Block(dim, rms, rate, dropout) for rate in rates)
+        self.norm_f = make_norm(dim, rms)
+
+    def forward(
+        self, tokens: Tensor, pos: Tensor, *, taps: Sequence[int] = (), record: Recorder = _nothing
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(batch, length, dim): the normalised end, and the (normalised) streams after the layers ``taps``."""
+        h = tokens + pos
+        tapped = []
+        for i, layer in enumerate(self.layers):
+            h = layer(h)
+            record(f"block{i}", h)
+            if i in taps:
+                tapped.append(self.norm_f(h))
+        return self.norm_f(h), tapped
+
+
+def position_mlp(dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
+
+
+class PointMambaTrunk(nn.Module):
+    """Patches, tokens, positions, the order indicator and the mixer; see :class:`PointMamba` for the arguments."""
+
+    not_compilable = "serialisation takes the number of bits of a curve from the points"
+    not_exportable = not_compilable
+
+    def __init__(
+        self,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_groups: int = 64,
+        group_size: int = 32,
+        *,
+        rms_norm: bool = False,
+        drop_path: float = 0.1,
+        drop_rate: float = 0.0,
+        grid_size: float = 0.02,
+        skip_origin: bool = True,
+        per_cloud_order: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_groups < 1 or group_size < 1:
+            raise ValueError(f"num_groups is {num_groups}, group_size {group_size}; expected 1 or more of each")
+        self.num_groups, self.group_size, self.grid_size = num_groups, group_size, grid_size
+        self.embed_dim, self.skip_origin, self.per_cloud_order = embed_dim, skip_origin, per_cloud_order
+        self.encoder, self.pos_embed = PatchEncoder(embed_dim), position_mlp(embed_dim)
+        self.blocks = Mixer(embed_dim, depth, rms_norm, drop_path, drop_rate)
+        self.order_gamma = nn.Parameter(torch.ones(2, embed_dim) + torch.randn(2, embed_dim) * 0.02)
+        self.order_beta = nn.Parameter(torch.randn(2, embed_dim) * 0.02)
+
+    @property
+    def mixes_batch(self) -> bool:
+        """As published, the extent of the whole batch decides the bits of the curve; see ``per_cloud_order``."""
+        return not self.per_cloud_order
+
+    def group(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """points (B, N, 3): patches (B, G, K, 3), relative to their centres, and the centres (B, G, 3)."""
+        check_points(points)
+        n = points.shape[1]
+        if n < max(self.num_groups, self.group_size):
+            raise ValueError(
+                f"the cloud has {n} points; the model makes {self.num_groups} patches of {self.group_size} points and "
+                f"needs at least {max(self.num_groups, self.group_size)}"
+            )
+        centres = gather(points, farthest_point_sample(points, self.num_groups, skip_origin=self.skip_origin))
+        index = nearest_neighbours(centres, points, self.group_size)[1]
+        return gather(points, index) - centres.unsqueeze(2), centres
+
+    def order(self, centres: Tensor, name: str) -> Tensor:
+        """(B, G) int64: which patch each step visits."""
+        xyz = centres.detach() if centres.dtype == torch.float64 else centres.detach().float()
+        if self.per_cloud_order:
+            return torch.cat([paths.serialize(cloud[None], name, grid_size=self.grid_size) for cloud in xyz])
+        return paths.serialize(xyz, name, grid_size=self.grid_size)
+
+    def sequence(self, points: Tensor, record: Recorder = _nothing) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Both orders one after the other: tokens and positions (B, 2 G, C), centres (B, G, 3), the two orders."""
+        patches, centres = self.group(points)
+        dtype = self.order_gamma.dtype
+        tokens, pos = self.encoder(patches.to(dtype)), self.pos_embed(centres.to(dtype))
+        record("neighborhood", patches)
+        record("center", centres)
+        record("tokens", tokens)
+        record("pos", pos)
+        orders = [self.order(centres, name) for name in ORDERS]
+        for name, order in zip(ORDERS, orders, strict=True):
+            start = torch.arange(order.shape[0], device=order.device)[:, None] * order.shape[1]
+            record(f"order_{name}", (order + start).view(1, -1))
+        tokens = torch.cat(
+            [gather(tokens, order) * self.order_gamma[k] + self.order_beta[k] for k, order in enumerate(orders)], dim=1
+        )
+        return tokens, torch.cat([gather(pos, order) for order in orders], dim=1), centres, orders
+
+
+class PointMamba(PointMambaTrunk):
+    """PointMamba for classification: points (B, N, 3) to (B, num_classes).
+
+    Arguments: ``embed_dim`` C, ``depth`` Mamba layers, ``num_groups`` G patches of ``group_size`` points, ``pool``: a
+    set of "mean", "max" or "token" (a class token at the end of the sequence, pooled with the mean over all; the
+    others are then ignored). ``rms_norm``, ``drop_path`` (at the last layer), ``drop_rate``; ``grid_size``: cell of the
+    curves, in the units of the points. ``skip_origin``: no patch centre is put within 0.0316 of the origin, as the
+    original's CUDA sampling does. ``per_cloud_order``: a cloud's order does not depend on its batch (False: published).
+    """
+
+    ends = {"num_classes": NewHead("head.8")}  # noqa: RUF012
+
+    def __init__(self, num_classes: int = 40, *, pool: Sequence[str] = ("mean",), **trunk: Any) -> None:
+        super().__init__(**trunk)
+        self.pool = [pool] if isinstance(pool, str) else list(pool)
+        if not self.pool or any(p not in ("mean", "max", "token") for p in self.pool):
+            raise ValueError(f"pool is {self.pool}; expected one or more of 'mean', 'max', 'token'")
+        self.cls_token = self.cls_pos = None
+        if "token" in self.pool:
+            if len(self.pool) == 3:
+                raise ValueError("pool holds 'mean', 'max' and 'token'; the original's head does not fit all three")
+            self.cls_token = nn.Parameter(torch.randn(1, 1, self.embed_dim) * 0.02)
+            self.cls_pos = nn.Parameter(torch.randn(1, 1, self.embed_dim) * 0.02)
+        self.num_features = self.embed_dim * (2 if len(self.pool) > 1 or "token" in self.pool else 1)
+        self.head_hidden_size = 256
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new head with ``num_classes`` outputs; 0 leaves its hidden layers (256 features)."""
+        self.num_classes = num_classes
+        layers: list[nn.Module] = []
+        for width in (self.num_features, 256):
+            layers += [nn.Linear(width, 256), PointNorm(256), nn.ReLU(), nn.Dropout(0.5)]
+        layers.append(nn.Linear(256, num_classes) if num_classes else nn.Identity())
+        self.head = nn.Sequential(*layers).to(self.order_gamma.device).train(self.training)
+
+    def forward_features(self, points: Tensor, record: Recorder = _nothing) -> Tensor:
+        """Pooled features (B, num_features)."""
+        tokens, pos, _, _ = self.sequence(points, record)
+        if self.cls_token is not None and self.cls_pos is not None:
+            tokens = torch.cat([tokens, self.cls_token.expand(tokens.shape[0], -1, -1)], dim=1)
+            pos = torch.cat([pos, self.cls_pos.expand(pos.shape[0], -1, -1)], dim=1)
+        x, _ = self.blocks(tokens, pos, record=record)
+        if self.cls_token is not None:
+            return torch.cat([x[:, -1], x.mean(dim=1)], dim=-1)
+        pools = {"mean": lambda t: t.mean(dim=1), "max": lambda t: t.amax(dim=1)}
+        return torch.cat([pools[name](x) for name in ("mean", "max") if name in self.pool], dim=-1)
+
+    def forward(self, points: Tensor) -> Tensor:
+        return self.head(self.forward_features(points))
+
+
+class PointMambaMAE(nn.Module):
+    """Masked autoencoding pre-training: points (B, N, 3) to ``rebuilt`` and ``gt`` patches and the Chamfer ``loss``.
+
+    ``mask_ratio`` of the patches are hidden, at random or (``mask_type`` "block") around a random centre;
+    ``decoder_depth`` layers rebuild their points from the others'. ``loss``: "cdl2" (squared distances) or "cdl1".
+    Other arguments: :class:`PointMamba`. Outputs: (B * M, group_size, 3) twice, masked patches in sequence order.
+    """
+
+    not_compilable = PointMambaTrunk.not_compilable
+    not_exportable = not_compilable
+    mixes_batch = True  # masks and the order are drawn for a whole batch
+
+    def __init__(
+        self,
+        *,
+        decoder_depth: int = 4,
+        mask_ratio: float = 0.6,
+        mask_type: str = "rand",
+        loss: str = "cdl2",
+        **trunk: Any,
+    ) -> None:
+        super().__init__()
+        if loss not in ("cdl1", "cdl2"):
+            raise ValueError(f"loss is {loss!r}; expected 'cdl1' or 'cdl2'")
+        self.trunk = PointMambaTrunk(**trunk)
+        if not 0 < int(mask_ratio * self.trunk.num_groups) < self.trunk.num_groups:
+            raise ValueError(
+                f"mask_ratio is {mask_ratio}: {int(mask_ratio * self.trunk.num_groups)} of {self.trunk.num_groups} "
+                "patches; expected some, not all"
+            )
+        self.mask_ratio, self.mask_type, self.loss_type = mask_ratio, mask_type, loss
+        dim, size = self.trunk.embed_dim, self.trunk.group_size
+        rms, rate = trunk.get("rms_norm", False), trunk.get("drop_path", 0.1)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.decoder_pos_embed = position_mlp(dim)
+        self.decoder = Mixer(dim, decoder_depth, rms, rate, trunk.get("drop_rate", 0.0))
+        self.rebuild = PointConv(dim, 3 * size, bias=True)
+        with torch.no_grad():
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
+            self._initialise()
+
+    def _initialise(self) -> None:
+        """As published: the outer initialisation also resets what Mamba had set (its dt bias becomes 0)."""
+        for part, xavier in ((self.trunk, False), (self.decoder, True)):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    if xavier:
+                        nn.init.xavier_uniform_(module.weight)
+                    else:
+                        nn.init.trunc_normal_(module.weight, std=0.02)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+
+    def draw_mask(self, centres: Tensor) -> Tensor:
+        """centres (B, G, 3) in sequence order: (B, G) bool, True = hidden."""
+        batch, groups, _ = centres.shape
+        count = int(self.mask_ratio * groups)
+        if self.mask_type == "rand":
+            score = torch.rand(batch, groups, device=centres.device)
+        else:
+            seed = torch.randint(groups, (batch, 1), device=centres.device)
+            score = squared_distances(gather(centres, seed).float(), centres.float())[:, 0]
+        hidden = score.argsort(dim=1, stable=True)[:, :count]
+        return torch.zeros(batch, groups, dtype=torch.bool, device=centres.device).scatter_(1, hidden, True)
+
+    def forward(
+        self, points: Tensor, mask: Tensor | None = None, order: str | None = None, record: Recorder = _nothing
+    ) -> dict[str, Tensor]:
+        """mask: (B, G) bool in sequence order, the same number a row; order: of :data:`ORDERS`; None draws them."""
+        trunk = self.trunk
+        which = int(torch.randint(2, ())) if order is None else ORDERS.index(order)
+        patches, centres = trunk.group(points)
+        walk = trunk.order(centres, ORDERS[which])
+        centres = gather(centres, walk)
+        patches = gather(patches.flatten(2), walk).view_as(patches)
+        dtype = trunk.order_gamma.dtype
+        tokens = trunk.encoder(patches.to(dtype)) * trunk.order_gamma[which] + trunk.order_beta[which]
+        record("center_sorted", centres)
+        record("tokens", tokens)
+        mask = self.draw_mask(centres) if mask is None else mask.bool()
+        batch, groups, dim = tokens.shape
+        if mask.shape != (batch, groups) or bool((mask.sum(1) != mask[0].sum()).any()):
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}; expected ({batch}, {groups}), one number hidden a row"
+            )
+        seen = tokens[~mask].view(batch, -1, dim)
+        seen_pos = trunk.pos_embed(centres[~mask].view(batch, -1, 3).to(dtype))
+        seen, _ = trunk.blocks(seen, seen_pos)
+        record("x_vis", seen)
+        full = self.mask_token.to(seen.dtype).expand(batch, groups, dim).clone()
+        full[~mask] = seen.reshape(-1, dim)
+        full, _ = self.decoder(full, self.decoder_pos_embed(centres.to(dtype)))
+        rebuilt = self.rebuild(full[mask]).view(-1, trunk.group_size, 3)
+        truth = patches[mask]
+        return {"rebuilt": rebuilt, "gt": truth, "loss": chamfer(rebuilt, truth.to(rebuilt.dtype), self.loss_type)}
+
+
+def chamfer(a: Tensor, b: Tensor, kind: str = "cdl2") -> Tensor:
+    """Chamfer distance of patches (P, K, 3): mean nearest squared distance both ways, summed ("cdl2"), or half the sum
+    of the mean nearest distances ("cdl1")."""
+    distance = squared_distances(a, b)
+    there, back = distance.amin(dim=2), distance.amin(dim=1)
+    if kind == "cdl1":
+        return (there.sqrt().mean() + back.sqrt().mean()) / 2
+    return there.mean() + back.mean()
+
+
+class PointMambaSegmentation(PointMambaTrunk):
+    """PointMamba for part segmentation: points (B, N, 3) and the kind of object (B,) to (B, num_classes, N).
+
+    The released code of this version has no part segmentation; here is Point-MAE's part head (arXiv 2203.06604) on its
+    trunk: streams after a third, two thirds and all of the layers (mean of the two orders), their maximum and mean, a
+    code of the kind of object, and the streams interpolated from the patch centres onto the points.
+    Arguments: ``shapes`` kinds of objects, others as in :class:`PointMamba`.
+    """
+
+    ends = {"num_classes": NewHead("head.6")}  # noqa: RUF012
+
+    def __init__(self, num_classes: int = 50, *, shapes: int = 16, **trunk: Any) -> None:
+        super().__init__(**trunk)
+        depth = len(self.blocks.layers)
+        if depth < 3:
+            raise ValueError(f"depth is {depth}; part segmentation reads three layers and needs at least 3")
+        self.taps = sorted({depth // 3 - 1, 2 * depth // 3 - 1, depth - 1})
+        width = 3 * self.embed_dim
+        self.num_classes, self.shapes = num_classes, shapes
+        self.shape_code = ConvNormAct(shapes, 64, act="leakyrelu")
+        self.propagate = nn.Sequential(
+            PointConv(width + 3, 4 * self.embed_dim, bias=True), PointNorm(4 * self.embed_dim), nn.ReLU(),
+            PointConv(4 * self.embed_dim, 1024, bias=True), PointNorm(1024), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Sequential(
+            PointConv(2 * width + 64 + 1024, 512, bias=True), PointNorm(512), nn.ReLU(), nn.Dropout(0.5),
+            nn.Sequential(PointConv(512, 256, bias=True), PointNorm(256)), nn.ReLU(),
+            PointConv(256, num_classes, bias=True),
+        )  # fmt: skip
+
+    def forward(self, points: Tensor, shape: Tensor) -> Tensor:
+        tokens, pos, centres, orders = self.sequence(points)
+        _, tapped = self.blocks(tokens, pos, taps=self.taps)
+        groups = centres.shape[1]
+        streams = []
+        for h in tapped:
+            back = [gather(h[:, k * groups : (k + 1) * groups], paths.inverse(order)) for k, order in enumerate(orders)]
+            streams.append((back[0] + back[1]) / 2)
+        x = torch.cat(streams, dim=-1)
+        if bool((shape >= self.shapes).any()) or shape.reshape(-1).shape[0] != points.shape[0]:
+            raise ValueError(
+                f"shape is {shape.tolist()}; expected {points.shape[0]} numbers from 0 to {self.shapes - 1}"
+            )
+        code = self.shape_code(nn.functional.one_hot(shape.reshape(-1), self.shapes).to(x.dtype))
+        whole = torch.cat([x.amax(dim=1), x.mean(dim=1), code], dim=-1).unsqueeze(1)
+        local = self.propagate(torch.cat([points.to(x.dtype), interpolate(points, centres, x)], dim=-1))
+        return self.head(torch.cat([local, whole.expand(-1, points.shape[1], -1)], dim=-1)).transpose(1, 2)
