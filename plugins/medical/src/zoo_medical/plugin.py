@@ -17,6 +17,7 @@ def zoo_models() -> Iterable[ModelCard]:
 @hookimpl
 def zoo_adapters() -> Mapping[str, str]:
     return {
+        "segmamba": "zoo_medical.segmamba:SegMambaAdapter",
         "swin_umamba": "zoo_medical.swin_umamba:SwinUMambaAdapter",
         "vm_unet": "zoo_medical.vm_unet:VMUNetAdapter",
     }

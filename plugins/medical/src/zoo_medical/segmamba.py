@@ -1,0 +1,252 @@
+"""SegMamba: segmentation of volumes with a Mamba that reads every feature map in three orders.
+
+Paper: Xing et al., "SegMamba", arXiv 2401.13560 (MICCAI 2024). Original: ge-xing/SegMamba @ cff3597
+(``model_segmamba/segmamba.py``; ``Mamba`` with ``bimamba_type="v3"`` of its mamba_ssm). Differs: the three orders are
+paths that the kernel walks, so nothing is flipped or re-cut in memory; the head reads ``feat_size[0]`` channels
+(the original's 48 is a constant).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.adapting import InputChannels, NewHead
+from zoo.layers.path_scan import PathScan
+from zoo.rules import Rename, Rules, Squeeze, Stack
+from zoo_kernels import causal_conv1d
+from zoo_kernels import paths as grid_paths
+
+from ._base import MedicalAdapter, check_input, take
+from .unetr_blocks import BasicBlock, OutBlock, UpBlock
+
+
+class TriMamba(nn.Module):
+    """Tri-orientated Mamba: forwards, backwards, and across ``slices`` equal chunks of the sequence.
+
+    ``x, z = in_proj(u)``; for each order its own causal depthwise convolution, SiLU and selective scan; the sum of the
+    three, times SiLU(z), through ``out_proj``. (batch, length, dim) to the same; ``slices`` divides the length.
+    Arguments: ``dim``, ``state`` N, ``conv`` width, ``expand``, ``slices``. Parameters of the orders are stacked:
+    ``conv_weight`` (3, E, conv), ``conv_bias`` (3, E), ``scan`` see :class:`zoo.layers.PathScan`.
+    Source: arXiv 2401.13560, section 2.2 (ToM, equations 2 and 3).
+    """
+
+    def __init__(self, dim: int, state: int = 16, conv: int = 4, expand: int = 2, slices: int = 5) -> None:
+        super().__init__()
+        channels = int(expand * dim)
+        self.slices = slices
+        self.in_proj = nn.Linear(dim, 2 * channels, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(3, channels, conv).uniform_(-(conv**-0.5), conv**-0.5))
+        self.conv_bias = nn.Parameter(torch.empty(3, channels).uniform_(-(conv**-0.5), conv**-0.5))
+        self.scan = PathScan(channels, state, math.ceil(dim / 16), 3)
+        self.out_proj = nn.Linear(channels, dim, bias=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        length = u.shape[1]
+        if length % self.slices:
+            raise ValueError(
+                f"a feature map of {length} positions does not divide into {self.slices} slices; choose sides that are "
+                "multiples of 32, or another slices="
+            )
+        order = grid_paths.get(f"tri_orientated(slices={self.slices})", (length,), device=u.device)
+        x, z = self.in_proj(u).chunk(2, dim=-1)
+        ways = [
+            causal_conv1d(x, self.conv_weight[k], self.conv_bias[k], activation="silu", path=order[k : k + 1])[0]
+            for k in range(3)
+        ]
+        return self.out_proj(self.scan(torch.stack(ways, dim=2), z=z, path=order))
+
+
+class MambaLayer(nn.Module):
+    """``x + mamba(norm x)`` over the positions of (batch, dim, X, Y, Z) in raster order."""
+
+    def __init__(self, dim: int, slices: int, state: int = 16) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.mamba = TriMamba(dim, state, slices=slices)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return x + self.mamba(self.norm(tokens)).transpose(1, 2).reshape(x.shape)
+
+
+class GatedSpatialConv(nn.Module):
+    """Two 3x3x3 convolutions beside one 1x1x1, added, one more 1x1x1, residual; norm and ReLU after each.
+
+    The paper multiplies the branches (equation 1); the authors' code adds them, and so does this.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(dim, dim, 3, padding=1)
+        self.proj2 = nn.Conv3d(dim, dim, 3, padding=1)
+        self.proj3 = nn.Conv3d(dim, dim, 1)
+        self.proj4 = nn.Conv3d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def act(conv: nn.Conv3d, y: Tensor) -> Tensor:
+            return F.relu(F.instance_norm(conv(y)))
+
+        return act(self.proj4, act(self.proj2, act(self.proj, x)) + act(self.proj3, x)) + x
+
+
+class ChannelMlp(nn.Module):
+    """1x1x1 convolution to twice the channels, GELU, and back."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv3d(dim, 2 * dim, 1)
+        self.fc2 = nn.Conv3d(2 * dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class MambaEncoder(nn.Module):
+    """Four stages at strides 2 to 16: downsample, gated convolution, Mamba layers; each output through norm and MLP."""
+
+    def __init__(
+        self, in_chans: int, depths: Sequence[int], dims: Sequence[int], slices: Sequence[int], state: int
+    ) -> None:
+        super().__init__()
+        down: list[nn.Module] = [nn.Sequential(nn.Conv3d(in_chans, dims[0], 7, stride=2, padding=3))]
+        for a, b in itertools.pairwise(dims):
+            down.append(nn.Sequential(nn.InstanceNorm3d(a), nn.Conv3d(a, b, 2, stride=2)))
+        self.downsample_layers = nn.ModuleList(down)
+        self.gscs = nn.ModuleList(GatedSpatialConv(d) for d in dims)
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(MambaLayer(d, s, state) for _ in range(n)))
+            for d, n, s in zip(dims, depths, slices, strict=True)
+        )
+        self.mlps = nn.ModuleList(ChannelMlp(d) for d in dims)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for down, gsc, stage, mlp in zip(self.downsample_layers, self.gscs, self.stages, self.mlps, strict=True):
+            x = stage(gsc(down(x)))
+            maps.append(mlp(F.instance_norm(x)))
+        return maps
+
+
+class SegMamba(nn.Module):
+    """Mamba encoder, convolutional decoder with a residual block on every skip.
+
+    Arguments: ``in_chans``, ``num_classes``, ``depths`` (Mamba layers of the four stages), ``feat_size`` (their
+    widths), ``hidden_size`` (at the bottom), ``slices`` of the across-slice order in each stage (the authors' are the
+    numbers of slices of a 128^3 input), ``state`` N. Input (batch, in_chans, X, Y, Z), sides multiples of 16 whose
+    feature maps divide into the slices. Output: logits (batch, num_classes, X, Y, Z).
+    Source: arXiv 2401.13560, section 2.
+    """
+
+    ends: ClassVar[dict[str, Any]] = {
+        "num_classes": NewHead("out"),
+        # the shortcut of the first block exists only where the channels differ
+        "in_chans": (
+            InputChannels("vit.downsample_layers.0.0.weight", "encoder1.layer.conv1.conv.weight"),
+            NewHead("encoder1.layer.conv3"),
+        ),
+    }
+
+    def __init__(
+        self,
+        in_chans: int = 1,
+        num_classes: int = 13,
+        depths: Sequence[int] = (2, 2, 2, 2),
+        feat_size: Sequence[int] = (48, 96, 192, 384),
+        hidden_size: int = 768,
+        slices: Sequence[int] = (64, 32, 16, 8),
+        state: int = 16,
+    ) -> None:
+        super().__init__()
+        for name, given in (("depths", depths), ("feat_size", feat_size), ("slices", slices)):
+            if len(given) != 4:
+                raise ValueError(f"{name} is {tuple(given)}; SegMamba has four stages")
+        f = list(feat_size)
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.vit = MambaEncoder(in_chans, depths, f, slices, state)
+        self.encoder1 = BasicBlock(3, in_chans, f[0])
+        self.encoder2 = BasicBlock(3, f[0], f[1])
+        self.encoder3 = BasicBlock(3, f[1], f[2])
+        self.encoder4 = BasicBlock(3, f[2], f[3])
+        self.encoder5 = BasicBlock(3, f[3], hidden_size)
+        self.decoder5 = UpBlock(3, hidden_size, f[3])
+        self.decoder4 = UpBlock(3, f[3], f[2])
+        self.decoder3 = UpBlock(3, f[2], f[1])
+        self.decoder2 = UpBlock(3, f[1], f[0])
+        self.decoder1 = BasicBlock(3, f[0], f[0])
+        self.out = OutBlock(3, f[0], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input("SegMamba", x, self.in_chans, 3, 16)
+        maps = self.vit(x)
+        y = self.decoder5(self.encoder5(maps[3]), self.encoder4(maps[2]))
+        y = self.decoder4(y, self.encoder3(maps[1]))
+        y = self.decoder3(y, self.encoder2(maps[0]))
+        y = self.decoder2(y, self.encoder1(x))
+        return self.out(self.decoder1(y))
+
+
+# -- the original's format --------------------------------------------------------------------------------------------
+
+_CONFIG = {
+    "in_chans": "in_chans",
+    "out_chans": "num_classes",
+    "depths": "depths",
+    "feat_size": "feat_size",
+    "hidden_size": "hidden_size",
+}
+_IGNORED = ("drop_path_rate", "layer_scale_init_value", "out_indices")
+_FIXED = {"norm_name": "instance", "conv_block": True, "res_block": True, "spatial_dims": 3}
+_MIXER = {"d_model": "dim", "d_state": "state", "d_conv": "conv", "expand": "expand", "nslices": "slices"}
+
+
+def _mixer_rules(at: str) -> Rules:
+    def three(name: str, leaf: str = "") -> list[str]:
+        return [f"{at}{name}{suffix}{leaf}" for suffix in ("", "_b", "_s")]
+
+    return Rules(
+        Stack([at + "A_log", at + "A_b_log", at + "A_s_log"], at + "scan.A_log"),
+        Stack(three("D"), at + "scan.D"),
+        Stack(three("conv1d", ".weight"), at + "conv_weight", Squeeze(1)),
+        Stack(three("conv1d", ".bias"), at + "conv_bias"),
+        Stack(three("x_proj", ".weight"), at + "scan.x_proj"),
+        Stack(three("dt_proj", ".weight"), at + "scan.dt_proj"),
+        Stack(three("dt_proj", ".bias"), at + "scan.dt_bias"),
+    )
+
+
+class SegMambaAdapter(MedicalAdapter):
+    """ge-xing/SegMamba: ``SegMamba`` and, where the arguments name ``d_model``, its mixer alone."""
+
+    system = "segmamba"
+
+    def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
+        if "d_model" in config:
+            # the library's defaults, which only say how new weights are drawn, or which kernel runs
+            ignored = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path", "layer_idx")
+            fixed = {"bimamba_type": "v3", "dt_rank": "auto", "conv_bias": True, "bias": False}
+            return self.load(TriMamba(**take("the tri-orientated mixer", config, _MIXER, ignored, fixed)), state)
+        return self.load(SegMamba(**take("SegMamba", config, _CONFIG, _IGNORED, _FIXED)), state)
+
+    def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
+        if state and all(k.startswith("module.") for k in state):  # as the authors' training loop saves it
+            state = {k.removeprefix("module."): v for k, v in state.items()}
+        return super().to_zoo(state, model=model)
+
+    def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
+        return Rules(
+            _mixer_rules("vit.stages.{i:d}.{j:d}.mamba."),
+            _mixer_rules(""),
+            Rename("{rest:*}", "{rest:*}"),
+        )
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
+        if isinstance(model, TriMamba):
+            return {"y": model(inputs["x"])}
+        return super().run(model, inputs, call=call)
