@@ -122,7 +122,7 @@ class ChangeMambaAdapter(PathAdapter):
     def place(self, model: nn.Module, path: str) -> Place:
         first, _, rest = path.partition(".")
         if first == "encoder":
-            return _encoder_place(model, rest)
+            return encoder_place(model, rest)
         if path in ("main_clf_cd", "main_clf", "aux_clf"):
             heads = {MambaSCD: {"main_clf_cd": "change_head", "aux_clf": "semantic_head"},
                      MambaBDA: {"main_clf": "damage_head", "aux_clf": "building_head"}}  # fmt: skip
@@ -137,7 +137,8 @@ class ChangeMambaAdapter(PathAdapter):
         return super().place(model, path)
 
 
-def _encoder_place(model: nn.Module, rest: str) -> Place:
+def encoder_place(model: nn.Module, rest: str) -> Place:
+    """The encoder is one in all change detectors; ``rest`` is the path below it."""
     layout = channels_first if getattr(model, "channels_first", False) else same
     if not rest:
         return "encoder", same

@@ -150,12 +150,14 @@ def fcs_loss(
 ) -> Tensor:  # fmt: skip
     """Mamba-FCS: ``w SeK + CE + 0.5 (CE_1 + CE_2) + 0.5 (LV_1 + LV_2 + LV) + 0.05 S``.
 
-    ``sek``: a :class:`SeKLoss`; ``sek_weight`` is 0 in the first 150000 iterations on Landsat-SCD.
+    ``sek``: a :class:`SeKLoss`, on the pixels whose change label is not 0; those of them without a semantic label are
+    left out (the original fails there). ``sek_weight`` is 0 in the first 150000 iterations on Landsat-SCD.
     """
     label_before, label_after = without_unchanged(label_before), without_unchanged(label_after)
     semantic = ((before, label_before), (after, label_after))
     entropy = sum(cross_entropy(x, y) for x, y in semantic)
     lovasz = sum(lovasz_softmax(x, y) for x, y in semantic) + lovasz_softmax(change, label)
     alike = similarity(before, after, label_before)
-    kappa = sek(before, after, label_before, label_after, (label != 0).to(change.dtype))
+    changed = (label != 0) & (label_before != IGNORE) & (label_after != IGNORE)
+    kappa = sek(before, after, label_before, label_after, changed)
     return sek_weight * kappa + cross_entropy(change, label) + 0.5 * entropy + 0.5 * lovasz + 0.05 * alike

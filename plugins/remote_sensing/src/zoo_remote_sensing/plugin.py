@@ -18,4 +18,5 @@ def zoo_models() -> Iterable[ModelCard]:
 def zoo_adapters() -> Mapping[str, str]:
     return {
         "changemamba": "zoo_remote_sensing.changemamba_reference:ChangeMambaAdapter",
+        "mamba_fcs": "zoo_remote_sensing.mamba_fcs_reference:MambaFCSAdapter",
     }
