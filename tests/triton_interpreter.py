@@ -1,17 +1,15 @@
 """Shared by the tests of the Triton kernels: run in the interpreter, compare with the float64 reference, poison memory.
 
-Triton decides when it is imported whether it interprets, so a test module re-runs itself in a process of its own with
-TRITON_INTERPRET=1: ``test_module = in_the_interpreter(__file__)`` at its end, and its other tests marked
-``interpreted``.
+Triton decides when it is imported whether it interprets, so these tests run in a process of their own with
+TRITON_INTERPRET=1, which ``kernels/test_triton_interpreter.py`` starts. To run some of them by hand::
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_triton_ssd.py
 """
 
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -46,26 +44,15 @@ if INTERPRET and (reason := _broken()) is not None:
 
 
 def interpreted(test: Callable[..., None]) -> Callable[..., None] | None:
-    """Collect this test only inside :func:`in_the_interpreter`."""
+    """Collect this test only where Triton interprets."""
     return test if INTERPRET else None
 
 
-def in_the_interpreter(file: str) -> Callable[[], None] | None:
-    """A test that runs the tests of ``file`` in a process that interprets; nothing inside that process."""
-
-    def test_module() -> None:
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        environment.pop("PYTEST_ADDOPTS", None)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", file]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=os.path.dirname(file))
-        if done.returncode == 5 and "does not work with numpy" in done.stdout:
-            pytest.skip("this Triton's interpreter does not work with this numpy")
-        passed = re.search(r"(\d+) passed", done.stdout)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-        assert passed, done.stdout[-2000:]
-        assert int(passed.group(1)) > 0
-
-    return None if INTERPRET else test_module
+def kinds(shapes: Sequence[tuple[int, ...]], half: int = 2) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Every shape in float32, and the one at ``half`` in both half precisions."""
+    return [(shape, torch.float32) for shape in shapes] + [
+        (shapes[half], torch.bfloat16), (shapes[half], torch.float16)
+    ]  # fmt: skip
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import agrees, in_the_interpreter, interpreted, poisoned  # noqa: F401
+from triton_interpreter import agrees, interpreted, poisoned  # noqa: F401
 
 from zoo_kernels import cauchy, unit_roots
 
@@ -22,6 +22,3 @@ def test_sums(heads, channels, N, length):
         return (cauchy(v, a, p.to(v.dtype), q.to(v.dtype)),)
 
     agrees(function, {"v": v, "a": a}, {})
-
-
-test_module = in_the_interpreter(__file__)

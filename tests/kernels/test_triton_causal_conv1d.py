@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import agrees, difference, in_the_interpreter, interpreted, poisoned  # noqa: F401
+from triton_interpreter import agrees, difference, interpreted, kinds, poisoned  # noqa: F401
 
 import zoo_kernels
 from zoo_kernels import causal_conv1d, causal_conv1d_step
@@ -22,8 +22,7 @@ def problem(batch, length, channels, width):
 
 @interpreted
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(2, 0, 3, 4), (1, 1, 5, 2), (2, 7, 129, 3), (1, 65, 3, 8)])
+@pytest.mark.parametrize(("shape", "dtype"), kinds([(2, 0, 3, 4), (1, 1, 5, 2), (2, 7, 129, 3), (1, 65, 3, 8)]))
 @pytest.mark.parametrize("reverse", [False, True])
 def test_plain(shape, dtype, reverse):
     options = {"activation": "silu", "reverse": reverse, "return_final_state": True}
@@ -57,6 +56,3 @@ def test_step(dtype):
             results.append((causal_conv1d_step(*args, state=state, activation="silu"), state))
     for want, got in zip(*results, strict=True):
         assert difference(got, want) < TOLERANCE[dtype]
-
-
-test_module = in_the_interpreter(__file__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import agrees, in_the_interpreter, interpreted, poisoned  # noqa: F401
+from triton_interpreter import agrees, interpreted, kinds, poisoned  # noqa: F401
 
 from zoo_kernels import slstm
 
@@ -27,8 +27,9 @@ def problem(batch, length, heads, headdim):
 
 @interpreted
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(1, 0, 1, 3), (1, 1, 2, 4), (2, 7, 2, 5), (17, 3, 1, 4), (1, 4, 1, 70)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), kinds([(1, 0, 1, 3), (1, 1, 2, 4), (2, 7, 2, 5), (17, 3, 1, 4), (1, 4, 1, 70)])
+)
 def test_plain(shape, dtype):
     agrees(slstm, problem(*shape), {"return_final_state": True}, dtype, TOLERANCE[dtype], ("initial_state",))
 
@@ -45,6 +46,3 @@ def test_path_lengths_and_resets(bare):
         "resets": torch.rand(3, 9) < 0.3, "reverse": True, "return_final_state": not bare,
     }  # fmt: skip
     agrees(slstm, t, options)
-
-
-test_module = in_the_interpreter(__file__)

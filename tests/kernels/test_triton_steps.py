@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import difference, in_the_interpreter, interpreted
+from triton_interpreter import difference, interpreted
 
 import zoo_kernels
 from zoo_kernels import linear, selective_scan_step, ssd_step
@@ -65,6 +65,3 @@ def test_linear(dtype, rows):
             y = linear(x, weight, bias, scale=scale)
         want = x.double() @ (weight.double() if scale is None else weight.double() * scale.double()[:, None]).t()
         assert difference(y, want + bias.double()) < TOLERANCE[dtype]
-
-
-test_module = in_the_interpreter(__file__)

@@ -57,12 +57,11 @@ def recorded() -> Iterator[list[Launch]]:
         _gpu.launch = before
 
 
-def compiled(launch: Launch, capability: int) -> Any:
-    """Triton's compiled kernel (``asm`` holds ttir, ttgir, ptx, cubin) for compute capability 80, 90, ..."""
+def specialisation(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """What Triton compiles a launch for: types of the arguments, compile-time values, known divisibility by 16."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    options = {key: value for key, value in launch.meta.items() if key in ("num_warps", "num_stages")}
     positional = iter(launch.args)
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.meta[parameter.name] if parameter.name in launch.meta else next(positional)
@@ -81,6 +80,13 @@ def compiled(launch: Launch, capability: int) -> Any:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
+    return signature, constants, attributes
+
+
+def compiled(launch: Launch, capability: int) -> Any:
+    """Triton's compiled kernel (``asm`` holds ttir, ttgir, ptx, cubin) for compute capability 80, 90, ..."""
+    signature, constants, attributes = specialisation(launch)
+    options = {key: value for key, value in launch.meta.items() if key in ("num_warps", "num_stages")}
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
