@@ -19,5 +19,6 @@ def zoo_adapters() -> Mapping[str, str]:
     return {
         "segmamba": "zoo_medical.segmamba:SegMambaAdapter",
         "swin_umamba": "zoo_medical.swin_umamba:SwinUMambaAdapter",
+        "umamba": "zoo_medical.umamba:UMambaAdapter",
         "vm_unet": "zoo_medical.vm_unet:VMUNetAdapter",
     }
