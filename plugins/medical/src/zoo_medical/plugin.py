@@ -17,6 +17,7 @@ def zoo_models() -> Iterable[ModelCard]:
 @hookimpl
 def zoo_adapters() -> Mapping[str, str]:
     return {
+        "mambamim": "zoo_medical.mambamim_reference:MambaMIMAdapter",
         "segmamba": "zoo_medical.segmamba:SegMambaAdapter",
         "swin_umamba": "zoo_medical.swin_umamba:SwinUMambaAdapter",
         "umamba": "zoo_medical.umamba:UMambaAdapter",

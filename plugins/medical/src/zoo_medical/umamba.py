@@ -120,8 +120,8 @@ class MambaLayer(nn.Module):
         if self.channel_tokens:
             if tokens.shape[-1] != self.dim:
                 raise ValueError(
-                    f"U-Mamba: a feature map of {tuple(x.shape[2:])} has {tokens.shape[-1]} positions, this network was "
-                    f"built for {self.dim}; give it patches of its input_size, or build it with another input_size"
+                    f"U-Mamba: a feature map of {tuple(x.shape[2:])} has {tokens.shape[-1]} positions, this network "
+                    f"was built for {self.dim}; give it patches of its input_size, or build it with another input_size"
                 )
             return self.mamba(self.norm(tokens)).view(x.shape)
         return self.mamba(self.norm(tokens.transpose(1, 2))).transpose(1, 2).reshape(x.shape)
@@ -274,8 +274,8 @@ class UMamba(nn.Module):
         kernels = [kernels] * n if isinstance(kernels, int) else list(kernels)
         if n < 2 or len(kernels) != n or len(strides) != n:
             raise ValueError(
-                f"{n} features, {len(kernels)} kernels and {len(strides)} strides; expected two stages or more, and one "
-                "of each for every stage"
+                f"{n} features, {len(kernels)} kernels and {len(strides)} strides; expected two stages or more, and "
+                "one of each for every stage"
             )
         if any(t != 1 for t in _axes(strides[0], dims)):
             raise ValueError(f"the first stride is {strides[0]}; expected 1, the full size")
