@@ -19,4 +19,6 @@ def zoo_adapters() -> Mapping[str, str]:
     return {
         "changemamba": "zoo_remote_sensing.changemamba_reference:ChangeMambaAdapter",
         "mamba_fcs": "zoo_remote_sensing.mamba_fcs_reference:MambaFCSAdapter",
+        "rsmamba": "zoo_remote_sensing.rsmamba_reference:RSMambaAdapter",
+        "morpmamba": "zoo_remote_sensing.morpmamba_reference:MorpMambaAdapter",
     }

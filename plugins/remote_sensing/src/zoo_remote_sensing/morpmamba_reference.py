@@ -1,0 +1,103 @@
+"""MorpMamba in the names and shapes of its Keras layers: kernels are (in, out), one depthwise kernel a plane."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from zoo.rules import Apply, Rename, Rules, Stack, Transpose
+
+from ._replay import PathAdapter, Place, same
+from .morpmamba import KERNEL, MorpMamba
+
+_PLANES = re.compile(r"token_generation\.erosion_layer_(spatial|spectral)\.depthwise_conv\.(\d+)\.depthwise_kernel")
+#: (5, 5, 1, 1) of Keras to (1, 5, 5), one plane of ours
+_PLANE = Apply(lambda x: x.reshape(1, KERNEL, KERNEL), lambda x: x.reshape(KERNEL, KERNEL, 1, 1))
+#: a 1x1 convolution (1, 1, in, out) to a linear layer (out, in)
+_POINTWISE = Apply(lambda x: x[0, 0].t(), lambda x: x.t()[None, None])
+_DENSE = {
+    "feature_enhancement.spatial_gate.0": "enhance.spatial_gate",
+    "feature_enhancement.spectral_gate.0": "enhance.spectral_gate",
+    "multi_head_attention.query": "attention.query",
+    "multi_head_attention.key": "attention.key",
+    "multi_head_attention.value": "attention.value",
+    "state_space_model.state_transition": "state_space.transition",
+    "state_space_model.state_update": "state_space.update",
+    "dense": "hidden",
+    "classifier": "head",
+}
+_MODULES = {
+    "token_generation": "tokens",
+    "feature_enhancement": "enhance",
+    "multi_head_attention": "attention",
+    "state_space_model": "state_space",
+} | _DENSE
+_ARGUMENTS = {
+    "out_channels": "dim", "num_heads": "heads", "state_dim": "state", "dropout": "drop", "num_classes": "num_classes",
+    "window": "window", "bands": "bands",
+}  # fmt: skip
+
+
+def _planes(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many planes each kind of kernel has, from a state dict of either format."""
+    counts = {"spatial": 0, "spectral": 0}
+    for key in state:
+        if match := _PLANES.fullmatch(key):
+            counts[match[1]] = max(counts[match[1]], int(match[2]) + 1)
+        elif match := re.fullmatch(r"tokens\.(?:erosion|dilation)_(spatial|spectral)\.weight", key):
+            counts[match[1]] = state[key].shape[0]
+    return counts
+
+
+class MorpMambaAdapter(PathAdapter):
+    """``SSMambaModel``; input ``patch`` (batch, W, W, bands), output ``probabilities``."""
+
+    system = "morpmamba"
+
+    def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
+        for key, value in config.items():
+            if key not in _ARGUMENTS:
+                raise ValueError(
+                    f"the original MorpMamba has no argument {key!r} (received {value!r}); it has: "
+                    f"{', '.join(_ARGUMENTS)}"
+                )
+        arguments = {_ARGUMENTS[k]: v for k, v in config.items()}
+        planes = _planes(state)  # Keras finds these sizes at the first call
+        arguments.setdefault("bands", planes["spatial"])
+        arguments.setdefault("window", planes["spectral"])
+        return self.load(MorpMamba(**arguments), state)
+
+    def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
+        counts = _planes(state)
+        if isinstance(model, MorpMamba):
+            counts = {"spatial": model.bands, "spectral": model.window}
+        stacks = [
+            Stack(
+                f"token_generation.{kind}_layer_{axis}.depthwise_conv.{{i}}.depthwise_kernel",
+                f"tokens.{kind}_{axis}.weight",
+                _PLANE,
+                over="i",
+                count=count,
+            )
+            for axis, count in counts.items()
+            if count
+            for kind in ("erosion", "dilation")
+        ]
+        return Rules(
+            *stacks,
+            Rename("token_generation.conv.kernel", "tokens.proj.weight", _POINTWISE),
+            Rename("token_generation.conv.bias", "tokens.proj.bias"),
+            *(Rename(f"{theirs}.kernel", f"{ours}.weight", Transpose(0, 1)) for theirs, ours in _DENSE.items()),
+            *(Rename(f"{theirs}.bias", f"{ours}.bias") for theirs, ours in _DENSE.items()),
+        )
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
+        return {"probabilities": model(inputs["patch"]).softmax(-1)}
+
+    def place(self, model: nn.Module, path: str) -> Place:
+        if path in _MODULES:
+            return _MODULES[path], same
+        return super().place(model, path)

@@ -1,0 +1,139 @@
+"""RSMamba in its original format: arguments and keys of KyanChen/RSMamba, an MMPretrain classifier."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.rules import Rename, Rules
+
+from ._replay import PathAdapter, Place, same
+from .rsmamba import ARCHITECTURES, EPS, Layer, RSMamba
+
+_ARCHS = {name[0]: name for name in ARCHITECTURES} | {name: name for name in ARCHITECTURES}
+_DEFAULTS: dict[str, Any] = {
+    "arch": "base", "img_size": 224, "patch_size": 16, "in_channels": 3, "out_indices": -1, "drop_rate": 0.0,
+    "final_norm": True, "out_type": "avg_featmap", "cls_position": "none", "pe_type": "learnable",
+    "path_type": "forward_reverse_shuffle_gate", "patch_cfg": {}, "layer_cfgs": {},
+    "norm_cfg": {"type": "LN", "eps": 1e-6},
+}  # fmt: skip
+#: arguments that change no number: what kind of module it is, and how it is initialised or frozen
+_IGNORED = ("type", "init_cfg", "frozen_stages", "interpolate_mode")
+_MIXER = {
+    "state_size": "state", "conv_kernel": "conv", "time_step_rank": "dt_rank", "intermediate_size": "hidden",
+    "use_conv_bias": "conv_bias", "use_bias": "bias", "hidden_act": "act",
+}  # fmt: skip
+_RULES = Rules(
+    Rename("backbone.patch_embed.projection.{leaf}", "patch_embed.proj.{leaf}"),
+    Rename("backbone.gate_layers.{i}.{rest:*}", "layers.{i}.gate.{rest:*}"),
+    Rename("backbone.layers.{i}.{rest:*}", "layers.{i}.mixer.{rest:*}"),
+    Rename("backbone.ln1.{leaf}", "final_norm.{leaf}"),
+    Rename("backbone.ln2.{leaf}", "out_norm.{leaf}"),
+    Rename("backbone.pre_norm.{leaf}", "pre_norm.{leaf}"),
+    Rename("backbone.pos_embed", "pos_embed"),
+    Rename("backbone.cls_token", "cls_token"),
+    Rename("head.fc.{leaf}", "head.{leaf}"),
+)
+
+
+def _known(what: str, given: Mapping[str, Any], known: Any) -> None:
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(
+                f"the original RSMamba's {what} has no {key!r} that is known here (received {value!r}); expected some "
+                f"of {', '.join(known)}"
+            )
+
+
+def translate(config: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """Our arguments for those of the original's backbone."""
+    _known("backbone", config, (*_DEFAULTS, *_IGNORED))
+    c = {**_DEFAULTS, **config}
+    if c["norm_cfg"].get("type", "LN") != "LN" or c["norm_cfg"].get("eps", EPS) != EPS:
+        raise ValueError(f"norm_cfg is {c['norm_cfg']!r}; expected the original's own, LayerNorm with eps {EPS:g}")
+    arch = c["arch"]
+    if isinstance(arch, Mapping):
+        sizes = {"arch": None, "dim": arch["embed_dims"], "depth": arch["num_layers"],
+                 "hidden": arch["feedforward_channels"]}  # fmt: skip
+    elif arch in _ARCHS:
+        sizes = {"arch": _ARCHS[arch]}
+    else:
+        raise ValueError(f"arch is {arch!r}; expected one of {', '.join(_ARCHS)}, or a table of its sizes")
+    patch = dict(c["patch_cfg"])
+    _known("patch_cfg", patch, ("stride",))
+    tables = c["layer_cfgs"] if isinstance(c["layer_cfgs"], (list, tuple)) else [c["layer_cfgs"]]
+    for table in tables:
+        _known("layer_cfgs", table, _MIXER)
+    mixers = [{_MIXER[k]: v for k, v in table.items()} for table in tables]
+    position = c["pe_type"] if c["pe_type"] is not None else "none"
+    size = c["img_size"]
+    return {
+        **sizes, "num_classes": num_classes, "in_chans": c["in_channels"], "img_size": size,
+        "patch_size": c["patch_size"], "stride": patch.get("stride"), "path_type": c["path_type"],
+        "pos_embed": position, "cls_position": c["cls_position"], "out_type": c["out_type"],
+        "out_indices": c["out_indices"], "final_norm": c["final_norm"], "drop_rate": c["drop_rate"],
+        "mixer": mixers if isinstance(c["layer_cfgs"], (list, tuple)) else mixers[0],
+    }  # fmt: skip
+
+
+class RSMambaAdapter(PathAdapter):
+    """``RSMamba`` with ``LinearClsHead``; input ``image``, and the shuffles as ``perm_<layer>`` or ``perm_key``."""
+
+    system = "rsmamba"
+
+    def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
+        backbone = dict(config.get("backbone", {k: v for k, v in config.items() if k != "num_classes"}))
+        head = state.get("head.fc.weight") if "head.fc.weight" in state else None
+        classes = config.get("num_classes", 0 if head is None else head.shape[0])
+        return self.load(RSMamba(**translate(backbone, classes if head is not None else 0)), state)
+
+    def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
+        return _RULES
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
+        """``feature`` (or ``feature0``, ``feature1``, ...) and, of feature vectors, ``logits``.
+
+        The permutation of layer i is ``perm_i``, or the stable argsort of row i of ``perm_key``; without either they
+        are drawn anew, as the original draws them.
+        """
+        assert isinstance(model, RSMamba)
+        features = model.features(inputs["image"], given_orders(inputs, len(model.layers)))
+        names = ["feature"] if len(features) == 1 else [f"feature{i}" for i in range(len(features))]
+        found = dict(zip(names, features, strict=True))
+        if features[-1].dim() == 2 and model.num_classes > 0:
+            found["logits"] = model.head(features[-1])
+        return found
+
+    def place(self, model: nn.Module, path: str) -> Place:
+        path = path.removeprefix("backbone.")
+        if path == "patch_embed":
+            return "patch_embed", lambda output: [output[0]]
+        if match := re.fullmatch(r"gate_layers\.(\d+)", path):
+            return f"layers.{match[1]}.gate", same
+        if match := re.fullmatch(r"layers\.(\d+)", path):
+            return f"layers.{match[1]}", same
+        names = {"ln1": "final_norm", "ln2": "out_norm", "pre_norm": "pre_norm", "head.fc": "head"}
+        if path in names:
+            return names[path], same
+        return super().place(model, path)
+
+    def intermediate(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """A layer of the original is the mixer alone: the outputs of all paths stacked on the batch, as walked."""
+        if not isinstance(module, Layer):
+            return output
+        x, norm, order = args
+        with torch.no_grad():
+            y = module.mixer.by_path(norm(x), order)
+        return torch.cat([one[:, way] for one, way in zip(y, order, strict=True)])
+
+
+def given_orders(inputs: Mapping[str, Tensor], layers: int) -> Tensor | None:
+    if "perm_key" in inputs:
+        return torch.argsort(inputs["perm_key"], dim=1, stable=True)
+    if "perm_0" in inputs:
+        return torch.stack([inputs[f"perm_{i}"] for i in range(layers)])
+    return None
