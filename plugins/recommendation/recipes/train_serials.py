@@ -24,7 +24,6 @@ from zoo_recommendation.protocol import Ranking, Samples, prepare, split
 from zoo_recommendation.training import Settings, evaluate, fit
 
 PLUGIN = Path(__file__).parents[1] / "src" / "zoo_recommendation"
-EXAMPLES = Path(__file__).parents[3] / "examples" / "recommendation"
 
 
 def best_possible(samples: Samples, label: list[str]) -> dict[str, float]:
@@ -83,11 +82,12 @@ def main() -> None:
     demo.mkdir(exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, demo / "mamba4rec_micro.serials.safetensors")
     (demo / "serials_items.txt").write_text("\n".join(table.item_tokens[1:]) + "\n", encoding="utf-8")
-    EXAMPLES.mkdir(parents=True, exist_ok=True)
+    samples = demo / "samples"
+    samples.mkdir(exist_ok=True)
     for row in np.linspace(0, len(test) - 1, 3).astype(int):
         rows = slice(test.start[row], test.end[row])
         user = table.user_tokens[test.user[row]]
-        with (EXAMPLES / f"history_{user}.csv").open("w", newline="", encoding="utf-8") as file:
+        with (samples / f"history_{user}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["item", "timestamp"])
             for item, time in zip(table.item[rows], table.time[rows], strict=True):

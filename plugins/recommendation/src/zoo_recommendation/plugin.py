@@ -29,6 +29,14 @@ def zoo_pipelines() -> Mapping[str, str]:
 
 
 @hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [
+        {"model": "mamba4rec_micro.serials", "file": "demo/samples/history_u00071.csv"},
+        {"model": "mamba4rec_micro.serials", "file": "demo/samples/history_u00762.csv"},
+    ]
+
+
+@hookimpl
 def zoo_commands() -> Mapping[str, str]:
     return {
         "train": "zoo_recommendation.commands:train",
