@@ -46,12 +46,13 @@ class Mixer(nn.Module):
 class OccMambaHead(nn.Module):
     """Voxel features (B, in_chans, W, H, D) to coarse and fine semantic occupancy.
 
-    Arguments: ``embed_dim`` C; ``down_blocks``, ``up_blocks``: Mamba layers of each stage; ``orders``: the voxel order of
-    each group of channels, mappings with ``coor_order`` "xy" or "yx" and ``inverse``; ``norm`` "group" (of
+    Arguments: ``embed_dim`` C; ``down_blocks``, ``up_blocks``: Mamba layers of each stage; ``orders``: the voxel order
+    of each group of channels, mappings with ``coor_order`` "xy" or "yx" and ``inverse``; ``norm`` "group" (of
     ``norm_groups``) or "batch"; ``fine_dim``: width of the features that are refined (C is halved down to it).
-    ``cascade_ratio`` r > 1: voxels whose coarse class is not ``empty_idx`` are refined r times; of more than ``topk`` such
-    voxels (``fine_topk`` in training) a random part is; ``final_size`` (r W, r H, r D) is the grid that their coordinates
-    are normalised by (None: from the input). Otherwise ``upsample_ratio`` u > 1: dense fine logits; ``out_refine`` then
+    ``cascade_ratio`` r > 1: voxels whose coarse class is not ``empty_idx`` are refined r times; of more than ``topk``
+    such voxels (``fine_topk`` in training) a random part is; ``final_size`` (r W, r H, r D) is the grid that their
+    coordinates are normalised by (None: from the input).
+    Otherwise ``upsample_ratio`` u > 1: dense fine logits; ``out_refine`` then
     adds logits of the input features where the first are unsure: below the probability ``out_refine``, or
     (``refine_method`` "ratio") for that share of the voxels. ``drop_path``: the same for all layers.
 

@@ -44,8 +44,8 @@ class VoxelOrders(nn.Module):
 
 
 class OccMambaAdapter(ReferenceAdapter):
-    """Reads USTCLH/OccMamba. ``config``: ``pts_bbox_head`` of the original's config files; a whole checkpoint's keys may
-    keep their prefix ``pts_bbox_head.``. ``topk`` (30000, a constant of the original) may be given."""
+    """Reads USTCLH/OccMamba. ``config``: ``pts_bbox_head`` of the original's config files; a whole checkpoint's keys
+    may keep their prefix ``pts_bbox_head.``. ``topk`` (30000, a constant of the original) may be given."""
 
     system = "occmamba"
 

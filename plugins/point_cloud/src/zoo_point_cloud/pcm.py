@@ -77,8 +77,8 @@ class PCMEncoder(nn.Module):
         super().__init__()
         stages = len(dim_expansion)
         lists = {
-            "pre_blocks": pre_blocks, "mamba_blocks": mamba_blocks, "pos_blocks": pos_blocks, "k_neighbors": k_neighbors,
-            "k_strides": k_strides, "reducers": reducers,
+            "pre_blocks": pre_blocks, "mamba_blocks": mamba_blocks, "pos_blocks": pos_blocks,
+            "k_neighbors": k_neighbors, "k_strides": k_strides, "reducers": reducers,
         }  # fmt: skip
         for name, values in lists.items():
             if len(values) != stages:
@@ -102,8 +102,8 @@ class PCMEncoder(nn.Module):
             or any(b - a != prompts or a < 0 or b > len(distinct) * prompts for a, b in self.prompt_rows)
         ):
             raise ValueError(
-                f"prompt_rows is {self.prompt_rows}; expected {layers} pairs (first, end) of {prompts} rows each out of "
-                f"{len(distinct) * prompts}"
+                f"prompt_rows is {self.prompt_rows}; expected {layers} pairs (first, end) of {prompts} rows each out "
+                f"of {len(distinct) * prompts}"
             )
         common: dict[str, Any] = {"groups": groups, "expansion": res_expansion, "bias": bias, "act": activation}
         self.embedding = ConvNormAct(in_chans, embed_dim, bias=bias, act=activation)

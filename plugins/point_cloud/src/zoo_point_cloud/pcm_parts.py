@@ -202,8 +202,8 @@ class Decoder(nn.Module):
         deep_first = list(reversed(encoder_channels))
         if not len(deep_first) == len(channels) + 1 == len(blocks) + 1 == len(mamba_blocks) + 1:
             raise ValueError(
-                f"the decoder has {len(channels)} widths, {len(blocks)} blocks and {len(mamba_blocks)} mamba_blocks for "
-                f"{len(deep_first) - 1} levels; expected one of each a level"
+                f"the decoder has {len(channels)} widths, {len(blocks)} blocks and {len(mamba_blocks)} mamba_blocks "
+                f"for {len(deep_first) - 1} levels; expected one of each a level"
             )
         if sum(mamba_blocks) not in (0, len(orders)):
             raise ValueError(f"the decoder has {sum(mamba_blocks)} Mamba layers and {len(orders)} orders")
@@ -316,7 +316,5 @@ def check_cloud(pos: Tensor, x: Tensor | None, in_channels: int, added: int) -> 
         )
     given = 3 if x is None else x.shape[1] + added
     if given != in_channels:
-        raise ValueError(
-            f"the cloud has {given} channels ({'coordinates' if x is None else 'x' + (', coordinates' if added else '')}); "
-            f"the model takes {in_channels}"
-        )
+        what = "coordinates" if x is None else "x and coordinates" if added else "x"
+        raise ValueError(f"the cloud has {given} channels ({what}); the model takes {in_channels}")

@@ -214,11 +214,11 @@ class PointMamba(PointMambaTrunk):
 
 
 class PointMambaMAE(nn.Module):
-    """Masked autoencoding pre-training: points (B, N, 3) to ``rebuilt`` and ``gt`` patches and the Chamfer ``loss``.
+    """Masked autoencoding pre-training: points (B, N, 3) to ``rebuilt`` patches and their Chamfer ``loss``.
 
     ``mask_ratio`` of the patches are hidden, at random or (``mask_type`` "block") around a random centre;
     ``decoder_depth`` layers rebuild their points from the others'. ``loss``: "cdl2" (squared distances) or "cdl1".
-    Other arguments: :class:`PointMamba`. Outputs: (B * M, group_size, 3) twice, masked patches in sequence order.
+    Other arguments: :class:`PointMamba`. ``rebuilt``: (B * M, group_size, 3), masked patches in sequence order.
     """
 
     not_compilable = PointMambaTrunk.not_compilable
@@ -307,7 +307,8 @@ class PointMambaMAE(nn.Module):
         full, _ = self.decoder(full, self.decoder_pos_embed(centres.to(dtype)))
         rebuilt = self.rebuild(full[mask]).view(-1, trunk.group_size, 3)
         truth = patches[mask]
-        return {"rebuilt": rebuilt, "gt": truth, "loss": chamfer(rebuilt, truth.to(rebuilt.dtype), self.loss_type)}
+        record("gt", truth)
+        return {"rebuilt": rebuilt, "loss": chamfer(rebuilt, truth.to(rebuilt.dtype), self.loss_type)}
 
 
 def chamfer(a: Tensor, b: Tensor, kind: str = "cdl2") -> Tensor:
@@ -350,7 +351,7 @@ class PointMambaSegmentation(PointMambaTrunk):
             PointConv(256, num_classes, bias=True),
         )  # fmt: skip
 
-    def forward(self, points: Tensor, shape: Tensor) -> Tensor:
+    def forward(self, points: Tensor, cls: Tensor) -> Tensor:
         tokens, pos, centres, orders = self.sequence(points)
         _, tapped = self.blocks(tokens, pos, taps=self.taps)
         groups = centres.shape[1]
@@ -359,11 +360,9 @@ class PointMambaSegmentation(PointMambaTrunk):
             back = [gather(h[:, k * groups : (k + 1) * groups], paths.inverse(order)) for k, order in enumerate(orders)]
             streams.append((back[0] + back[1]) / 2)
         x = torch.cat(streams, dim=-1)
-        if bool((shape >= self.shapes).any()) or shape.reshape(-1).shape[0] != points.shape[0]:
-            raise ValueError(
-                f"shape is {shape.tolist()}; expected {points.shape[0]} numbers from 0 to {self.shapes - 1}"
-            )
-        code = self.shape_code(nn.functional.one_hot(shape.reshape(-1), self.shapes).to(x.dtype))
+        if bool((cls >= self.shapes).any()) or cls.reshape(-1).shape[0] != points.shape[0]:
+            raise ValueError(f"cls is {cls.tolist()}; expected {points.shape[0]} numbers from 0 to {self.shapes - 1}")
+        code = self.shape_code(nn.functional.one_hot(cls.reshape(-1), self.shapes).to(x.dtype))
         whole = torch.cat([x.amax(dim=1), x.mean(dim=1), code], dim=-1).unsqueeze(1)
         local = self.propagate(torch.cat([points.to(x.dtype), interpolate(points, centres, x)], dim=-1))
         return self.head(torch.cat([local, whole.expand(-1, points.shape[1], -1)], dim=-1)).transpose(1, 2)

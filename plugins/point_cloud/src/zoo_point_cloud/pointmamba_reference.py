@@ -85,7 +85,7 @@ class PointMambaAdapter(ReferenceAdapter):
         if isinstance(model, PointMambaMAE):
             order = call.get("order") if isinstance(call, Mapping) else None
             found = model(inputs["pts"], inputs.get("mask"), order, record)
-            return {**found, **mids}
+            return {**found, "gt": mids.pop("mid/gt"), **mids}
         assert isinstance(model, PointMamba)
         logits = model.head(model.forward_features(inputs["pts"], record))
         return {"logits": logits, "loss": logits.float().pow(2).mean(), **mids}

@@ -1,0 +1,98 @@
+"""Sampling, neighbours and interpolation against their definitions, with ties and duplicates."""
+
+import numpy as np
+import pytest
+import torch
+
+from zoo_point_cloud import geometry
+from zoo_point_cloud.geometry import farthest_point_sample, interpolate, nearest_neighbours, squared_distances
+
+
+def cloud(kind: str, n: int = 300, batch: int = 2) -> torch.Tensor:
+    g = torch.Generator().manual_seed(len(kind))
+    points = torch.rand(batch, n, 3, generator=g) * 2 - 1
+    if kind == "grid":  # very many equal distances
+        return (points * 3).round() / 3
+    if kind == "duplicates":
+        return points[:, torch.arange(n) % 40]
+    return points
+
+
+def sample_by_definition(points: torch.Tensor, count: int, skip: bool) -> list[int]:
+    chosen, best = [0], np.full(len(points), np.inf, dtype=np.float32)
+    for _ in range(count - 1):
+        best = np.minimum(best, squared_distances(points[chosen[-1]][None], points)[0].numpy())
+        candidates = [i for i in range(len(points)) if not (skip and float((points[i] ** 2).sum()) <= 1e-3)]
+        chosen.append(max(candidates, key=lambda i: (best[i], -i)) if candidates else 0)
+    return chosen
+
+
+@pytest.mark.parametrize("kind", ["random", "grid", "duplicates"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_farthest_points(kind, skip):
+    points = cloud(kind, 60)
+    if skip:
+        points[:, 5:20] *= 0.01
+    found = farthest_point_sample(points, 30, skip_origin=skip)
+    assert found.tolist() == [sample_by_definition(p, 30, skip) for p in points]
+    # The path for other devices gives the same indices.
+    assert torch.equal(geometry._sample_batch(points, 30, skip), found)
+
+
+def neighbours_by_definition(query, points, k):
+    distance = squared_distances(query, points)
+    index = distance.argsort(dim=-1, stable=True)[..., :k]
+    return distance.gather(-1, index), index
+
+
+@pytest.mark.parametrize("kind", ["random", "grid", "duplicates"])
+@pytest.mark.parametrize("n", [100, 400])  # all pairs, and the tree
+def test_nearest_neighbours(kind, n):
+    points = cloud(kind, n)
+    query = points[:, ::3]
+    found = nearest_neighbours(query, points, 12)
+    expected = neighbours_by_definition(query, points, 12)
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0], expected[0])
+
+
+def test_nearest_neighbours_float64_far_from_the_origin():
+    points = cloud("random", 400).double() * 1e-3 + 1e4
+    assert torch.equal(nearest_neighbours(points, points, 5)[1], neighbours_by_definition(points, points, 5)[1])
+
+
+def test_pieces_change_nothing(monkeypatch):
+    points = cloud("grid", 100)
+    whole = geometry._search(points, points, 7)
+    monkeypatch.setattr(geometry, "_PAIRS", 1000)
+    pieces = geometry._search(points, points, 7)
+    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+
+
+def test_interpolation():
+    source, target = cloud("random", 30), cloud("random", 50)
+    features = torch.randn(2, 30, 4)
+    distance = squared_distances(target, source)
+    near, index = distance.topk(3, largest=False)
+    weight = 1 / (near + 1e-8)
+    weight = weight / weight.sum(-1, keepdim=True)
+    expected = torch.stack([(features[b][index[b]] * weight[b, ..., None]).sum(1) for b in range(2)])
+    torch.testing.assert_close(interpolate(target, source, features), expected)
+    torch.testing.assert_close(interpolate(source, source, features), features, atol=1e-4, rtol=1e-4)
+    one = interpolate(target, source[:, :1], features[:, :1])
+    torch.testing.assert_close(one, features[:, :1].expand_as(one))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: farthest_point_sample(p, 11), "11 points are to be sampled from 10"),
+        (lambda p: farthest_point_sample(p[0], 2), r"expected \(batch, points, 3\)"),
+        (lambda p: farthest_point_sample(p[:, :0], 1), "empty"),
+        (lambda p: nearest_neighbours(p, p, 11), "11 nearest neighbours are asked of 10 points"),
+        (lambda p: nearest_neighbours(p.long(), p, 1), "floating"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.rand(1, 10, 3))

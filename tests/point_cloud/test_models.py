@@ -1,0 +1,225 @@
+"""Flags of the three systems that no recorded file sets, keys both ways, and what the models promise."""
+
+import pytest
+import torch
+
+import zoo
+from zoo_point_cloud.occmamba import occupancy
+from zoo_point_cloud.pcm import tiles
+from zoo_point_cloud.pointmamba import chamfer
+
+ENCODER = {
+    "in_channels": 3, "embed_dim": 12, "groups": 1, "res_expansion": 1.0, "use_xyz": True, "dim_expansion": [1, 2],
+    "pre_blocks": [1, 1], "pos_blocks": [0, 0], "k_neighbors": [4, 4], "reducers": [1, 2], "mamba_blocks": [1, 2],
+    "mamba_layers_orders": ["xyz", "z", "hilbert-trans"], "bimamba_type": "v2", "mamba_pos": True,
+    "use_order_prompt": True, "prompt_num_per_order": 2,
+}  # fmt: skip
+HEAD = {"NAME": "ClsHead", "num_classes": 5, "mlps": [8], "norm_args": {"norm": "bn1d"}}
+
+
+def random_state(system, config):
+    """A state dict in the original's format with random values, from our own model's inverse key table."""
+    adapter = zoo.reference(system)
+    models = []
+    load, adapter.load = adapter.load, lambda model, state, **_: models.append(model) or model
+    torch.manual_seed(0)
+    adapter.build(config, {"x.mixer.x_proj_b.weight": torch.empty(0)})
+    adapter.load = load
+    ours = models[0].state_dict()
+    theirs = adapter.to_reference(ours, model=models[0])
+    again = adapter.to_zoo(theirs, model=models[0])
+    assert again.keys() == ours.keys()
+    assert all(torch.equal(again[k], ours[k]) for k in ours)
+    return adapter, theirs
+
+
+@pytest.mark.parametrize(
+    ("flags", "has", "has_not"),
+    [
+        ({}, "encoder.pos_proj.1.weight", "encoder.pos_proj.weight"),
+        ({"groups": 2}, "encoder.pre_blocks_list.0.operation.0.net2.3.weight", None),
+        ({"pos_blocks": [2, 0]}, "encoder.pos_blocks_list.0.operation.1.net1.0.weight", None),
+        ({"pos_type": "layer"}, "encoder.pos_proj.2.weight", "encoder.pos_proj.3.weight"),
+        ({"dim_expansion": [1, 1]}, "encoder.pos_proj.weight", "encoder.residual_proj_blocks_list.1.weight"),
+        ({"pos_proj_type": "mlp"}, "encoder.pos_proj.1.layers.2.weight", None),
+        ({"normalize": "center", "k_strides": [2, 1]}, "encoder.local_grouper_list.0.affine_alpha", None),
+        ({"normalize": None}, None, "encoder.local_grouper_list.0.affine_alpha"),
+        ({"use_xyz": False, "res_expansion": 0.5}, None, None),
+        ({"rms_norm": False}, "encoder.mamba_blocks_list.1.1.norm.bias", None),
+        ({"bimamba_type": "none"}, None, "encoder.mamba_blocks_list.1.1.mixer.A_b_log"),
+        ({"block_residual": False}, None, "encoder.residual_proj_blocks_list.1.weight"),
+        ({"use_order_prompt": False, "mamba_pos": False}, None, "encoder.order_prompt.weight"),
+        ({"cls_pooling": "mean"}, None, None),
+        ({"cls_pooling": "both", "bias": True, "activation": "gelu"}, "encoder.embedding.net.0.bias", None),
+        ({"mamba_layers_orders": "hilbert"}, None, None),
+    ],
+)
+def test_pcm_flags(flags, has, has_not):
+    config = {"encoder_args": {**ENCODER, **flags}, "cls_args": HEAD}
+    adapter, theirs = random_state("pcm", config)
+    assert has is None or has in theirs
+    assert has_not is None or has_not not in theirs
+    model = adapter.build(config, theirs)
+    logits = adapter.run(model, {"pos": torch.rand(2, 40, 3)})["logits"]
+    assert logits.shape == (2, 5)
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_pcm_decoder_with_mamba(parts):
+    decoder = {
+        "NAME": "PointMambaPartDecoder" if parts else "PointMambaDecoder", "encoder_channel_list": [12, 12, 24],
+        "decoder_channel_list": [16, 12], "decoder_blocks": [0, 1], "mamba_blocks": [2, 1],
+        "mamba_layers_orders": ["xyz", "z", "null"], "gmp_dim": 8, "cls_dim": 8,
+    }  # fmt: skip
+    config = {
+        "encoder_args": ENCODER, "decoder_args": decoder, "test_crop": 24,
+        "cls_args": {"num_classes": 6, "mlps": None, "global_feat": "max", "norm_args": {"norm": "bn"}},
+    }  # fmt: skip
+    adapter, theirs = random_state("pcm", config)
+    assert "decoder.mamba_list.0.1.mixer.A_b_log" in theirs
+    model = adapter.build(config, theirs)
+    inputs = {"pos": torch.rand(1, 40, 3), "x": torch.rand(1, 3, 40), "cls": torch.tensor([[3]])}
+    assert adapter.run(model, inputs)["logits"].shape == (1, 6, 40)
+    if parts:
+        with pytest.raises(ValueError, match="from 0 to 15"):
+            model(inputs["pos"], inputs["x"], torch.tensor([16]))
+    last = {**decoder, "mamba_layers_orders": ["xyz", "z", "z"]}
+    with pytest.raises(ValueError, match="'null'"):
+        adapter.build({**config, "decoder_args": last}, theirs)
+
+
+def test_pcm_refuses_what_no_sheet_describes():
+    adapter = zoo.reference("pcm")
+    with pytest.raises(ValueError, match="wings"):
+        adapter.build({"encoder_args": {**ENCODER, "wings": 2}, "cls_args": HEAD}, {"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="bimamba_type is 'v1'"):
+        adapter.build({"encoder_args": {**ENCODER, "bimamba_type": "v1"}, "cls_args": HEAD}, {"x": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("name", ["pcm_modelnet40", "pointmamba_modelnet"])
+def test_per_cloud_order_makes_clouds_independent(name):
+    tiny = {"embed_dim": 16, "depth": 2} if name.startswith("point") else {"embed_dim": 16}
+    model = zoo.create(name, per_cloud_order=True, **tiny).eval()
+    clouds = torch.rand(2, 256, 3)
+    clouds[1] *= 7  # another extent, so other bits of the curve
+    with torch.no_grad():
+        together, alone = model(clouds), model(clouds[:1])
+    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+    assert not model.mixes_batch
+
+
+def test_tiles_cover_a_scene_once():
+    points = torch.rand(500, 3) * torch.tensor([2.0, 5.0, 1.0])
+    found = tiles(points, 60)
+    assert len(found) == 9
+    assert torch.equal(torch.cat(found).sort().values, torch.arange(500))
+    assert len(tiles(points, 240)) == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"max_head": True},
+        {"max_head": True, "avg_head": True},
+        {"use_cls_token": True, "avg_head": True},
+        {"rms_norm": True, "avg_head": True, "drop_out": 0.1},
+    ],
+)
+def test_pointmamba_flags(flags):
+    config = {"trans_dim": 12, "encoder_dims": 12, "depth": 2, "cls_dim": 5, "group_size": 4, "num_group": 8, **flags}
+    adapter, theirs = random_state("pointmamba", config)
+    assert ("cls_token" in theirs) == bool(flags.get("use_cls_token"))
+    model = adapter.build(config, theirs)
+    assert adapter.run(model, {"pts": torch.rand(2, 40, 3)})["logits"].shape == (2, 5)
+    with pytest.raises(ValueError, match="needs at least 8"):
+        model(torch.rand(1, 7, 3))
+    with pytest.raises(ValueError, match="use_cls_token, max_head and avg_head"):
+        adapter.build({k: v for k, v in config.items() if k not in flags}, theirs)
+
+
+@pytest.mark.parametrize("kind", ["rand", "block"])
+@pytest.mark.parametrize("loss", ["cdl1", "cdl2"])
+def test_pointmamba_pretraining(kind, loss):
+    inner = {
+        "mask_ratio": 0.5, "mask_type": kind, "trans_dim": 12, "encoder_dims": 12, "depth": 1, "decoder_depth": 1,
+    }  # fmt: skip
+    config = {"group_size": 4, "num_group": 8, "loss": loss, "mamba_config": inner}
+    adapter, theirs = random_state("pointmamba", config)
+    assert "MAE_decoder.blocks.layers.0.mixer.A_log" in theirs
+    model = adapter.build(config, theirs)
+    centres = torch.rand(3, 8, 3)
+    mask = model.draw_mask(centres)
+    assert mask.sum(1).tolist() == [4, 4, 4]
+    if kind == "block":  # the hidden centres are the nearest to one of them
+        for c, m in zip(centres, mask, strict=True):
+            distance = torch.cdist(c, c)
+            sets = [set(row.topk(4, largest=False).indices.tolist()) for row in distance]
+            assert set(m.nonzero().flatten().tolist()) in sets
+    found = model(torch.rand(2, 30, 3))
+    assert found["rebuilt"].shape == (8, 4, 3)
+    assert found["loss"] > 0
+    found["loss"].backward()
+
+
+def test_chamfer_by_definition():
+    a, b = torch.rand(5, 4, 3), torch.rand(5, 4, 3)
+    d = torch.cdist(a.double(), b.double())
+    there, back = d.amin(2), d.amin(1)
+    assert chamfer(a, b, "cdl2").item() == pytest.approx(((there**2).mean() + (back**2).mean()).item(), rel=1e-5)
+    assert chamfer(a, b, "cdl1").item() == pytest.approx(((there.mean() + back.mean()) / 2).item(), rel=1e-5)
+
+
+OCC = {
+    "in_channels": 4, "out_channels": 5, "trans_dim": 16, "down_blocks": [1, 1], "up_blocks": [1, 1],
+    "fine_input_dim": 8, "norm_cfg": {"type": "GN", "num_groups": 4},
+}  # fmt: skip
+XY, YX = {"order": "H2HE", "coor_order": "xy"}, {"order": "H2HE", "coor_order": "yx", "inverse": True}
+
+
+@pytest.mark.parametrize(
+    ("flags", "key"),
+    [
+        ({}, None),
+        ({"order_method": [XY, YX]}, None),
+        ({"norm_cfg": {"type": "SyncBN"}}, "encoder.1.running_mean"),
+        ({"upsample_ratio": 2}, "fine_out.3.weight"),
+        ({"upsample_ratio": 2, "out_refine": 0.9}, "fine_out_refine.3.weight"),
+        ({"upsample_ratio": 2, "out_refine": 0.5, "refine_method": "ratio"}, "fine_out_refine.0.weight"),
+        ({"cascade_ratio": 2, "final_occ_size": [16, 12, 4]}, "fine_mlp.1.weight"),
+    ],
+)
+def test_occmamba_flags(flags, key):
+    config = {**OCC, **flags}
+    adapter, theirs = random_state("occmamba", config)
+    assert key is None or key in theirs
+    model = adapter.build(config, {f"pts_bbox_head.{k}": v for k, v in theirs.items()})
+    voxels = torch.randn(2, 4, 8, 6, 2)  # not square
+    output = model(voxels)
+    assert output["coarse"].shape == (2, 5, 8, 6, 2)
+    alone = model(voxels[1:])
+    torch.testing.assert_close(alone["coarse"][0], output["coarse"][1], atol=1e-4, rtol=1e-4)
+    if "upsample_ratio" in flags:
+        assert output["fine"].shape == (2, 5, 16, 12, 4)
+    if "cascade_ratio" in flags:
+        wanted = int((output["coarse"][0].argmax(0) != 0).sum()) * 8
+        assert output["fine"][0]["logits"].shape == (wanted, 5)
+        whole = occupancy(output, 0, 2)
+        coords = output["fine"][0]["coords"]
+        assert whole.shape == (16, 12, 4)
+        assert torch.equal(whole[tuple(coords.t())], output["fine"][0]["logits"].argmax(1))
+        model.topk = 3
+        assert len(model(voxels)["fine"][0]["logits"]) == 24
+
+
+def test_occmamba_out_refine_changes_only_unsure_voxels():
+    config = {**OCC, "upsample_ratio": 2, "out_refine": 0.25}
+    adapter, theirs = random_state("occmamba", config)
+    model, voxels = adapter.build(config, theirs), torch.randn(1, 4, 8, 8, 2)
+    refined = model(voxels)["fine"]
+    model.out_refine = 0.0
+    plain = model(voxels)["fine"]
+    unsure = plain.softmax(1).amax(1) <= 0.25
+    changed = (refined != plain).any(1)
+    assert torch.equal(changed, unsure)
+    assert 0 < int(unsure.sum()) < unsure.numel()

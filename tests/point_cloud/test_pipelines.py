@@ -1,0 +1,130 @@
+"""Files in, answers out; and the clouds that cannot be answered."""
+
+import numpy as np
+import pytest
+import torch
+
+import zoo
+from zoo_point_cloud.files import Cloud, read_cloud, write_ply
+
+
+@pytest.fixture
+def points():
+    return np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(0)
+    return zoo.create("pointmamba_modelnet", depth=1, embed_dim=24)
+
+
+def test_formats_agree(tmp_path, points):
+    np.save(tmp_path / "a.npy", points)
+    np.savetxt(tmp_path / "a.xyz", points, fmt="%.9g")
+    np.savetxt(tmp_path / "a.csv", points, fmt="%.9g", delimiter=",", header="x,y,z", comments="")
+    write_ply(tmp_path / "a.ply", points, np.arange(300), np.zeros((300, 3), np.uint8))
+    head = (
+        "# .PCD v0.7\nVERSION 0.7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH 300\nHEIGHT 1\nPOINTS 300\n"
+    )
+    (tmp_path / "a.pcd").write_bytes(f"{head}DATA binary\n".encode() + points.tobytes())
+    rows = "\n".join(" ".join(f"{v:.9g}" for v in row) for row in points)
+    (tmp_path / "b.pcd").write_text(f"{head}DATA ascii\n{rows}\n")
+    for name in ("a.npy", "a.xyz", "a.csv", "a.ply", "a.pcd", "b.pcd"):
+        assert np.array_equal(read_cloud(tmp_path / name).points, points), name
+
+
+def test_colors_are_scaled(points):
+    eight = read_cloud(np.concatenate([points, np.full((300, 3), 128.0)], axis=1))
+    assert eight.colors is not None
+    assert np.allclose(eight.colors, 128 / 255)
+
+
+@pytest.mark.parametrize("kind", ["F", "U"])
+def test_packed_colors_of_pcd(tmp_path, kind):
+    head = f"FIELDS x y z rgb\nSIZE 4 4 4 4\nTYPE F F F {kind}\nCOUNT 1 1 1 1\nPOINTS 1\nDATA binary\n"
+    packed = np.uint32(255 << 16 | 51 << 8 | 102).tobytes()
+    (tmp_path / "a.pcd").write_bytes(head.encode() + np.zeros(3, np.float32).tobytes() + packed)
+    assert np.allclose(read_cloud(tmp_path / "a.pcd").colors, [[1.0, 0.2, 0.4]])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.xyz", b"", "is empty"),
+        ("a.xyz", b"1 2 3\n1 nan 3\n", "1 of 2 points have NaN"),
+        ("a.xyz", b"1 2 3\n4 5\n", "row 2"),
+        ("a.xyz", b"1 2\n3 4\n", "x y z"),
+        ("a.ply", b"no ply", "no readable ply"),
+        ("a.pcd", b"VERSION 0.7\n", "no DATA line"),
+        ("a.pcd", b"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nPOINTS 9\nDATA binary\n123", "after 0 of 9"),
+        ("a.pcd", b"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nPOINTS 9\nDATA binary_compressed\n", "binary_compressed"),
+        ("a.bin", b"", "no format is known"),
+    ],
+)
+def test_broken_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_cloud(tmp_path / name)
+
+
+def test_classification(tmp_path, points, classifier):
+    np.save(tmp_path / "a.npy", points)
+    result = zoo.pipeline(classifier, top_k=3)(str(tmp_path / "a.npy"))
+    assert len(result.labels) == 3
+    assert 0 < result.confidence <= 1
+    assert result.to_dict()["points"] == 300
+    picture = result.save_picture(tmp_path / "a.png")
+    assert picture.stat().st_size > 1000
+
+
+def test_order_of_points_and_duplicates(points, classifier):
+    answer = zoo.pipeline(classifier)
+    again = answer(np.concatenate([points, points[:50]]))
+    assert np.isfinite(again.probabilities).all()
+    many = np.random.default_rng(1).normal(size=(3000, 3))
+    assert answer(many).points == 3000  # thinned to 1024 for the model
+
+
+def test_too_few_points(points, classifier):
+    with pytest.raises(ValueError, match="20 points; pointmamba_modelnet needs at least 64"):
+        zoo.pipeline(classifier)(points[:20])
+
+
+def test_all_points_equal(classifier):
+    result = zoo.pipeline(classifier)(np.ones((100, 3), np.float32))
+    assert np.isfinite(result.probabilities).all()
+
+
+def test_room_segmentation(tmp_path):
+    torch.manual_seed(0)
+    r = np.random.default_rng(2)
+    room = Cloud(r.uniform(0, 1.2, (4000, 3)).astype(np.float32), r.uniform(0, 1, (4000, 3)).astype(np.float32))
+    model = zoo.create("pcm_s3dis", embed_dim=8, decoder_channels=[8, 8, 8, 8], context_dim=8)
+    result = zoo.pipeline(model)(room)
+    assert len(result.labels) == 4000
+    assert sum(result.counts.values()) == 4000
+    written = read_cloud(result.save_ply(tmp_path / "room.ply"))
+    assert np.array_equal(written.points, room.points)
+    assert result.picture().size[0] == 960
+    with pytest.raises(ValueError, match="reads a color"):
+        zoo.pipeline(model)(room.points)
+
+
+def test_part_segmentation_needs_the_kind_of_object(points):
+    model = zoo.create("pcm_tiny_shapenetpart", embed_dim=8, decoder_channels=[8, 8, 8, 8], context_dim=8)
+    with pytest.raises(zoo.errors.BadArgument, match="airplane, bag"):
+        zoo.pipeline(model)
+    result = zoo.pipeline(model, shape="chair")(np.concatenate([points, points, points], axis=1))
+    assert len(result.labels) == 300
+
+
+def test_labels_belong_to_the_cards():
+    from zoo_registry import query, read_labels
+
+    sizes = {}
+    for entry in query("*", domain="point_cloud"):
+        for weights in entry.card.weights.values():
+            if weights.labels:
+                sizes[weights.labels] = len(read_labels(entry.card, weights))
+    assert sizes == {"modelnet40": 40, "scanobjectnn": 15, "shapenetpart": 50, "s3dis": 13}
