@@ -14,7 +14,6 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, Self, TypeVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import get_device_dtype
 from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
@@ -182,9 +181,10 @@ class VisionModel(TrainingHabits, nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one (0: none). ``global_pool`` is left as it is unless the model has one."""
         self.num_classes = num_classes
-        self.head = (
-            nn.Linear(self.num_features, num_classes, **get_device_dtype(self)) if num_classes > 0 else nn.Identity()
-        )
+        like = next(self.parameters())
+        dd: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
 
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True

@@ -14,12 +14,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import timm.models.efficientvim
+import timm
 import torch
 from torch import Tensor, nn
 
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Reshape, Rules
+
+try:
+    import timm.models.efficientvim
+except ImportError as missing:
+    from zoo_registry.errors import MissingExtra
+
+    raise MissingExtra(
+        f"EfficientViM is timm's model, and timm {timm.__version__} does not have it: pip install -U 'timm>=1.0.31'",
+        extra="timm",
+        command="pip install -U 'timm>=1.0.31'",
+    ) from missing
 
 from ._base import Habits, Indices, build, check_reference_config, takes
 

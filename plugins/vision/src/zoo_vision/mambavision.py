@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp, trunc_normal_
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zoo.adapting import NewHead
 from zoo.reference import ReferenceAdapter
@@ -179,7 +179,7 @@ class Level(nn.Module):
             x = x.unflatten(3, (columns, w)).unflatten(2, (rows, w))  # (batch, C, rows, w, columns, w)
             x = x.permute(0, 2, 4, 3, 5, 1).flatten(0, 2).flatten(1, 2)  # (batch * windows, w * w, C)
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
         if self.window is not None:
             x = x.unflatten(1, (w, w)).unflatten(0, (-1, rows, columns)).permute(0, 5, 1, 3, 2, 4)
             x = x.flatten(4, 5).flatten(2, 3)[:, :, :height, :width].contiguous()

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zoo.adapting import Converted
 from zoo.layers import RMSNorm
@@ -217,8 +217,8 @@ class VimTrunk(nn.Module):
         return h, r, kept
 
     def _block(self, i: int, h: Tensor, r: Tensor | None, path: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(self.layers[i], h, r, path)
+        if self.grad_checkpointing:
+            return checkpoint(self.layers[i], h, r, path, use_reentrant=False)
         return self.layers[i](h, r, path)
 
     def _pair(self, i: int, h: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor]:
