@@ -59,10 +59,11 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(1, keepdim=True)
-        variance = (x - mean).pow(2).mean(1, keepdim=True)
+        y = x if x.dtype == torch.float64 else x.float()  # statistics of half-precision maps in single precision
+        y = y - y.mean(1, keepdim=True)
+        y = y / torch.sqrt(y.pow(2).mean(1, keepdim=True) + 1e-6)
         shape = (-1, 1, 1, 1)
-        return (x - mean) / torch.sqrt(variance + 1e-6) * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype) * self.weight.view(shape) + self.bias.view(shape)
 
 
 class MedNeXtBlock(nn.Module):
@@ -224,7 +225,8 @@ class TokenMixer(nn.Module):
         if x.shape[2:] != (self.grid,) * 3:
             raise ValueError(
                 f"MambaMIM: the input gives a grid of {tuple(x.shape[2:])} cells of {STRIDE}^3, this network has "
-                f"positions for {self.grid}^3; give it cubes of side {self.grid * STRIDE}, or build it with another img_size"
+                f"positions for {self.grid}^3; give it cubes of side "
+                f"{self.grid * STRIDE}, or build it with another img_size"
             )
         return x.flatten(2).transpose(1, 2) + self.pos_embed
 
