@@ -194,7 +194,7 @@ class MambaBCD(_ChangeMamba):
     W). Source: arXiv 2404.03425, section III; MambaCD ``STMambaBCD``.
     """
 
-    heads = ("head",)
+    heads = {"num_classes": "head"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -218,31 +218,31 @@ class MambaBCD(_ChangeMamba):
 class MambaSCD(_ChangeMamba):
     """Semantic change detection: where did it change, and from what to what?
 
-    ``num_classes``: land cover classes of both dates (0: unchanged or background); ``change_classes``: 2. The other
-    arguments and the input are :class:`MambaBCD`'s. Output: :class:`SemanticChange`. A class map is the argmax of a
+    ``semantic_classes``: land cover classes of both dates (0: unchanged or background); ``change_classes``: 2. The
+    other arguments and the input are :class:`MambaBCD`'s. Output: :class:`SemanticChange`. A class map is the argmax of a
     date's logits, 0 where the argmax of ``change`` is 0. Source: MambaCD ``STMambaSCD``.
     """
 
-    heads = ("semantic_head",)
+    heads = {"semantic_classes": "semantic_head", "change_classes": "change_head"}  # noqa: RUF012
 
     def __init__(
         self,
         depths: Sequence[int] = (2, 2, 4, 2),
         dims: int | Sequence[int] = 96,
         *,
-        num_classes: int = 7,
+        semantic_classes: int = 7,
         change_classes: int = 2,
         decoder_dim: int = 128,
         in_chans: int = 3,
         **options: Any,
     ) -> None:
         super().__init__(depths, dims, decoder_dim=decoder_dim, in_chans=in_chans, **options)
-        self.num_classes = num_classes
+        self.semantic_classes = semantic_classes
         self.change = ChangeDecoder(self.channels, decoder_dim, self.options)
         self.before = SemanticDecoder(self.channels, decoder_dim, self.options)
         self.after = SemanticDecoder(self.channels, decoder_dim, self.options)
         self.change_head = nn.Conv2d(decoder_dim, change_classes, 1)
-        self.semantic_head = nn.Conv2d(decoder_dim, num_classes, 1)
+        self.semantic_head = nn.Conv2d(decoder_dim, semantic_classes, 1)
 
     def forward(self, before: Tensor, after: Tensor) -> SemanticChange:
         size = before.shape[2:]
@@ -257,29 +257,29 @@ class MambaSCD(_ChangeMamba):
 class MambaBDA(_ChangeMamba):
     """Building damage assessment: where were buildings, and how badly are they damaged?
 
-    ``num_classes``: damage grades (0: background, never a target in training); ``building_classes``: 2. The other
+    ``damage_classes``: damage grades (0: background, never a target in training); ``building_classes``: 2. The other
     arguments and the input are :class:`MambaBCD`'s. Output: :class:`Damage`. The damage map is the argmax of
     ``damage``, 0 where the argmax of ``building`` is 0. Source: MambaCD ``STMambaBDA``.
     """
 
-    heads = ("damage_head",)
+    heads = {"damage_classes": "damage_head", "building_classes": "building_head"}  # noqa: RUF012
 
     def __init__(
         self,
         depths: Sequence[int] = (2, 2, 4, 2),
         dims: int | Sequence[int] = 96,
         *,
-        num_classes: int = 5,
+        damage_classes: int = 5,
         building_classes: int = 2,
         decoder_dim: int = 128,
         in_chans: int = 3,
         **options: Any,
     ) -> None:
         super().__init__(depths, dims, decoder_dim=decoder_dim, in_chans=in_chans, **options)
-        self.num_classes = num_classes
+        self.damage_classes = damage_classes
         self.damage = ChangeDecoder(self.channels, decoder_dim, self.options)
         self.building = SemanticDecoder(self.channels, decoder_dim, self.options)
-        self.damage_head = nn.Conv2d(decoder_dim, num_classes, 1)
+        self.damage_head = nn.Conv2d(decoder_dim, damage_classes, 1)
         self.building_head = nn.Conv2d(decoder_dim, building_classes, 1)
 
     def forward(self, before: Tensor, after: Tensor) -> Damage:

@@ -71,12 +71,12 @@ class ChangeMambaAdapter(PathAdapter):
         options["decoder_dim"] = config.get("decoder_dim", 128)
         model: PairModel
         if any(k.startswith("decoder_T1.") for k in state):
-            classes = {"change_classes": config.get("output_cd", 2), "num_classes": config.get("output_clf", 7)}
+            classes = {"change_classes": config.get("output_cd", 2), "semantic_classes": config.get("output_clf", 7)}
             model = MambaSCD(**options, **classes)
         elif any(k.startswith("decoder_damage.") for k in state):
             classes = {
                 "building_classes": config.get("output_building", 2),
-                "num_classes": config.get("output_damage", 5),
+                "damage_classes": config.get("output_damage", 5),
             }
             model = MambaBDA(**options, **classes)
         else:

@@ -69,11 +69,12 @@ class PairModel(nn.Module):
     """What the change detectors share: a pyramid of each date through one encoder, and what a loader may adapt."""
 
     encoder: Any
-    heads: tuple[str, ...] = ()  #: modules whose width follows num_classes
+    heads: dict[str, str] = {}  # noqa: RUF012 - a constant of each class: argument -> the module whose width it sets
 
     @property
     def ends(self) -> dict[str, Any]:
-        return {"num_classes": NewHead(*self.heads), "in_chans": InputChannels("encoder.patch_embed.conv1.weight")}
+        first = InputChannels("encoder.patch_embed.conv1.weight")
+        return {**{k: NewHead(v) for k, v in self.heads.items()}, "in_chans": first}
 
     def pyramids(self, before: Tensor, after: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Four maps of each date. Both go through the encoder as one batch, except where batch norms would mix them."""

@@ -239,7 +239,7 @@ class MambaFCS(_MambaFCS):
 
     Arguments
         depths, dims: blocks and widths of the encoder; the decoders work at its widths.
-        num_classes: land cover classes of both dates, 0 meaning unchanged; change_classes: 2.
+        semantic_classes: land cover classes of both dates, 0 meaning unchanged; change_classes: 2.
         options: of the blocks, see :data:`zoo_remote_sensing.encoder.DEFAULTS`.
 
     Input: two batches (batch, in_chans, H, W) of one size, any size. Output:
@@ -247,24 +247,24 @@ class MambaFCS(_MambaFCS):
     Source: arXiv 2508.08232, section III; MambaFCS ``STMambaSCD``.
     """
 
-    heads = ("semantic_head",)
+    heads = {"semantic_classes": "semantic_head", "change_classes": "change_head"}  # noqa: RUF012
 
     def __init__(
         self,
         depths: Sequence[int] = (2, 2, 15, 2),
         dims: int | Sequence[int] = 128,
         *,
-        num_classes: int = 7,
+        semantic_classes: int = 7,
         change_classes: int = 2,
         in_chans: int = 3,
         **options: Any,
     ) -> None:
         super().__init__(depths, dims, in_chans, options)
-        self.num_classes = num_classes
+        self.semantic_classes = semantic_classes
         self.before = FCSSemanticDecoder(self.channels, self.options)
         self.after = FCSSemanticDecoder(self.channels, self.options)
         self.change_head = PyramidFusion(self.channels[0], change_classes)
-        self.semantic_head = PyramidFusion(self.channels[0], num_classes)
+        self.semantic_head = PyramidFusion(self.channels[0], semantic_classes)
 
     def forward(self, before: Tensor, after: Tensor) -> SemanticChange:
         size = before.shape[2:]
@@ -281,7 +281,7 @@ class MambaFCSBinary(_MambaFCS):
     """Binary change detection with Mamba-FCS's change decoder alone. Arguments as :class:`MambaFCS`; logits (batch,
     num_classes, H, W). Source: MambaFCS ``MambaBCD.py``."""
 
-    heads = ("head",)
+    heads = {"num_classes": "head"}  # noqa: RUF012
 
     def __init__(
         self,

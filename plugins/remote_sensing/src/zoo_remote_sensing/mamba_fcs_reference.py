@@ -51,7 +51,7 @@ class MambaFCSAdapter(PathAdapter):
         options = translate("Mamba-FCS", config, ("output_cd", "output_clf"))
         if any(k.startswith("decoder_T1.") for k in state):
             model: nn.Module = MambaFCS(
-                **options, change_classes=config.get("output_cd", 2), num_classes=config.get("output_clf", 7)
+                **options, change_classes=config.get("output_cd", 2), semantic_classes=config.get("output_clf", 7)
             )
         else:
             model = MambaFCSBinary(**options)
