@@ -174,7 +174,7 @@ class MambaMIM(nn.Module):
         """In the original's checkpoints, and read by nothing there either."""
         backward = second_direction("sparse_encoder.mae.", len(self.sparse_encoder.mae.blocks))
         unread = ("sparse_encoder.embeddings.encoder1.", "densify_projs.4.")  # the finest map
-        return (*backward, *unread, "mask_tokens.0", "dense_decoder.fuse.0.")
+        return (*backward, *unread, "mask_tokens.0", "mask_tokens.4", "dense_decoder.fuse.0.")
 
     def draw_mask(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """A random grid for each volume: (batch, 1, f, f, f), True in ``round(f^3 (1 - mask_ratio))`` cells."""
