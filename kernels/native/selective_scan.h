@@ -18,6 +18,24 @@ struct Strided {  // (batch, length, paths, ...), last axis contiguous
   }
 };
 
+// A stretch of channels of every row of a tensor. Plain: of the working type and in whole vectors, decided outside the loops.
+template <class V, bool Plain> struct Column {
+  using T = typename V::T;
+  char *p;
+  int64_t stride, dtype;
+  Column(const Strided &x, int64_t b, int64_t k, int64_t c)
+      : p(x.p ? const_cast<char *>(x.row(b, 0, k, 0, c)) : nullptr), stride(x.l * size_of(x.dtype)), dtype(x.dtype) {}
+  Column(void *start, int64_t row, int64_t kind) : p(static_cast<char *>(start)), stride(row * size_of(kind)), dtype(kind) {}
+  ZK_INLINE V get(int64_t row, int64_t c, int lanes) const {
+    if (Plain) return V::load(reinterpret_cast<const T *>(p + row * stride) + c);
+    return load_as<V>(at(p + row * stride, c, dtype), dtype, lanes);
+  }
+  ZK_INLINE void put(V x, int64_t row, int64_t c, int lanes) const {
+    if (Plain) x.store(reinterpret_cast<T *>(p + row * stride) + c);
+    else store_as(x, at(p + row * stride, c, dtype), dtype, lanes);
+  }
+};
+
 struct ScanArgs {
   int64_t batch, length, steps, paths, channels, groups, states, softplus, threads, dual;  // dual: double precision
   Strided u, dt, B, C, z;
@@ -61,12 +79,12 @@ template <class T> struct Chunk {
   }
 };
 
-template <class T> inline void gather_states(T *out, const Strided &x, const int64_t *rows, int64_t steps, int64_t b, int64_t k, int64_t g, int64_t states) {
-  constexpr int64_t own = sizeof(T) == 4 ? ZK_F32 : ZK_F64;
-  for (int64_t t = 0; t < steps; ++t) {
+template <class V> inline void gather_states(typename V::T *out, const Strided &x, const int64_t *rows, int64_t steps, int64_t b, int64_t k, int64_t g, int64_t states) {
+  for (int64_t t = 0; t < steps; ++t, out += states) {
     const char *row = x.row(b, rows[t], k, g, 0);
-    if (x.dtype == own) memcpy(out + t * states, row, size_t(states) * sizeof(T));
-    else for (int64_t n = 0; n < states; ++n) out[t * states + n] = read_as<T>(row, n, x.dtype);
+    int64_t n = 0;
+    for (; n + V::W <= states; n += V::W) load_as<V>(at(row, n, x.dtype), x.dtype, V::W).store(out + n);
+    for (; n < states; ++n) out[n] = read_as<typename V::T>(row, n, x.dtype);
   }
 }
 

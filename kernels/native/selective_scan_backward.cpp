@@ -45,11 +45,16 @@ template <class V> struct Backward {
   static ZK_INLINE void replay(const Tile &w, const T *ZK_RESTRICT A, const T *ZK_RESTRICT B, const T *ZK_RESTRICT C, int64_t states,
                                const uint8_t *drop, int64_t steps, T *ZK_RESTRICT state, bool output) {
     V h[NB];
+    ZK_UNROLL
     for (int n = 0; n < NB; ++n) h[n] = V::load(state + n * W);
     for (int64_t t = 0; t < steps; ++t, B += states, C += states) {
-      if (drop && drop[t]) for (int n = 0; n < NB; ++n) h[n] = zero<V>();
+      if (drop && drop[t]) {
+        ZK_UNROLL
+        for (int n = 0; n < NB; ++n) h[n] = zero<V>();
+      }
       V dv = V::load(w.d + t * W), xv = V::load(w.dx + t * W);
       T *ZK_RESTRICT before = w.before + t * NB * W, *ZK_RESTRICT decay = w.decay + t * NB * W;
+      ZK_UNROLL
       for (int n = 0; n < NB; ++n) {
         h[n].store(before + n * W);
         V e = exp2_of(dv * V::load(A + n * W));
@@ -58,10 +63,12 @@ template <class V> struct Backward {
       }
       if (output) {
         V sum = V::load(w.y + t * W);
+        ZK_UNROLL
         for (int n = 0; n < NB; ++n) sum = fma(h[n], V::set1(C[n]), sum);
         sum.store(w.y + t * W);
       }
     }
+    ZK_UNROLL
     for (int n = 0; n < NB; ++n) h[n].store(state + n * W);  // the state after the chunk
   }
 
@@ -71,6 +78,7 @@ template <class V> struct Backward {
                              const uint8_t *drop, int64_t steps, const T *ZK_RESTRICT after, T *ZK_RESTRICT gradient,
                              T *ZK_RESTRICT dA, T *ZK_RESTRICT sumB, T *ZK_RESTRICT sumC) {
     V g[NB], a[NB], h[NB];
+    ZK_UNROLL
     for (int n = 0; n < NB; ++n) {
       g[n] = V::load(gradient + n * W);
       a[n] = zero<V>();
@@ -82,6 +90,7 @@ template <class V> struct Backward {
       const T *ZK_RESTRICT before = w.before + t * NB * W, *ZK_RESTRICT decay = w.decay + t * NB * W;
       T *ZK_RESTRICT toB = sumB + t * states * W, *ZK_RESTRICT toC = sumC + t * states * W;
       bool dropped = drop && drop[t];
+      ZK_UNROLL
       for (int n = 0; n < NB; ++n) {
         fma(dy, h[n], V::load(toC + n * W)).store(toC + n * W);
         V gn = fma(dy, V::set1(C[t * states + n]), g[n]);
@@ -94,12 +103,16 @@ template <class V> struct Backward {
         dd = fma(inner, V::load(A + n * W), dd);
         g[n] = carried;
       }
-      if (dropped) for (int n = 0; n < NB; ++n) g[n] = zero<V>();
+      if (dropped) {
+        ZK_UNROLL
+        for (int n = 0; n < NB; ++n) g[n] = zero<V>();
+      }
       // The state after the step before a reset is not the (zero) state that the step started from.
       if (dropped && t > 0) restore<NB>(w, t, B, states, h);
       ddx.store(w.ddx + t * W);
       dd.store(w.dd + t * W);
     }
+    ZK_UNROLL
     for (int n = 0; n < NB; ++n) {
       g[n].store(gradient + n * W);
       (V::load(dA + n * W) + a[n]).store(dA + n * W);
@@ -107,6 +120,7 @@ template <class V> struct Backward {
   }
   template <int NB> static ZK_INLINE void restore(const Tile &w, int64_t t, const T *B, int64_t states, V *h) {
     const T *before = w.before + (t - 1) * NB * W, *decay = w.decay + (t - 1) * NB * W;
+    ZK_UNROLL
     for (int n = 0; n < NB; ++n)
       h[n] = fma(V::load(decay + n * W), V::load(before + n * W), V::load(w.dx + (t - 1) * W) * V::set1(B[(t - 1) * states + n]));
   }
@@ -131,6 +145,8 @@ template <class V> struct Backward {
     w.dy = take(kChunk * W), w.y = take(kChunk * W), w.ddx = take(kChunk * W), w.dd = take(kChunk * W);
     w.before = take(kChunk * kMost * W), w.decay = take(kChunk * kMost * W);
     T *sumB = take(kChunk * N * W), *sumC = take(kChunk * N * W), *B = take(kChunk * N), *C = take(kChunk * N);
+    constexpr int64_t own = sizeof(T) == 4 ? ZK_F32 : ZK_F64;
+    bool plain = a.u.dtype == own && a.dt.dtype == own && f.dy.dtype == own && (!a.z.p || a.z.dtype == own);
     FlushSubnormals flush;
     Chunk<T> chunk;
     for (int64_t k = 0; k < a.paths; ++k) {
@@ -149,8 +165,8 @@ template <class V> struct Backward {
       }
       for (int64_t j = ceil_div(count, kChunk) - 1; j >= 0; --j) {
         chunk.set(a, b, k, j, count);
-        gather_states(B, a.B, chunk.rows, chunk.steps, b, k, group, N);
-        gather_states(C, a.C, chunk.rows, chunk.steps, b, k, group, N);
+        gather_states<V>(B, a.B, chunk.rows, chunk.steps, b, k, group, N);
+        gather_states<V>(C, a.C, chunk.rows, chunk.steps, b, k, group, N);
         memset(sumB, 0, size_t(kChunk * N * W) * sizeof(T));
         memset(sumC, 0, size_t(kChunk * N * W) * sizeof(T));
         for (int64_t v = 0; v < vectors; ++v) {
@@ -159,13 +175,15 @@ template <class V> struct Backward {
           T *Av = A + v * N * W, *gv = g + v * N * W;
           const T *border = static_cast<const T *>(f.borders) + ((b * a.paths + k) * a.chunks() + j) * N * a.channels + c;
           for (int64_t n = 0; n < N; ++n) V::load_n(border + n * a.channels, lanes).store(h + n * W);
-          prologue(f, chunk, b, k, c, lanes, w);
+          bool full = plain && lanes == W;
+          full ? prologue<true>(f, chunk, b, k, c, lanes, w) : prologue<false>(f, chunk, b, k, c, lanes, w);
           each_block<kMost>(N, [&](auto block, int64_t n) {
             constexpr int NB = decltype(block)::value;
             replay<NB>(w, Av + n * W, B + n, C + n, N, chunk.drop, chunk.steps, h + n * W, f.dz != nullptr);
             back<NB>(w, Av + n * W, B + n, C + n, N, chunk.drop, chunk.steps, h + n * W, gv + n * W, dA + (v * N + n) * W, sumB + n * W, sumC + n * W);
           });
-          epilogue(f, chunk, b, k, c, lanes, w, dD + v * W, dbias + v * W);
+          full ? epilogue<true>(f, chunk, b, k, c, lanes, w, dD + v * W, dbias + v * W)
+               : epilogue<false>(f, chunk, b, k, c, lanes, w, dD + v * W, dbias + v * W);
         }
         int64_t part = (i % blocks.per_group) * a.batch + b;
         for (int64_t t = 0; t < chunk.steps; ++t) {
@@ -189,19 +207,19 @@ template <class V> struct Backward {
     }
   }
 
-  static ZK_INLINE void prologue(const BackwardArgs &f, const Chunk<T> &chunk, int64_t b, int64_t k, int64_t c, int lanes, const Tile &w) {
+  template <bool Plain>
+  static void prologue(const BackwardArgs &f, const Chunk<T> &chunk, int64_t b, int64_t k, int64_t c, int lanes, const Tile &w) {
     const ScanArgs &a = f.scan;
     V bias = a.bias ? V::load_n(static_cast<const T *>(a.bias) + k * a.channels + c, lanes) : zero<V>();
+    Column<V, Plain> u(a.u, b, k, c), dt(a.dt, b, k, c), up(f.dy, b, 0, c), z(a.z, b, 0, c);
     for (int64_t t = 0; t < chunk.steps; ++t) {
       int64_t row = chunk.rows[t];
-      V x = load_as<V>(a.u.row(b, row, k, 0, c), a.u.dtype, lanes);
-      V s = load_as<V>(a.dt.row(b, row, k, 0, c), a.dt.dtype, lanes) + bias;
+      V x = u.get(row, 0, lanes), s = dt.get(row, 0, lanes) + bias, dy = up.get(row, 0, lanes);
       if (a.softplus) {
         sigmoid(s).store(w.slope + t * W);
         s = softplus(s);
       }
-      V dy = load_as<V>(f.dy.row(b, row, 0, 0, c), f.dy.dtype, lanes);
-      if (a.z.p) dy = dy * silu(load_as<V>(a.z.row(b, row, 0, 0, c), a.z.dtype, lanes));
+      if (z.p) dy = dy * silu(z.get(row, 0, lanes));
       s.store(w.d + t * W);
       x.store(w.x + t * W);
       (s * x).store(w.dx + t * W);
@@ -212,10 +230,18 @@ template <class V> struct Backward {
     }
   }
 
-  static ZK_INLINE void epilogue(const BackwardArgs &f, const Chunk<T> &chunk, int64_t b, int64_t k, int64_t c, int lanes, const Tile &w, T *dD, T *dbias) {
+  template <bool Plain>
+  static void epilogue(const BackwardArgs &f, const Chunk<T> &chunk, int64_t b, int64_t k, int64_t c, int lanes, const Tile &w, T *dD, T *dbias) {
     const ScanArgs &a = f.scan;
+    constexpr int64_t own = sizeof(T) == 4 ? ZK_F32 : ZK_F64;
     V D = a.D ? V::load_n(static_cast<const T *>(a.D) + k * a.channels + c, lanes) : zero<V>();
     V sumD = zero<V>(), sum_bias = zero<V>();
+    bool shared = f.du_paths == 1;
+    int64_t rows = b * a.length;
+    Column<V, Plain> z(a.z, b, 0, c), up(f.dy, b, 0, c);
+    Column<V, Plain> du_to(static_cast<T *>(f.du) + (rows * f.du_paths + (shared ? 0 : k)) * a.channels + c, f.du_paths * a.channels, own);
+    Column<V, Plain> ddt_to(static_cast<T *>(f.ddt) + (rows * a.paths + k) * a.channels + c, a.paths * a.channels, own);
+    Column<V, Plain> dz_to(f.dz ? static_cast<T *>(f.dz) + rows * a.channels + c : nullptr, a.channels, own);
     for (int64_t t = 0; t < chunk.steps; ++t) {
       int64_t row = chunk.rows[t];
       V x = V::load(w.x + t * W), dy = V::load(w.dy + t * W), ddx = V::load(w.ddx + t * W);
@@ -224,17 +250,12 @@ template <class V> struct Backward {
       if (a.softplus) dd = dd * V::load(w.slope + t * W);
       sumD = fma(dy, x, sumD);
       sum_bias = sum_bias + dd;
-      int64_t shared = f.du_paths == 1;
-      T *to = static_cast<T *>(f.du) + ((b * a.length + row) * f.du_paths + (shared ? 0 : k)) * a.channels + c;
-      if (shared && k) du = du + V::load_n(to, lanes);
-      du.store_n(to, lanes);
-      dd.store_n(static_cast<T *>(f.ddt) + ((b * a.length + row) * a.paths + k) * a.channels + c, lanes);
-      if (f.dz) {
-        V z = load_as<V>(a.z.row(b, row, 0, 0, c), a.z.dtype, lanes), one = V::set1(1), s = sigmoid(z);
-        V y = fma(D, x, V::load(w.y + t * W));
-        V slope = s * fma(z, one - s, one);
-        V up = load_as<V>(f.dy.row(b, row, 0, 0, c), f.dy.dtype, lanes);
-        (up * y * slope).store_n(static_cast<T *>(f.dz) + (b * a.length + row) * a.channels + c, lanes);
+      if (shared && k) du = du + du_to.get(row, 0, lanes);
+      du_to.put(du, row, 0, lanes);
+      ddt_to.put(dd, row, 0, lanes);
+      if (dz_to.p) {
+        V gate = z.get(row, 0, lanes), one = V::set1(1), s = sigmoid(gate), y = fma(D, x, V::load(w.y + t * W));
+        dz_to.put(up.get(row, 0, lanes) * y * s * fma(gate, one - s, one), row, 0, lanes);
       }
     }
     (V::load(dD) + sumD).store(dD);

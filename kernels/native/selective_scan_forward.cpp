@@ -19,11 +19,16 @@ ZK_INLINE void walk(const typename V::T *ZK_RESTRICT d, const typename V::T *ZK_
                     int64_t states, const uint8_t *drop, int64_t steps, typename V::T *ZK_RESTRICT state) {
   constexpr int W = V::W;
   V h[NB];
+  ZK_UNROLL
   for (int n = 0; n < NB; ++n) h[n] = V::load(state + n * W);
   for (int64_t t = 0; t < steps; ++t, B += states, C += states) {
-    if (drop && drop[t]) for (int n = 0; n < NB; ++n) h[n] = zero<V>();
+    if (drop && drop[t]) {
+      ZK_UNROLL
+      for (int n = 0; n < NB; ++n) h[n] = zero<V>();
+    }
     V dv = V::load(d + t * W), xv = V::load(dx + t * W);
     V sum = V::load(y + t * W), other = zero<V>();
+    ZK_UNROLL
     for (int n = 0; n < NB; ++n) {
       h[n] = fma(exp2_of(dv * V::load(A + n * W)), h[n], xv * V::set1(B[n]));
       if (n % 2) other = fma(h[n], V::set1(C[n]), other);
@@ -31,12 +36,15 @@ ZK_INLINE void walk(const typename V::T *ZK_RESTRICT d, const typename V::T *ZK_
     }
     (sum + other).store(y + t * W);
   }
+  ZK_UNROLL
   for (int n = 0; n < NB; ++n) h[n].store(state + n * W);
 }
 
 template <class V> struct Forward {
   using T = typename V::T;
   static constexpr int W = V::W;
+  // One chunk of one vector of channels, and a line more: at multiples of 4096 bytes the tiles would share cache sets.
+  static constexpr int64_t kTile = (kChunk + 1) * W;
   // As many states at a time as the registers hold.
 #if defined(ZK_AVX512) || defined(ZK_NEON)
   static constexpr int kMost = sizeof(T) == 4 ? 16 : 4;
@@ -48,10 +56,12 @@ template <class V> struct Forward {
     const ScanArgs &a = f.scan;
     int64_t N = a.states, first = blocks.first(i), end = blocks.end(i), group = blocks.group(i);
     int64_t vectors = ceil_div(end - first, W), count = a.count(b);
-    Scratch<T> memory(vectors * N * W * 2 + 2 * kChunk * N + 3 * kChunk * W);
+    Scratch<T> memory(vectors * N * W * 2 + 2 * kChunk * N + 3 * kTile * vectors);
     if (!memory.data) { *failed = ZK_NO_MEMORY; return; }
-    T *h = memory.data, *A = h + vectors * N * W, *d = A + vectors * N * W, *dx = d + kChunk * W, *y = dx + kChunk * W;
-    T *B = y + kChunk * W, *C = B + kChunk * N;
+    T *h = memory.data, *A = h + vectors * N * W, *d = A + vectors * N * W, *dx = d + kTile * vectors, *y = dx + kTile * vectors;
+    T *B = y + kTile * vectors, *C = B + kChunk * N;
+    constexpr int64_t own = sizeof(T) == 4 ? ZK_F32 : ZK_F64;
+    bool plain = (end - first) % W == 0 && a.u.dtype == own && a.dt.dtype == own && (!a.z.p || a.z.dtype == own) && f.y_dtype == own;
     FlushSubnormals flush;
     Chunk<T> chunk;
     for (int64_t k = 0; k < a.paths; ++k) {
@@ -67,22 +77,19 @@ template <class V> struct Forward {
       }
       for (int64_t j = 0; j * kChunk < count; ++j) {
         chunk.set(a, b, k, j, count);
-        gather_states(B, a.B, chunk.rows, chunk.steps, b, k, group, N);
-        gather_states(C, a.C, chunk.rows, chunk.steps, b, k, group, N);
-        for (int64_t v = 0; v < vectors; ++v) {
-          int64_t c = first + v * W;
-          int lanes = int(min_of(W, end - c));
-          T *hv = h + v * N * W, *Av = A + v * N * W;
-          if (f.borders) {
-            T *out = static_cast<T *>(f.borders) + (((b * a.paths + k) * a.chunks() + j) * N) * a.channels + c;
-            for (int64_t n = 0; n < N; ++n) V::load(hv + n * W).store_n(out + n * a.channels, lanes);
-          }
-          prologue(a, chunk, b, k, c, lanes, d, dx, y);
+        gather_states<V>(B, a.B, chunk.rows, chunk.steps, b, k, group, N);
+        gather_states<V>(C, a.C, chunk.rows, chunk.steps, b, k, group, N);
+        if (f.borders)
+          for (int64_t v = 0; v < vectors; ++v)
+            for (int64_t n = 0; n < N; ++n)
+              V::load(h + (v * N + n) * W).store_n(static_cast<T *>(f.borders) + (((b * a.paths + k) * a.chunks() + j) * N + n) * a.channels + first + v * W, int(min_of(W, end - first - v * W)));
+        plain ? prologue<true>(a, chunk, b, k, first, end, d, dx, y) : prologue<false>(a, chunk, b, k, first, end, d, dx, y);
+        for (int64_t v = 0; v < vectors; ++v)
           each_block<kMost>(N, [&](auto block, int64_t n) {
-            walk<V, decltype(block)::value>(d, dx, y, Av + n * W, B + n, C + n, N, chunk.drop, chunk.steps, hv + n * W);
+            int64_t tile = v * kTile, states = (v * N + n) * W;
+            walk<V, decltype(block)::value>(d + tile, dx + tile, y + tile, A + states, B + n, C + n, N, chunk.drop, chunk.steps, h + states);
           });
-          epilogue(f, chunk, b, k, c, lanes, y);
-        }
+        plain ? epilogue<true>(f, chunk, b, k, first, end, y) : epilogue<false>(f, chunk, b, k, first, end, y);
       }
       if (f.final_state)
         for (int64_t v = 0; v < vectors; ++v)
@@ -91,33 +98,46 @@ template <class V> struct Forward {
     }
   }
 
-  static ZK_INLINE void prologue(const ScanArgs &a, const Chunk<T> &chunk, int64_t b, int64_t k, int64_t c, int lanes, T *d, T *dx, T *y) {
-    V bias = a.bias ? V::load_n(static_cast<const T *>(a.bias) + k * a.channels + c, lanes) : zero<V>();
-    V D = a.D ? V::load_n(static_cast<const T *>(a.D) + k * a.channels + c, lanes) : zero<V>();
+  // Rows are read, and below written, over the whole block of channels at once: neighbouring cache lines.
+  template <bool Plain>
+  static void prologue(const ScanArgs &a, const Chunk<T> &chunk, int64_t b, int64_t k, int64_t first, int64_t end, T *ZK_RESTRICT d, T *ZK_RESTRICT dx, T *ZK_RESTRICT y) {
+    const T *bias = a.bias ? static_cast<const T *>(a.bias) + k * a.channels : nullptr;
+    const T *D = a.D ? static_cast<const T *>(a.D) + k * a.channels : nullptr;
+    Column<V, Plain> u(a.u, b, k, first), dt(a.dt, b, k, first);
     for (int64_t t = 0; t < chunk.steps; ++t) {
-      V x = load_as<V>(a.u.row(b, chunk.rows[t], k, 0, c), a.u.dtype, lanes);
-      V s = load_as<V>(a.dt.row(b, chunk.rows[t], k, 0, c), a.dt.dtype, lanes) + bias;
-      if (a.softplus) s = softplus(s);
-      s.store(d + t * W);
-      (s * x).store(dx + t * W);
-      (a.D ? D * x : zero<V>()).store(y + t * W);
+      int64_t to = t * W;
+      for (int64_t c = first; c < end; c += W, to += kTile) {
+        int lanes = Plain ? W : int(min_of(W, end - c));
+        V x = u.get(chunk.rows[t], c - first, lanes), s = dt.get(chunk.rows[t], c - first, lanes);
+        if (bias) s = s + part<Plain>(bias + c, lanes);
+        if (a.softplus) s = softplus(s);
+        s.store(d + to);
+        (s * x).store(dx + to);
+        (D ? part<Plain>(D + c, lanes) * x : zero<V>()).store(y + to);
+      }
     }
   }
+  template <bool Plain> static ZK_INLINE V part(const T *p, int lanes) { return Plain ? V::load(p) : V::load_n(p, lanes); }
 
-  static ZK_INLINE void epilogue(const ForwardArgs &f, const Chunk<T> &chunk, int64_t b, int64_t k, int64_t c, int lanes, const T *y) {
+  template <bool Plain>
+  static void epilogue(const ForwardArgs &f, const Chunk<T> &chunk, int64_t b, int64_t k, int64_t first, int64_t end, const T *ZK_RESTRICT y) {
     const ScanArgs &a = f.scan;
+    Column<V, Plain> z(a.z, b, 0, first), out(at(f.y, b * a.length * a.channels + first, f.y_dtype), a.channels, f.y_dtype);
     for (int64_t t = 0; t < chunk.steps; ++t) {
-      V out = V::load(y + t * W);
-      if (a.z.p) out = out * silu(load_as<V>(a.z.row(b, chunk.rows[t], 0, 0, c), a.z.dtype, lanes));
-      char *to = at(f.y, (b * a.length + chunk.rows[t]) * a.channels + c, f.y_dtype);
-      if (k) out = out + load_as<V>(to, f.y_dtype, lanes);
-      store_as(out, to, f.y_dtype, lanes);
+      const T *from = y + t * W;
+      for (int64_t c = first; c < end; c += W, from += kTile) {
+        int lanes = Plain ? W : int(min_of(W, end - c));
+        V sum = V::load(from);
+        if (z.p) sum = sum * silu(z.get(chunk.rows[t], c - first, lanes));
+        if (k) sum = sum + out.get(chunk.rows[t], c - first, lanes);
+        out.put(sum, chunk.rows[t], c - first, lanes);
+      }
     }
   }
 
   static int64_t run(const ForwardArgs &f) {
     const ScanArgs &a = f.scan;
-    int64_t size = 64;  // channels in a block; the results do not depend on it
+    int64_t size = 128;  // channels in a block; the results do not depend on it
     while (size > 16 && a.batch * ChannelBlocks(a, size).total(a) < 4 * a.threads) size /= 2;
     ChannelBlocks blocks(a, size);
     int64_t failed = ZK_OK, total = blocks.total(a);

@@ -23,6 +23,15 @@ static_assert(sizeof(void *) == 8, "64-bit platforms only");
 #define ZK_EXPORT(name) ZK_PUBLIC int64_t ZK_JOIN(zk_, name##__, ZK_ISA)
 #define ZK_NAMESPACE ZK_JOIN(zk, _, ZK_ISA)
 
+// Before a loop over the registers of a block: without it they become an array in memory.
+#if defined(__clang__)
+#define ZK_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define ZK_UNROLL _Pragma("GCC unroll 16")
+#else
+#define ZK_UNROLL
+#endif
+
 #if defined(_MSC_VER) && !defined(__clang__)
 #define ZK_INLINE __forceinline
 #define ZK_RESTRICT __restrict

@@ -79,7 +79,7 @@ def canonical_path(
         )
     if path.shape[-1] > length:
         raise ValueError(
-            f"{operator}: path has {path.shape[-1]} steps; at most length {length} are possible, for no row is visited twice"
+            f"{operator}: path has {path.shape[-1]} steps; at most length {length} fit, each row once"
         )
     return path.to(torch.int64).contiguous()
 

@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,18 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 _BITS = {"baseline": 1, "avx2": 2, "avx512": 4, "neon": 8}
 
 
+def library_path() -> Path:
+    """The library in the package, or another build of it (with sanitizers, say) that ZOO_KERNELS_LIBRARY names."""
+    other = os.environ.get("ZOO_KERNELS_LIBRARY")
+    return Path(other) if other else build.PACKAGE / build.LIBRARY
+
+
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     if sys.maxsize < 2**32:
         return "the native library needs a 64-bit platform"
-    path = build.PACKAGE / build.LIBRARY
+    path = library_path()
     if not path.exists():
         note = build.PACKAGE / "native_missing.txt"
         if note.exists():
@@ -154,7 +161,7 @@ def describe() -> dict[str, Any]:
     stale = build.SOURCES.is_dir() and built != build.digest()
     return {
         "available": True,
-        "library": str(build.PACKAGE / build.LIBRARY),
+        "library": str(library_path()),
         "isa": isa(),
         "threads": threads(),
         "stale": stale,  # the sources beside it have changed since it was built
