@@ -1,5 +1,6 @@
 """Vim, MambaOut, EfficientViM and MambaVision against the originals: recorded tensors, full sizes, keys both ways."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,32 @@ def test_a_checkpoint_of_parallel_training_loads():
     for prefix in ("module.", "model."):
         model = adapter.build(golden.config, {prefix + k: v for k, v in golden.state.items()})
         torch.testing.assert_close(model(golden.inputs["image"]), golden.outputs["logits"], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("stem", ["vim__midclstok_v2", "efficientvim__plain", "mambavision__tiny_flavour"])
+def test_a_users_checkpoint_in_the_originals_format_loads(stem, tmp_path):
+    """As the originals' scripts write it, arguments and all; EfficientViM's keys are ours, its shapes are not."""
+    golden = read_golden(TESTS / f"golden/{stem}.safetensors")
+    names = {"vim": "vim_tiny", "efficientvim": "efficientvim_m1", "mambavision": "mambavision_tiny_1k"}
+    shared = ("img_size", "depth", "embed_dim", "d_state", "depths", "state_dim", "mlp_ratio", "dim", "in_dim",
+              "window_size", "num_heads")  # fmt: skip
+    name, config = names[golden.system], {k: v for k, v in golden.config.items() if k in shared}
+    if golden.system == "efficientvim":
+        config.pop("in_dim")  # the image channels there
+    file = tmp_path / "checkpoint.pth"
+    torch.save({"model": golden.state, "state_dict": golden.state, "args": argparse.Namespace(lr=1e-3)}, file)
+    key = {"mambavision": "state_dict"}.get(golden.system, "model")
+    model = zoo.load(name, checkpoint=file, subkey=key, num_classes=10, **config)
+    torch.testing.assert_close(model(golden.inputs["image"]), golden.outputs["logits"], rtol=1e-3, atol=1e-3)
+
+
+def test_detection_checkpoints_give_backbone_and_neck():
+    golden = read_golden(TESTS / "golden/efficientvim__dense_fpn.safetensors")
+    adapter = zoo.reference("efficientvim")
+    heads = {"roi_head.bbox_head.fc_cls.weight": torch.zeros(2, 2), "rpn_head.rpn_cls.bias": torch.zeros(1)}
+    whole = golden.state | heads
+    model = adapter.build(golden.config, whole)
+    torch.testing.assert_close(model(golden.inputs["image"])[0], golden.outputs["fpn0"], rtol=1e-4, atol=1e-4)
 
 
 def test_timm_and_original_keys_give_the_same_mambaout():

@@ -178,6 +178,10 @@ def fill(
     """
     own = model.state_dict(keep_vars=True)
     full = dict(state)
+    for key in own:
+        # Batch norm's step counters change no output, and older or converted files leave them out.
+        if key.endswith(".num_batches_tracked") and key not in full:
+            full[key] = torch.zeros((), dtype=torch.long)
     groups = tied_groups(model)
     for group in groups:
         _share(full, [name for name in group if name in own or name in full], what)

@@ -85,20 +85,20 @@ def read_own(
 ) -> State:
     """The tensors of a user's file under the zoo's keys, whichever of the two formats it is in.
 
-    A file that ``zoo.save`` wrote says so. For others both readings are compared with the keys of ``model``, and the
+    A file that ``zoo.save`` wrote says so. For others both readings are compared with keys and shapes of ``model``, the
     one that fits better is taken; an error then speaks about that one.
     """
     if "zoo_config" in _said(files):
         return checkpoints.read_safetensors(files.paths, device=device)
     state = _foreign_state(files, None, subkey, hint=weights.subkey if weights is not None else None)
-    own = set(model.state_dict(keep_vars=True))
-    as_is = len(own ^ set(state))
+    own = _shapes(model.state_dict(keep_vars=True))
+    as_is = len(own ^ _shapes(state))
     if as_is == 0:
         return _moved(state, device)
     system = (weights.converter if weights is not None else None) or card.system
     try:
         adapter = catalog.adapter(system)
-        theirs = set(_through(adapter, {k: v.to("meta") for k, v in state.items()}, model, files))
+        theirs = _shapes(_through(adapter, {k: v.to("meta") for k, v in state.items()}, model, files))
     except (errors.UnknownSystem, NotImplementedError, errors.BadCheckpoint) as error:
         logger.info("%s is not in the format of %s (%s)", files.paths[0], system, error)
         return _moved(state, device)
@@ -111,6 +111,12 @@ def read_own(
         lambda path: _write(_through(adapter, state, model, files), path),
     )
     return checkpoints.read_safetensors([converted], device=device)
+
+
+def _shapes(state: Mapping[str, Any]) -> set[tuple[str, tuple[int, ...]]]:
+    """Keys with their shapes: two formats may share every key. Counters do not tell formats apart."""
+    named = ((k, v) for k, v in state.items() if isinstance(v, Tensor) and not k.endswith(".num_batches_tracked"))
+    return {(k, tuple(v.shape)) for k, v in named}
 
 
 def _said(files: store.Files) -> dict[str, str]:

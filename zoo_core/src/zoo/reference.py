@@ -161,10 +161,6 @@ class ReferenceAdapter(ABC):
         from .building import fill
 
         ours = self.to_zoo(state, model=model)
-        for key in model.state_dict():
-            # Batch norm's step counters change no output, and older or converted files leave them out.
-            if key.endswith(".num_batches_tracked") and key not in ours:
-                ours[key] = torch.zeros((), dtype=torch.long)
         return fill(model, ours, what=f"{what}, read as {self.system}").eval()
 
 

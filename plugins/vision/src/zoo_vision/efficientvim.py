@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.reference import ReferenceAdapter
-from zoo.rules import Rename, Reshape, Rules
+from zoo.rules import Drop, Rename, Reshape, Rules
 
 try:
     import timm.models.efficientvim
@@ -114,7 +114,12 @@ class EfficientViMAdapter(ReferenceAdapter):
             return backbone_rules(stages)
         from .efficientvim_dense import NECK_RULES
 
-        return Rules(NECK_RULES.nested("neck.", "neck."), backbone_rules(stages).nested("backbone.", "backbone."))
+        heads = ("rpn_head", "roi_head", "bbox_head", "auxiliary_head")  # mmdetection's and mmsegmentation's own
+        return Rules(
+            *(Drop(f"{head}.{{rest:*}}") for head in heads),
+            NECK_RULES.nested("neck.", "neck."),
+            backbone_rules(stages).nested("backbone.", "backbone."),
+        )
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
         if "backbone" in config or "neck" in config or any(k.startswith("neck.") for k in state):
