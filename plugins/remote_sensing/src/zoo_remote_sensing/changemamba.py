@@ -219,8 +219,8 @@ class MambaSCD(_ChangeMamba):
     """Semantic change detection: where did it change, and from what to what?
 
     ``semantic_classes``: land cover classes of both dates (0: unchanged or background); ``change_classes``: 2. The
-    other arguments and the input are :class:`MambaBCD`'s. Output: :class:`SemanticChange`. A class map is the argmax of a
-    date's logits, 0 where the argmax of ``change`` is 0. Source: MambaCD ``STMambaSCD``.
+    other arguments and the input are :class:`MambaBCD`'s. Output: :class:`SemanticChange`. A class map is the argmax
+    of a date's logits, 0 where the argmax of ``change`` is 0. Source: MambaCD ``STMambaSCD``.
     """
 
     heads = {"semantic_classes": "semantic_head", "change_classes": "change_head"}  # noqa: RUF012

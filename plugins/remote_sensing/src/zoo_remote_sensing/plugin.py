@@ -22,3 +22,12 @@ def zoo_adapters() -> Mapping[str, str]:
         "rsmamba": "zoo_remote_sensing.rsmamba_reference:RSMambaAdapter",
         "morpmamba": "zoo_remote_sensing.morpmamba_reference:MorpMambaAdapter",
     }
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {
+        "binary-change-detection": "zoo_remote_sensing.pipelines:ChangeDetection",
+        "semantic-change-detection": "zoo_remote_sensing.pipelines:SemanticChangeDetection",
+        "damage-assessment": "zoo_remote_sensing.pipelines:DamageAssessment",
+    }

@@ -1,0 +1,79 @@
+"""Change detectors beyond parity with their originals: arrangements, sizes, tiles, answers, errors."""
+
+import numpy as np
+import pytest
+import torch
+
+import zoo
+from zoo_registry import errors
+from zoo_remote_sensing.encoder import forward_type
+from zoo_remote_sensing.losses import lovasz_softmax
+from zoo_remote_sensing.tiling import tiled
+
+TINY = {"dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "decoder_dim": 8, "mlp_ratio": 1.0}
+
+
+@pytest.fixture(scope="module")
+def semantic():
+    torch.manual_seed(0)
+    return zoo.create("changemamba_scd_tiny", **TINY).eval()
+
+
+def test_odd_sizes_and_mismatched_dates(semantic):
+    with torch.no_grad():
+        out = semantic(torch.randn(1, 3, 33, 47), torch.randn(1, 3, 33, 47))
+    assert [tuple(t.shape) for t in out] == [(1, 2, 33, 47), (1, 7, 33, 47), (1, 7, 33, 47)]
+    with pytest.raises(ValueError, match="one grid"):
+        semantic(torch.randn(1, 3, 32, 32), torch.randn(1, 3, 32, 40))
+
+
+def test_misspelt_option_is_named():
+    with pytest.raises(errors.BadArgument, match="mlp_ration"):
+        zoo.create("changemamba_bcd_tiny", mlp_ration=2.0)
+
+
+def test_forward_types():
+    assert forward_type("v3noz") == {"gate": False, "gate_act": True, "out_norm": "norm"}
+    assert forward_type("v2nonenozact") == {"gate": True, "gate_act": False, "out_norm": "none"}
+    with pytest.raises(ValueError, match="forward_type"):
+        forward_type("v9noz")
+
+
+def test_reference_keys_go_both_ways(semantic):
+    adapter = zoo.reference("changemamba")
+    theirs = adapter.to_reference(semantic.state_dict(), model=semantic)
+    assert "decoder_T1.st_block_4_semantic.2.op.A_logs" in theirs
+    back = adapter.to_zoo(theirs, model=semantic)
+    assert all(torch.equal(back[k], v) for k, v in semantic.state_dict().items())
+
+
+def test_lovasz_by_hand():
+    # one pixel of class 0 with p = 0.5, one of class 1 with p = 1: errors 0.5 and 0 -> (0.5 * 1 + 0.5 * 1/2) / 2
+    logits = torch.tensor([[0.0, -1e4], [0.0, 1e4]]).view(1, 2, 1, 2)
+    assert lovasz_softmax(logits, torch.tensor([[[0, 1]]])).item() == pytest.approx(0.375)
+
+
+def test_tiles_of_a_pointwise_map_blend_to_the_whole():
+    image = torch.rand(1, 2, 70, 53)
+    sizes = []
+
+    def run(x):
+        sizes.append(tuple(x.shape[2:]))
+        return {"y": x * 2}
+
+    assert torch.allclose(tiled(run, (image,), 32, 8)["y"], image * 2, atol=1e-6)
+    assert set(sizes) == {(32, 32)}
+
+
+def test_pair_of_pictures_to_a_map(semantic, tmp_path):
+    rng = np.random.default_rng(0)
+    before, after = (rng.integers(0, 255, (40, 64, 3), dtype=np.uint8) for _ in range(2))
+    pipe = zoo.pipeline(semantic, tile=32, overlap=8, pixel_area=100.0)
+    found = pipe((before, after))
+    assert found.changed.shape == (40, 64)
+    assert sum(found.counts.values()) == int(found.changed.sum())
+    assert found.hectares == pytest.approx(found.changed.sum() / 100)
+    assert not found.before[found.changed == 0].any()
+    assert found.save_picture(tmp_path / "map.png").stat().st_size > 0
+    with pytest.raises(errors.BadArgument, match="64 x 40 and 40 x 40"):
+        pipe((before, after[:, :40]))
