@@ -23,3 +23,8 @@ def zoo_adapters() -> Mapping[str, str]:
         "umamba": "zoo_medical.umamba:UMambaAdapter",
         "vm_unet": "zoo_medical.vm_unet:VMUNetAdapter",
     }
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {"medical-segmentation": "zoo_medical.pipelines:MedicalSegmentation"}

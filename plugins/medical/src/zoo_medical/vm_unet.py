@@ -58,6 +58,7 @@ class VMUNet(nn.Module):
                 "the decoder mirrors the encoder"
             )
         self.in_chans, self.num_classes = in_chans, num_classes
+        self.accepted_channels = [3, 1] if in_chans == 3 else [in_chans]
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         rates_up = torch.linspace(0, drop_path_rate, sum(depths_decoder), device="cpu").tolist()[::-1]
         self.patch_embed = PatchEmbed(in_chans, dims[0], 4)
@@ -86,7 +87,7 @@ class VMUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 4 and x.shape[1] == 1 and self.in_chans == 3:
             x = x.expand(-1, 3, -1, -1)
-        check_input("VM-UNet", x, [self.in_chans, 1] if self.in_chans == 3 else self.in_chans, 2, 32)
+        check_input("VM-UNet", x, self.in_chans, 2, 32)
         x = self.patch_embed(x)
         skips = []
         for layer in self.layers:
