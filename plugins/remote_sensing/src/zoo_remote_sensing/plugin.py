@@ -30,4 +30,5 @@ def zoo_pipelines() -> Mapping[str, str]:
         "binary-change-detection": "zoo_remote_sensing.pipelines:ChangeDetection",
         "semantic-change-detection": "zoo_remote_sensing.pipelines:SemanticChangeDetection",
         "damage-assessment": "zoo_remote_sensing.pipelines:DamageAssessment",
+        "pixel-classification": "zoo_remote_sensing.hyperspectral:PixelClassification",
     }

@@ -1,0 +1,72 @@
+"""RSMamba's shuffles and class tokens; hyperspectral cubes to class maps."""
+
+import numpy as np
+import pytest
+import torch
+
+import zoo
+from zoo_registry import errors
+from zoo_remote_sensing.hyperspectral import principal_components, windows
+from zoo_remote_sensing.rsmamba import RSMamba
+
+TINY = {"arch": None, "dim": 8, "depth": 2, "num_classes": 3, "img_size": (24, 24), "patch_size": 8, "stride": 8}
+
+
+def test_shuffles_are_new_at_every_call_unless_fixed():
+    torch.manual_seed(0)
+    model = RSMamba(**TINY).eval()
+    image = torch.randn(1, 3, 24, 24)
+    with torch.no_grad():
+        assert not torch.equal(model(image), model(image))
+        model.shuffle_seed = 1
+        assert torch.equal(model(image), model(image))
+    with pytest.raises(ValueError, match="orders"):
+        model(image, torch.arange(9)[None])
+
+
+def test_the_middle_token_of_odd_patches_is_a_patch():
+    # 9 patches: the class token stands at 4, the original takes position 5
+    torch.manual_seed(0)
+    model = RSMamba(**TINY | {"cls_position": "middle", "out_type": "cls_token", "path_type": "forward"}).eval()
+    x = torch.arange(10.0).view(1, 10, 1)
+    assert model.take(x, (3, 3)).item() == 5
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="head_tail"):
+        RSMamba(**TINY | {"cls_position": "head_tail"})
+    with pytest.raises(ValueError, match="class token"):
+        RSMamba(**TINY | {"out_type": "cls_token"})
+    with pytest.raises(ValueError, match="resize the image"):
+        RSMamba(**TINY)(torch.randn(1, 3, 32, 32))
+
+
+def test_windows_hold_the_pixel_at_their_middle():
+    image = np.arange(12, dtype=np.float32).reshape(3, 4, 1)
+    found = windows(image, 4)
+    assert found.shape == (3, 4, 4, 4, 1)
+    assert np.array_equal(found[:, :, 2, 2], image)
+    assert not found[0, 0, :2].any()
+    assert found[0, 0, 2, 3, 0] == 1
+
+
+def test_components_are_white():
+    cube = np.random.default_rng(0).normal(size=(9, 8, 6)) @ np.diag([5, 4, 3, 2, 1, 0.5])
+    found = principal_components(cube.astype(np.float32), 3).reshape(-1, 3)
+    assert np.allclose(np.cov(found.T), np.eye(3), atol=1e-4)
+
+
+def test_cube_to_map(tmp_path):
+    from scipy.io import savemat
+
+    torch.manual_seed(0)
+    model = zoo.create("morpmamba_houston", bands=4, dim=8, state=8).eval()
+    cube = np.random.default_rng(0).normal(size=(6, 5, 10)).astype(np.float32)
+    savemat(tmp_path / "cube.mat", {"scene": cube})
+    pipe = zoo.pipeline(model, rows=4)
+    found = pipe(tmp_path / "cube.mat")
+    assert found.classes.shape == (6, 5)
+    assert sum(found.counts.values()) == 30
+    assert np.array_equal(pipe(cube).classes, found.classes)
+    with pytest.raises(errors.BadArgument, match="at least 4 bands"):
+        pipe(cube[:, :, :3])
