@@ -51,37 +51,25 @@ template <class V> struct Stack {
 
   // -- a matrix times a vector ------------------------------------------------------------------------------------------
 
-  // Q rows at a time with U sums each: enough streams from memory and enough sums in flight.
-  template <int64_t kType, int Q, int U> static ZK_INLINE void dot(const Matrix &m, int64_t features, const float *x, int64_t o, float *y) {
-    const char *w[Q];
-    V sum[Q][U];
-    for (int q = 0; q < Q; ++q) {
-      w[q] = at(m.w, (o + q) * features, kType);
-      for (int u = 0; u < U; ++u) sum[q][u] = zero<V>();
-    }
-    int64_t k = 0;
-    for (; k + U * W <= features; k += U * W)
-      for (int u = 0; u < U; ++u) {
-        V v = V::load(x + k + u * W);
-        for (int q = 0; q < Q; ++q) sum[q][u] = fma(load_as<V>(at(w[q], k + u * W, kType), kType, W), v, sum[q][u]);
-      }
-    for (; k < features; k += W) {
-      int n = int(min_of(W, features - k));
-      V v = load(x + k, n);
-      for (int q = 0; q < Q; ++q) sum[q][0] = fma(load_as<V>(at(w[q], k, kType), kType, n), v, sum[q][0]);
-    }
-    for (int q = 0; q < Q; ++q) {
-      for (int u = 1; u < U; ++u) sum[q][0] = sum[q][0] + sum[q][u];
-      float s = sum[q][0].sum();
-      if (m.scale) s *= m.scale[o + q];
-      if (m.bias) s += m.bias[o + q];
-      y[o + q] = s;
-    }
-  }
+  // One row after another, so that the weights come from memory as one stream; several rows at a time were slower.
   template <int64_t kType> static void rows_of(const Matrix &m, int64_t features, const float *x, int64_t first, int64_t end, float *y) {
-    int64_t o = first;
-    for (; o + 4 <= end; o += 4) dot<kType, 4, 2>(m, features, x, o, y);
-    for (; o < end; ++o) dot<kType, 1, 4>(m, features, x, o, y);
+    constexpr int kSums = 4;
+    for (int64_t o = first; o < end; ++o) {
+      const char *w = at(m.w, o * features, kType);
+      V sum[kSums];
+      for (int u = 0; u < kSums; ++u) sum[u] = zero<V>();
+      int64_t k = 0;
+      for (; k + kSums * W <= features; k += kSums * W)
+        for (int u = 0; u < kSums; ++u) sum[u] = fma(load_as<V>(at(w, k + u * W, kType), kType, W), V::load(x + k + u * W), sum[u]);
+      for (; k < features; k += W) {
+        int n = int(min_of(W, features - k));
+        sum[0] = fma(load_as<V>(at(w, k, kType), kType, n), load(x + k, n), sum[0]);
+      }
+      float s = ((sum[0] + sum[1]) + (sum[2] + sum[3])).sum();
+      if (m.scale) s *= m.scale[o];
+      if (m.bias) s += m.bias[o];
+      y[o] = s;
+    }
   }
   // y[first .. end) = rows of m times x
   static void rows(const Matrix &m, int64_t features, const float *x, int64_t first, int64_t end, float *y) {
