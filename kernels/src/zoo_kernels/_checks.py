@@ -78,9 +78,7 @@ def canonical_path(
             f"(batch {batch}, paths {paths}, steps)"
         )
     if path.shape[-1] > length:
-        raise ValueError(
-            f"{operator}: path has {path.shape[-1]} steps; at most length {length} fit, each row once"
-        )
+        raise ValueError(f"{operator}: path has {path.shape[-1]} steps; at most length {length} fit, each row once")
     return path.to(torch.int64).contiguous()
 
 

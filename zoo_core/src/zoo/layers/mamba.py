@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,7 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The scan before ``out_proj``, and z: (batch, length, E) each. ``gate=False`` leaves ``silu(z)`` out of it."""
         x, z = self.in_proj(u).chunk(2, dim=-1)
-        walk = {"path": path, "reverse": reverse, "resets": resets, "lengths": lengths}
+        walk: dict[str, Any] = {"path": path, "reverse": reverse, "resets": resets, "lengths": lengths}
         keep = state is not None
         x, conv = causal_conv1d(
             x,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -174,7 +176,7 @@ class Mamba2(nn.Module):
         state: State | None = None,
     ) -> Tensor:
         """Convolution and scan: xBC (batch, length, d_ssm + 2GN), dt (batch, length, H) to (batch, length, d_ssm)."""
-        walk = {"path": path, "reverse": reverse, "resets": resets, "lengths": lengths}
+        walk: dict[str, Any] = {"path": path, "reverse": reverse, "resets": resets, "lengths": lengths}
         keep = state is not None
         xBC, conv = causal_conv1d(
             xBC,
