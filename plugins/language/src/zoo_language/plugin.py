@@ -40,3 +40,8 @@ def zoo_commands() -> Mapping[str, str]:
         "score": "zoo_language.commands:score",
         "chat": "zoo_language.commands:chat",
     }
+
+
+@hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [{"model": "mamba2_micro", "file": "examples/prompt.txt"}]
