@@ -1,4 +1,4 @@
-"""The three MOHAWK stages with a transformers Phi as the teacher: each lowers its own loss, and together they add up."""
+"""The three MOHAWK stages with a transformers teacher: each lowers its own loss, and together they add up."""
 
 import pytest
 import torch
