@@ -86,6 +86,12 @@ def test_generate_stops_and_says_what_is_wrong(tmp_path):
     assert "there is no state file" in result.output
 
 
+def test_generate_with_smaller_weights(model):
+    found = run(commands.generate, "mamba2_micro", PROMPT, "--max-new-tokens", 20, "--decode-weights", "int8")
+    expected, _ = generate(model, [list(PROMPT.encode())], max_new_tokens=20, decoder=model.fast_decoder("int8"))
+    assert found == bytes(expected[0].tokens).decode() + "\n"
+
+
 def test_score_command(model, chapter):
     found = json.loads(run(commands.score, "mamba2_micro", chapter, "--json"))
     data = chapter.read_bytes()

@@ -18,6 +18,11 @@ SAMPLING = [
     click.option("--min-p", default=0.0, show_default=True, help="Keep tokens this likely relative to the best."),
     click.option("--repetition-penalty", default=1.0, show_default=True),
     click.option("--seed", default=0, show_default=True),
+    click.option(
+        "--decode-weights",
+        type=click.Choice(["float32", "bfloat16", "float16", "int8"]),
+        help="Store the weights like this for decoding on a CPU: faster, at a small cost in perplexity.",
+    ),
     click.option("--stop", multiple=True, help="End at this string; repeatable."),
     click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json instead of the card's."),
     click.option(

@@ -38,7 +38,8 @@ class TextGeneration(Pipeline):
 
     Inputs: a string, or a ``Path`` to a text file, or a list of them. Options: those of :class:`Sampling`,
     ``max_new_tokens``, ``stop`` (strings that end a text), ``tokenizer`` (a path to a tokenizer.json, or an object with
-    ``encode`` and ``decode``; default: what the weights card names).
+    ``encode`` and ``decode``; default: what the weights card names), ``decode_weights`` ("bfloat16" or "int8": smaller
+    weights for decoding single texts on a CPU, see :meth:`CausalLM.fast_decoder`).
     """
 
     task = "text-generation"
@@ -57,6 +58,7 @@ class TextGeneration(Pipeline):
         seed: int = 0,
         stop: str | Sequence[str] = (),
         tokenizer: str | Path | Tokenizer | None = None,
+        decode_weights: str | None = None,
     ) -> None:
         super().__init__(model)
         if not isinstance(model, CausalLM):
@@ -66,6 +68,7 @@ class TextGeneration(Pipeline):
         self.lm = model
         self.max_new_tokens = max_new_tokens
         self.sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        self.decoder = None if decode_weights is None else model.fast_decoder(decode_weights)
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if isinstance(tokenizer, str | Path):
             self.tokenizer: Tokenizer = HubTokenizer(tokenizer, self.preprocess.get("end_of_text"))
@@ -117,6 +120,7 @@ class TextGeneration(Pipeline):
             "stop_tokens": () if end is None else (end,),
             "stop_strings": self.stop,
             "decode": self.tokenizer.decode,
+            "decoder": self.decoder,
         }
 
     def continue_from(self, prompts: list[list[int]], state: State | None = None) -> tuple[list[Text], State]:
