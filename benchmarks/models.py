@@ -35,7 +35,13 @@ from zoo.layers.ss2d import DepthwiseConv2d
 
 OURS = ["vim_tiny", "vmamba_tiny", "mambavision_tiny", "efficientvim_m1"]
 PEERS = ["convnext_tiny", "deit_small_patch16_224", "mambaout_tiny"]
-SCANS = ("zoo_kernels::", "scan convolution")
+SCANS = (
+    "zoo_kernels::selective_scan",
+    "zoo_kernels::causal_conv1d",
+    "zoo_kernels::ssd",
+    "zoo_kernels::linear_scan",
+    "scan convolution",
+)
 
 
 def build(name: str, size: int, device: str, dtype: torch.dtype, *, ours: bool) -> torch.nn.Module:
