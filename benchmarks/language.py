@@ -1,6 +1,6 @@
 """Prefill and decoding of mamba-130m's shape with random weights on a CPU: ours, transformers, llama.cpp, one run.
 
-    python benchmarks/language.py --threads 2 --out benchmarks/results/language_cpu.json
+    python benchmarks/language.py --threads 1 --out benchmarks/results/language_cpu_1thread.json
 
 llama.cpp is measured where llama-cpp-python (and gguf, which writes the file) can be imported; its sources build with
 ``pip install llama-cpp-python gguf``. Every contender's logits after the prompt are compared with ours in float32
@@ -31,11 +31,12 @@ Contender = tuple[Callable[[], Tensor], Callable[[], object]]  # (prefill, givin
 
 
 def build() -> MambaLM:
-    """Random weights with logits of a trained model's size, so that comparing them means something."""
+    """Random weights. The projections back to the stream are enlarged, so that a wrong layer shows in the logits."""
     torch.manual_seed(0)
     model = MambaLM(**SHAPE).eval()
     with torch.no_grad():
-        model.embedding.weight.mul_(10)
+        for layer in model.layers:
+            layer.mixer.out_proj.weight.mul_(4)
     return model.requires_grad_(False)
 
 
@@ -234,7 +235,8 @@ def main() -> None:
         for kind in rows[name]
     }
     result = {
-        "command": f"python benchmarks/language.py --threads {options.threads} --prompt {options.prompt}",
+        "command": f"python benchmarks/language.py --threads {options.threads} --prompt {options.prompt} "
+        f"--rounds {options.rounds} --tokens {options.tokens}",
         "machine": machine(options.threads),
         "logit_errors": errors,
         "milliseconds": rows,
