@@ -43,8 +43,10 @@ ZK_INLINE void walk(const typename V::T *ZK_RESTRICT d, const typename V::T *ZK_
 template <class V> struct Forward {
   using T = typename V::T;
   static constexpr int W = V::W;
-  // One chunk of one vector of channels, and a line more: at multiples of 4096 bytes the tiles would share cache sets.
-  static constexpr int64_t kTile = (kChunk + 1) * W;
+  // A chunk is worked off in stretches of kSteps steps over all channels of the block, so that the block can be wide:
+  // each page of memory is then visited few times. A tile is one vector of channels of a stretch, and a line more, for at
+  // multiples of 4096 bytes tiles would share cache sets.
+  static constexpr int64_t kSteps = 16, kTile = (kSteps + 1) * W;
   // As many states at a time as the registers hold.
 #if defined(ZK_AVX512) || defined(ZK_NEON)
   static constexpr int kMost = sizeof(T) == 4 ? 16 : 4;
@@ -83,13 +85,17 @@ template <class V> struct Forward {
           for (int64_t v = 0; v < vectors; ++v)
             for (int64_t n = 0; n < N; ++n)
               V::load(h + (v * N + n) * W).store_n(static_cast<T *>(f.borders) + (((b * a.paths + k) * a.chunks() + j) * N + n) * a.channels + first + v * W, int(min_of(W, end - first - v * W)));
-        plain ? prologue<true>(a, chunk, b, k, first, end, d, dx, y) : prologue<false>(a, chunk, b, k, first, end, d, dx, y);
-        for (int64_t v = 0; v < vectors; ++v)
-          each_block<kMost>(N, [&](auto block, int64_t n) {
-            int64_t tile = v * kTile, states = (v * N + n) * W;
-            walk<V, decltype(block)::value>(d + tile, dx + tile, y + tile, A + states, B + n, C + n, N, chunk.drop, chunk.steps, h + states);
-          });
-        plain ? epilogue<true>(f, chunk, b, k, first, end, y) : epilogue<false>(f, chunk, b, k, first, end, y);
+        for (int64_t t = 0; t < chunk.steps; t += kSteps) {
+          const int64_t *rows = chunk.rows + t, steps = min_of(kSteps, chunk.steps - t);
+          plain ? prologue<true>(a, rows, steps, b, k, first, end, d, dx, y) : prologue<false>(a, rows, steps, b, k, first, end, d, dx, y);
+          for (int64_t v = 0; v < vectors; ++v)
+            each_block<kMost>(N, [&](auto block, int64_t n) {
+              int64_t tile = v * kTile, states = (v * N + n) * W;
+              walk<V, decltype(block)::value>(d + tile, dx + tile, y + tile, A + states, B + t * N + n, C + t * N + n, N,
+                                              chunk.drop ? chunk.drop + t : nullptr, steps, h + states);
+            });
+          plain ? epilogue<true>(f, rows, steps, b, k, first, end, y) : epilogue<false>(f, rows, steps, b, k, first, end, y);
+        }
       }
       if (f.final_state)
         for (int64_t v = 0; v < vectors; ++v)
@@ -100,15 +106,15 @@ template <class V> struct Forward {
 
   // Rows are read, and below written, over the whole block of channels at once: neighbouring cache lines.
   template <bool Plain>
-  static void prologue(const ScanArgs &a, const Chunk<T> &chunk, int64_t b, int64_t k, int64_t first, int64_t end, T *ZK_RESTRICT d, T *ZK_RESTRICT dx, T *ZK_RESTRICT y) {
+  static void prologue(const ScanArgs &a, const int64_t *rows, int64_t steps, int64_t b, int64_t k, int64_t first, int64_t end, T *ZK_RESTRICT d, T *ZK_RESTRICT dx, T *ZK_RESTRICT y) {
     const T *bias = a.bias ? static_cast<const T *>(a.bias) + k * a.channels : nullptr;
     const T *D = a.D ? static_cast<const T *>(a.D) + k * a.channels : nullptr;
     Column<V, Plain> u(a.u, b, k, first), dt(a.dt, b, k, first);
-    for (int64_t t = 0; t < chunk.steps; ++t) {
+    for (int64_t t = 0; t < steps; ++t) {
       int64_t to = t * W;
       for (int64_t c = first; c < end; c += W, to += kTile) {
         int lanes = Plain ? W : int(min_of(W, end - c));
-        V x = u.get(chunk.rows[t], c - first, lanes), s = dt.get(chunk.rows[t], c - first, lanes);
+        V x = u.get(rows[t], c - first, lanes), s = dt.get(rows[t], c - first, lanes);
         if (bias) s = s + part<Plain>(bias + c, lanes);
         if (a.softplus) s = softplus(s);
         s.store(d + to);
@@ -120,25 +126,26 @@ template <class V> struct Forward {
   template <bool Plain> static ZK_INLINE V part(const T *p, int lanes) { return Plain ? V::load(p) : V::load_n(p, lanes); }
 
   template <bool Plain>
-  static void epilogue(const ForwardArgs &f, const Chunk<T> &chunk, int64_t b, int64_t k, int64_t first, int64_t end, const T *ZK_RESTRICT y) {
+  static void epilogue(const ForwardArgs &f, const int64_t *rows, int64_t steps, int64_t b, int64_t k, int64_t first, int64_t end, const T *ZK_RESTRICT y) {
     const ScanArgs &a = f.scan;
     Column<V, Plain> z(a.z, b, 0, first), out(at(f.y, b * a.length * a.channels + first, f.y_dtype), a.channels, f.y_dtype);
-    for (int64_t t = 0; t < chunk.steps; ++t) {
+    for (int64_t t = 0; t < steps; ++t) {
       const T *from = y + t * W;
       for (int64_t c = first; c < end; c += W, from += kTile) {
         int lanes = Plain ? W : int(min_of(W, end - c));
         V sum = V::load(from);
-        if (z.p) sum = sum * silu(z.get(chunk.rows[t], c - first, lanes));
-        if (k) sum = sum + out.get(chunk.rows[t], c - first, lanes);
-        out.put(sum, chunk.rows[t], c - first, lanes);
+        if (z.p) sum = sum * silu(z.get(rows[t], c - first, lanes));
+        if (k) sum = sum + out.get(rows[t], c - first, lanes);
+        out.put(sum, rows[t], c - first, lanes);
       }
     }
   }
 
   static int64_t run(const ForwardArgs &f) {
     const ScanArgs &a = f.scan;
-    int64_t size = 128;  // channels in a block; the results do not depend on it
-    while (size > 16 && a.batch * ChannelBlocks(a, size).total(a) < 4 * a.threads) size /= 2;
+    // Channels in a block: as many as leave work for all threads. The results do not depend on it.
+    int64_t size = 512;
+    while (size > 16 && a.batch * ChannelBlocks(a, size).total(a) < 2 * a.threads) size -= size > 128 ? 64 : 16;
     ChannelBlocks blocks(a, size);
     int64_t failed = ZK_OK, total = blocks.total(a);
     parallel(a.threads, a.batch * total, [&](int64_t i) { item(f, blocks, i / total, i % total, &failed); });

@@ -50,8 +50,10 @@ def test_gradients_go_through_torch() -> None:
 
 
 def test_compiles_and_keeps_threads_equal(native) -> None:
-    x, weight = torch.randn(1, 300), torch.randn(700, 300)
+    x, weight = torch.randn(1, 300), torch.randn(700, 300)  # large enough for the native path
     y = zk.linear(x, weight)
+    with zk.backend("native"):
+        assert torch.equal(zk.linear(x, weight), y)
     assert torch.equal(torch.compile(lambda x, w: zk.linear(x, w), fullgraph=True, backend="aot_eager")(x, weight), y)
     before = torch.get_num_threads()
     try:

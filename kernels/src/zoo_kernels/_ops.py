@@ -125,6 +125,9 @@ class Operator:
     def exporting(self) -> bool:
         return _backends.exporting()
 
+    def forced(self) -> bool:
+        return _backends.forced() != ""
+
     def direct(self, *args: Any) -> Any:
         """As ``__call__`` for operators without autograd, past torch's dispatcher where that is safe (decoding)."""
         if torch.compiler.is_compiling() or any(

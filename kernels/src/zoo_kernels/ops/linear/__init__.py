@@ -15,6 +15,7 @@ __all__ = ["linear"]
 
 NAME = "linear"
 FEW = 4  # up to so many rows reading the weights is what takes the time; beyond, torch's matrix product is as good
+SMALL = 1 << 16  # weights of so few numbers lie in a cache, and the call itself is what takes the time
 
 
 def _fake(x, weight, bias, scale, *, save):
@@ -45,7 +46,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: Tens
 
     x: (..., features); weight: (out, features), float32, float64, bfloat16, float16, or int8 with ``scale`` (out,), one
     factor for each output row; bias: (out,). Returns (..., out) in x's dtype. The weights are read once as they are
-    stored; with more than 4 rows, or where gradients are needed, torch's own product serves (on dequantised weights).
+    stored; with more than 4 rows, small weights, or where gradients are needed, torch's own product serves (on
+    dequantised weights).
     Raises ValueError naming the argument, what it is and what it must be.
 
     Example::
@@ -67,7 +69,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: Tens
     lead = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, scale))
-    if rows.shape[0] > FEW or learns or _linear.exporting():
+    small = weight.numel() <= SMALL and scale is None and not _linear.forced()
+    if rows.shape[0] > FEW or small or learns or _linear.exporting():
         from .reference import forward
 
         y = forward(rows, weight, bias, scale)
