@@ -11,6 +11,11 @@ import pytest
 import zoo.testing
 
 CARDS = sorted(Path(__file__).parent.glob("*.json"))
+#: Cards that are another form of the model they name.
+FORMS = {
+    "vmamba__vmamba_tiny_s1l8_backbone": {"features_only": True},
+    "umamba__enc_3d_16x96x96": {"input_size": (16, 96, 96)},
+}
 
 
 def test_there_are_cards():
@@ -20,4 +25,4 @@ def test_there_are_cards():
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CARDS, ids=lambda p: p.stem)
 def test_fullsize(path):
-    zoo.testing.check_fullsize(path)
+    zoo.testing.check_fullsize(path, arguments=FORMS.get(path.stem))

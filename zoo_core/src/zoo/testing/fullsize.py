@@ -47,13 +47,20 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() * (2 if p.is_complex() else 1) for p in model.parameters())
 
 
-def check_fullsize(path: str | Path, *, forward: bool | None = None, created: bool = True) -> dict[str, float]:
+def check_fullsize(
+    path: str | Path,
+    *,
+    forward: bool | None = None,
+    created: bool = True,
+    arguments: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
     """Build the original's published variant with our code and compare it with the card.
 
     Checks that every key is read, that the number of parameters is exact, of the adapter's model and (``created``) of
-    ``zoo.create(zoo_name)``, and that every output has the card's shape, statistics and sampled values within its
+    ``zoo.create(zoo_name, **arguments)``, and that every output has the card's shape, statistics and sampled values within its
     tolerance (relative l2). ``forward=None``: run the model when it has at most 200 million parameters or
     ``ZOO_TEST_FULLSIZE=1`` is set; without it the model is built on the meta device, which needs no memory.
+    ``arguments``: what makes the named model the card's form of it (a card may be the backbone of a named classifier).
     Returns the error of each output.
     """
     import zoo
@@ -78,7 +85,7 @@ def check_fullsize(path: str | Path, *, forward: bool | None = None, created: bo
         f"{card['variant']}: the adapter's model has {count(model):,} parameters, the original {card['params']:,}"
     )
     if created:
-        own = count(zoo.create(card["zoo_name"], device="meta"))
+        own = count(zoo.create(card["zoo_name"], device="meta", **(arguments or {})))
         assert own == card["params"], f"{card['zoo_name']} has {own:,} parameters, the original {card['params']:,}"
     if not forward:
         return {}
