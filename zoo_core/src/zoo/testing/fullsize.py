@@ -57,11 +57,11 @@ def check_fullsize(
     """Build the original's published variant with our code and compare it with the card.
 
     Checks that every key is read, that the number of parameters is exact, of the adapter's model and (``created``) of
-    ``zoo.create(zoo_name, **arguments)``, and that every output has the card's shape, statistics and sampled values within its
-    tolerance (relative l2). ``forward=None``: run the model when it has at most 200 million parameters or
+    ``zoo.create(zoo_name, **arguments)``, and that every output has the card's shape, statistics and sampled values
+    within its tolerance (relative l2). ``forward=None``: run the model when it has at most 200 million parameters or
     ``ZOO_TEST_FULLSIZE=1`` is set; without it the model is built on the meta device, which needs no memory.
-    ``arguments``: what makes the named model the card's form of it (a card may be the backbone of a named classifier).
-    Returns the error of each output.
+    ``arguments``: what makes the named model the card's form of it (a card may be the backbone of a named
+    classifier). Returns the error of each output.
     """
     import zoo
 
