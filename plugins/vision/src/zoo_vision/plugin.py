@@ -50,4 +50,5 @@ def zoo_demos() -> Iterable[Mapping[str, str]]:
         {"model": "vim_micro.digits", "file": "demo/samples/digit_3.png", "picture": "yes"},
         {"model": "vim_micro.digits", "file": "demo/samples/digit_5.png"},
         {"model": "vim_micro.digits", "file": "demo/samples/digit_8.png"},
+        {"model": "vmamba_micro.digits", "file": "demo/samples/digit_8.png"},
     ]
