@@ -19,45 +19,52 @@ template <class V, int64_t kType> struct Linear {
   using T = typename V::T;
   static constexpr int W = V::W;
 
-  // R rows of x with `Q` rows of the weights at a time: several streams from memory, several sums in flight.
-  template <int R, int Q> static ZK_INLINE void dot(const LinearArgs &a, int64_t r, int64_t o) {
+  // R rows of x with one row of the weights, Q vectors of it at a time, each with a sum of its own. Rows follow each other
+  // in memory, so one stream runs through the weights; it is fetched ahead by hand, for prefetchers stop at every page.
+  template <int R> static ZK_INLINE void dot(const LinearArgs &a, int64_t r, int64_t o) {
+    constexpr int Q = R == 1 ? 8 : R == 2 ? 4 : 2;
+    constexpr int64_t kAhead = 4096;  // bytes
     const T *x = static_cast<const T *>(a.x) + r * a.features;
-    const char *w[Q];
+    const char *w = at(a.weight, o * a.w_o, kType);
     V sum[R][Q];
-    for (int q = 0; q < Q; ++q) {
-      w[q] = at(a.weight, (o + q) * a.w_o, kType);
-      for (int i = 0; i < R; ++i) sum[i][q] = zero<V>();
+    ZK_UNROLL
+    for (int i = 0; i < R; ++i) {
+      ZK_UNROLL
+      for (int q = 0; q < Q; ++q) sum[i][q] = zero<V>();
     }
     int64_t k = 0;
-    for (; k + W <= a.features; k += W)
+    for (; k + Q * W <= a.features; k += Q * W) {
+      const char *next = at(w, k, kType) + kAhead;
+      for (int64_t line = 0; line < Q * W * size_of(kType); line += 64) ZK_PREFETCH(next + line);
+      ZK_UNROLL
       for (int q = 0; q < Q; ++q) {
-        V wide = load_as<V>(at(w[q], k, kType), kType, W);
-        for (int i = 0; i < R; ++i) sum[i][q] = fma(wide, V::load(x + i * a.features + k), sum[i][q]);
-      }
-    if (k < a.features) {
-      int n = int(a.features - k);
-      for (int q = 0; q < Q; ++q) {
-        V wide = load_as<V>(at(w[q], k, kType), kType, n);
-        for (int i = 0; i < R; ++i) sum[i][q] = fma(wide, V::load_n(x + i * a.features + k, n), sum[i][q]);
+        V wide = load_as<V>(at(w, k + q * W, kType), kType, W);
+        ZK_UNROLL
+        for (int i = 0; i < R; ++i) sum[i][q] = fma(wide, V::load(x + i * a.features + k + q * W), sum[i][q]);
       }
     }
-    for (int q = 0; q < Q; ++q)
-      for (int i = 0; i < R; ++i) {
-        T y = sum[i][q].sum();
-        if (a.scale) y *= static_cast<const T *>(a.scale)[o + q];
-        if (a.bias) y += static_cast<const T *>(a.bias)[o + q];
-        store_as<V>(V::set1(y), at(a.y, (r + i) * a.out + o + q, a.y_dtype), a.y_dtype, 1);
-      }
+    for (; k < a.features; k += W) {
+      int n = int(min_of(W, a.features - k));
+      V wide = load_as<V>(at(w, k, kType), kType, n);
+      ZK_UNROLL
+      for (int i = 0; i < R; ++i) sum[i][0] = fma(wide, V::load_n(x + i * a.features + k, n), sum[i][0]);
+    }
+    ZK_UNROLL
+    for (int i = 0; i < R; ++i) {
+      ZK_UNROLL
+      for (int q = 1; q < Q; ++q) sum[i][0] = sum[i][0] + sum[i][q];
+      T y = sum[i][0].sum();
+      if (a.scale) y *= static_cast<const T *>(a.scale)[o];
+      if (a.bias) y += static_cast<const T *>(a.bias)[o];
+      store_as<V>(V::set1(y), at(a.y, (r + i) * a.out + o, a.y_dtype), a.y_dtype, 1);
+    }
   }
   template <int R> static void span(const LinearArgs &a, int64_t r, int64_t first, int64_t end) {
-    constexpr int Q = R == 1 ? 4 : 2;
-    int64_t o = first;
-    for (; o + Q <= end; o += Q) dot<R, Q>(a, r, o);
-    for (; o < end; ++o) dot<R, 1>(a, r, o);
+    for (int64_t o = first; o < end; ++o) dot<R>(a, r, o);
   }
   static int64_t run(const LinearArgs &a) {
     int64_t bytes = a.features * size_of(kType);
-    int64_t each = (65536 / (bytes > 0 ? bytes : 1) + 1 + 3) / 4 * 4;  // about 64 KB of weights in a work item
+    int64_t each = 262144 / (bytes > 0 ? bytes : 1) + 1;  // about 256 KB of weights in a work item
     int64_t threads = a.out * bytes < 65536 ? 1 : a.threads;
     parallel(threads, ceil_div(a.out, each), [&](int64_t i) {
       int64_t first = i * each, end = min_of(first + each, a.out), r = 0;

@@ -40,26 +40,39 @@ template <class V> struct Step {
       (s * x).store(dx + (c - first));
     }
     int64_t size = a.channels / a.groups;
-    for (int64_t c = first; c < end; ++c) {
-      T *h = static_cast<T *>(a.state) + (b * a.channels + c) * a.states;
-      const char *A = at(a.A, c * a.A_c, a.A_dtype), *B = at(a.B, b * a.B_b + c / size * a.B_g, a.B_dtype), *C = at(a.C, b * a.C_b + c / size * a.C_g, a.C_dtype);
-      V dv = V::set1(d[c - first] * T(1.4426950408889634)), xv = V::set1(dx[c - first]), sum = zero<V>();
-      for (int64_t i = 0; i < a.states; i += W) {
-        int n = int(min_of(W, a.states - i));
-        V old = n == W ? V::load(h + i) : V::load_n(h + i, n);
-        V now = fma(exp2_of(dv * load_as<V>(at(A, i, a.A_dtype), a.A_dtype, n)), old, xv * load_as<V>(at(B, i, a.B_dtype), a.B_dtype, n));
-        if (n == W) now.store(h + i);
-        else now.store_n(h + i, n);
-        sum = fma(now, load_as<V>(at(C, i, a.C_dtype), a.C_dtype, n), sum);
-      }
-      y[c - first] = sum.sum();
-    }
+    constexpr int64_t own = sizeof(T) == 4 ? ZK_F32 : ZK_F64;
+    bool plain = a.A_dtype == own && a.B_dtype == own && a.C_dtype == own;
+    if (plain && a.states == W) walk<1>(a, b, first, end, size, d, dx, y);
+    else if (plain && a.states % W == 0) walk<0>(a, b, first, end, size, d, dx, y);
+    else walk<-1>(a, b, first, end, size, d, dx, y);
     for (int64_t c = first; c < end; c += W) {
       int n = int(min_of(W, end - c));
       V out = V::load_n(y + (c - first), n);
       if (a.D.p) out = fma(get(a.D, 0, c, n), get(a.u, b, c, n), out);
       if (a.z.p) out = out * silu(get(a.z, b, c, n));
       store_as(out, at(a.y, b * a.channels + c, a.y_dtype), a.y_dtype, n);
+    }
+  }
+
+  // Kind: 1 one whole vector of states of the working type, 0 several whole vectors, -1 anything.
+  template <int Kind>
+  static ZK_INLINE void walk(const StepArgs &a, int64_t b, int64_t first, int64_t end, int64_t size, const T *d, const T *dx, T *y) {
+    constexpr int64_t own = sizeof(T) == 4 ? ZK_F32 : ZK_F64;
+    const int64_t A_dtype = Kind < 0 ? a.A_dtype : own, B_dtype = Kind < 0 ? a.B_dtype : own, C_dtype = Kind < 0 ? a.C_dtype : own;
+    const int64_t states = Kind == 1 ? W : a.states;
+    for (int64_t c = first; c < end; ++c) {
+      T *h = static_cast<T *>(a.state) + (b * a.channels + c) * states;
+      const char *A = at(a.A, c * a.A_c, A_dtype), *B = at(a.B, b * a.B_b + c / size * a.B_g, B_dtype), *C = at(a.C, b * a.C_b + c / size * a.C_g, C_dtype);
+      V dv = V::set1(d[c - first] * T(1.4426950408889634)), xv = V::set1(dx[c - first]), sum = zero<V>();
+      for (int64_t i = 0; i < states; i += W) {
+        int n = Kind < 0 ? int(min_of(W, states - i)) : W;
+        V old = n == W ? V::load(h + i) : V::load_n(h + i, n);
+        V now = fma(exp2_of(dv * load_as<V>(at(A, i, A_dtype), A_dtype, n)), old, xv * load_as<V>(at(B, i, B_dtype), B_dtype, n));
+        if (n == W) now.store(h + i);
+        else now.store_n(h + i, n);
+        sum = fma(now, load_as<V>(at(C, i, C_dtype), C_dtype, n), sum);
+      }
+      y[c - first] = sum.sum();
     }
   }
 

@@ -32,6 +32,13 @@ static_assert(sizeof(void *) == 8, "64-bit platforms only");
 #define ZK_UNROLL
 #endif
 
+// Fetch the cache line at p ahead of its use; any address is allowed.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define ZK_PREFETCH(p) ((void)(p))
+#else
+#define ZK_PREFETCH(p) __builtin_prefetch(p)
+#endif
+
 #if defined(_MSC_VER) && !defined(__clang__)
 #define ZK_INLINE __forceinline
 #define ZK_RESTRICT __restrict
