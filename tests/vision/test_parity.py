@@ -1,4 +1,4 @@
-"""Vim, MambaOut, EfficientViM and MambaVision against the originals: recorded tensors, full sizes, keys both ways."""
+"""Vim, MambaOut, EfficientViM and MambaVision against the originals: recorded tensors, keys both ways."""
 
 import argparse
 from pathlib import Path
@@ -13,13 +13,12 @@ from zoo.reference import read_golden
 TESTS = Path(__file__).parents[1]
 SYSTEMS = ("vim", "mambaout", "efficientvim", "mambavision")
 GOLDEN = [p for s in SYSTEMS for p in sorted((TESTS / "golden").glob(f"{s}__*.safetensors"))]
-FULLSIZE = [p for s in SYSTEMS for p in sorted((TESTS / "fullsize").glob(f"{s}__*.json"))]
 #: ablations that the golden files leave out, recorded from the originals in the same format
 RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.safetensors"))
 
 
 def test_there_are_files():
-    assert (len(GOLDEN), len(FULLSIZE), len(RECORDED)) == (13, 20, 11)
+    assert (len(GOLDEN), len(RECORDED)) == (13, 11)
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
@@ -30,12 +29,6 @@ def test_golden(path):
 @pytest.mark.parametrize("path", RECORDED, ids=lambda p: p.stem)
 def test_recorded(path):
     zoo.testing.check_golden(path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", FULLSIZE, ids=lambda p: p.stem)
-def test_fullsize(path):
-    zoo.testing.check_fullsize(path)
 
 
 @pytest.mark.parametrize("path", GOLDEN + RECORDED, ids=lambda p: p.stem)

@@ -14,7 +14,6 @@ from zoo_vision.vmamba import VMambaAdapter, forward_type, translate, vmamba
 
 TESTS = Path(__file__).parents[1]
 GOLDEN = sorted((TESTS / "golden").glob("vmamba__*.safetensors"))
-FULLSIZE = sorted((TESTS / "fullsize").glob("vmamba__*.json"))
 TINY = {"depths": (1, 1, 2, 1), "dims": 8, "num_classes": 7}
 
 
@@ -32,15 +31,8 @@ def test_golden(path):
     zoo.testing.check_golden(path, grad=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", FULLSIZE, ids=lambda p: p.stem)
-def test_fullsize(path):
-    zoo.testing.check_fullsize(path, created="backbone" not in path.stem)
-
-
 def test_there_are_files():
     assert len(GOLDEN) == 6
-    assert len(FULLSIZE) == 7
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)

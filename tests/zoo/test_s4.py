@@ -64,10 +64,6 @@ def test_scan_orders_of_the_survey():
         adapter.build({"H": 6, "W": 5, "depth": 3}, {})
 
 
-def test_full_size():
-    zoo.testing.check_fullsize(ROOT / "fullsize" / "s4__wt103.json")
-
-
 def test_a_fresh_kernel_transforms_its_c_as_the_original_does():
     golden = read_golden(ROOT / "golden" / "s4__dplr_legs.safetensors")
     prefix = "state_before_first_forward/"
