@@ -2,8 +2,9 @@
 //
 // Workers spin briefly for the next job and then park. The number of threads comes with each call. A job that finds the
 // pool in use (another thread of the program, or a nested call) runs on the calling thread alone. Results never depend on
-// which thread ran which index. A forked child starts with a new pool. The pool is never destroyed: at exit its parked
-// threads end with the process.
+// which thread ran which index. The caller waits for indices that were claimed, not for workers: one that the system
+// wakes too late finds nothing left and holds nobody up. A forked child starts with a new pool. The pool is never
+// destroyed: at exit its parked threads end with the process.
 
 #include "../zk.h"
 
@@ -34,19 +35,31 @@ struct Pool {
   std::mutex sleep;
   std::condition_variable wake, finished;
   int workers = 0;
-  // Generation in the upper bits and the number of workers that take part in the lower 16, read together.
+  // The number of the job in the upper bits and the number of workers that may take part in the lower 16, read together.
   std::atomic<uint64_t> ticket{0};
-  std::atomic<int64_t> next{0};
-  std::atomic<int> running{0};
-  void (*work)(void *, int64_t) = nullptr;
-  void *context = nullptr;
-  int64_t count = 0;
+  // The number of the job in the upper half and the next index in the lower. A worker that is late compares the number
+  // before it claims an index, so that it cannot touch a job that it has not read.
+  std::atomic<uint64_t> next{0};
+  std::atomic<int64_t> count{0}, done{0};
+  std::atomic<void (*)(void *, int64_t)> work{nullptr};
+  std::atomic<void *> context{nullptr};
 
-  void drain() {
+  void drain(uint32_t job) {
+    uint64_t claim = next.load(std::memory_order_acquire);
     for (;;) {
-      int64_t i = next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= count) return;
-      work(context, i);
+      int64_t total = count.load(std::memory_order_relaxed), i = int64_t(claim & 0xffffffffu);
+      auto function = work.load(std::memory_order_relaxed);
+      void *argument = context.load(std::memory_order_relaxed);
+      // Pairs with the fence in zk_parallel: who has read a value of the next job finds `next` changed.
+      std::atomic_thread_fence(std::memory_order_acquire);
+      if (uint32_t(claim >> 32) != job || i >= total) return;
+      if (!next.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+      function(argument, i);
+      if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == total) {
+        std::lock_guard<std::mutex> lock(sleep);
+        finished.notify_one();
+      }
+      claim = next.load(std::memory_order_acquire);
     }
   }
 };
@@ -67,12 +80,7 @@ void worker(Pool *pool, int index, uint64_t seen) {
       pool->wake.wait(lock, [&] { return (now = pool->ticket.load(std::memory_order_acquire)) != seen; });
     }
     seen = now;
-    if (index >= int(now & 0xffff)) continue;
-    pool->drain();
-    if (pool->running.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      std::lock_guard<std::mutex> lock(pool->sleep);
-      pool->finished.notify_one();
-    }
+    if (index < int(now & 0xffff)) pool->drain(uint32_t(now >> 16));
   }
 }
 
@@ -98,6 +106,7 @@ Pool *get() {
 ZK_PUBLIC void zk_parallel(int64_t threads, int64_t count, void (*work)(void *, int64_t), void *context) {
   if (threads > count) threads = count;
   if (threads > kMaxWorkers) threads = kMaxWorkers;
+  if (count >= int64_t(0xffffffff)) threads = 1;
   Pool *pool = threads > 1 && !inside ? get() : nullptr;
   if (!pool || !pool->user.try_lock()) {
     for (int64_t i = 0; i < count; ++i) work(context, i);
@@ -114,23 +123,26 @@ ZK_PUBLIC void zk_parallel(int64_t threads, int64_t count, void (*work)(void *, 
     }
     ++pool->workers;
   }
-  pool->work = work;
-  pool->context = context;
-  pool->count = count;
-  pool->next.store(0, std::memory_order_relaxed);
-  pool->running.store(helpers, std::memory_order_relaxed);
+  uint32_t job = uint32_t((ticket >> 16) + 1);
+  pool->next.store(uint64_t(job) << 32 | 0xffffffffu, std::memory_order_relaxed);  // nothing to claim while this changes
+  std::atomic_thread_fence(std::memory_order_release);
+  pool->count.store(count, std::memory_order_relaxed);
+  pool->work.store(work, std::memory_order_relaxed);
+  pool->context.store(context, std::memory_order_relaxed);
+  pool->done.store(0, std::memory_order_relaxed);
+  pool->next.store(uint64_t(job) << 32, std::memory_order_release);
   {
     std::lock_guard<std::mutex> lock(pool->sleep);
-    pool->ticket.store(((ticket >> 16) + 1) << 16 | uint64_t(helpers), std::memory_order_release);
+    pool->ticket.store(uint64_t(job) << 16 | uint64_t(helpers), std::memory_order_release);
   }
   pool->wake.notify_all();
   inside = true;
-  pool->drain();
+  pool->drain(job);
   inside = false;
-  for (int i = 0; i < kSpins && pool->running.load(std::memory_order_acquire); ++i) ZK_PAUSE();
-  if (pool->running.load(std::memory_order_acquire)) {
+  for (int i = 0; i < kSpins && pool->done.load(std::memory_order_acquire) != count; ++i) ZK_PAUSE();
+  if (pool->done.load(std::memory_order_acquire) != count) {
     std::unique_lock<std::mutex> lock(pool->sleep);
-    pool->finished.wait(lock, [&] { return pool->running.load(std::memory_order_acquire) == 0; });
+    pool->finished.wait(lock, [&] { return pool->done.load(std::memory_order_acquire) == count; });
   }
   pool->user.unlock();
 }
