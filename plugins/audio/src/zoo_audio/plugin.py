@@ -1,0 +1,14 @@
+"""The hooks of the audio plugin: names only. Nothing here imports torch, soundfile or a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from zoo_registry import ModelCard, hookimpl, load_cards
+
+ZOO_PLUGIN_API = 1
+
+
+@hookimpl
+def zoo_models() -> Iterable[ModelCard]:
+    return load_cards("zoo_audio")
