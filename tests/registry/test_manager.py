@@ -25,6 +25,7 @@ def test_every_hook_reaches_the_registry(plugins, plugin, card):
         zoo_models=[card("toy_small"), card("toy_big")],
         zoo_adapters={"toy": "toys.reference:ToyAdapter"},
         zoo_pipelines={"image-classification": "toys.pipelines:Classify"},
+        zoo_validators={"toy-counting": "toys.models:measure"},
         zoo_paths={"spiral": "toys.paths:spiral"},
         zoo_commands={"toys": "toys.cli:main"},
         zoo_demos=[{"model": "toy_small", "file": "demo/x.png", "picture": "yes"}],
@@ -35,11 +36,13 @@ def test_every_hook_reaches_the_registry(plugins, plugin, card):
     assert plugins.models()["toy_small"].plugin == "toys"
     assert plugins.adapters() == {"toy": "toys.reference:ToyAdapter"}
     assert plugins.pipelines() == {"image-classification": "toys.pipelines:Classify"}
+    assert plugins.validators() == {"toy-counting": "toys.models:measure"}
     assert plugins.paths() == {"spiral": "toys.paths:spiral"}
     assert plugins.commands() == {"toys": "toys.cli:main"}
     assert plugins.demos() == [(loaded, {"model": "toy_small", "file": "demo/x.png", "picture": "yes"})]
     plugins.unregister(module)
-    assert plugins.models() == plugins.adapters() == plugins.pipelines() == plugins.paths() == plugins.commands() == {}
+    assert plugins.models() == plugins.adapters() == plugins.pipelines() == plugins.validators() == {}
+    assert plugins.paths() == plugins.commands() == {}
     assert plugins.demos() == plugins.plugins == []
 
 
@@ -145,6 +148,7 @@ def test_one_plugin_claiming_a_name_twice(plugins, plugin, card):
         ({"zoo_adapters": {"s": "a:b"}}, {"zoo_adapters": {"s": "c:d"}}, "system 's'"),
         ({"zoo_pipelines": {"t": "a:b"}}, {"zoo_pipelines": {"t": "c:d"}}, "task 't'"),
         ({"zoo_paths": {"p": "a:b"}}, {"zoo_paths": {"p": "c:d"}}, "scan path 'p'"),
+        ({"zoo_validators": {"t": "a:b"}}, {"zoo_validators": {"t": "c:d"}}, "validator of task 't'"),
         ({"zoo_commands": {"v": "a:b"}}, {"zoo_commands": {"v": "c:d"}}, "command 'v'"),
     ],
 )

@@ -170,20 +170,20 @@ def test_embeddings(pipe):
 def test_validate_matches_folders_by_label_or_order(pipe, tmp_path):
     model = pipe.model
     found = validate_folder(model, as_folders(tmp_path / "a"), batch_size=4, progress=False)
-    assert (found.images, found.classes, found.top1) == (10, 10, 1.0)
-    assert found.top5 == 1.0
-    assert "by label" in found.matching
+    assert (found.samples, found.metrics["top1"]) == (10, 1.0)
+    assert found.metrics["top5"] == 1.0
+    assert "by label" in found.notes
     names = [f"class_{9 - i}" for i in range(10)]  # sorted order is now the reverse of the digits
     found = validate_folder(model, as_folders(tmp_path / "b", names), progress=False)
-    assert found.top1 < 0.5
-    assert "sorted order" in found.matching
+    assert found.metrics["top1"] < 0.5
+    assert "sorted order" in found.notes
     some = tmp_path / "c"
     as_folders(some)
     for digit in "0246":
         (some / digit / f"digit_{digit}.png").unlink()
         (some / digit).rmdir()
     found = validate_folder(model, some, limit=3, progress=False)
-    assert (found.images, found.classes, found.top1) == (3, 6, 1.0)
+    assert (found.samples, found.metrics["top1"]) == (3, 1.0)
     (some / "cat").mkdir()
     with pytest.raises(zoo.errors.BadArgument, match="fit neither"):
         validate_folder(model, some, progress=False)
@@ -235,10 +235,10 @@ def test_validate_command(tmp_path, capsys):
     folder = as_folders(tmp_path / "v")
     assert run(["validate", "vim_micro.digits", str(folder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["top1"], found["images"]) == (1.0, 10)
+    assert (found["metrics"]["top1"], found["samples"]) == (1.0, 10)
     assert found["per_second"] > 0
     assert run(["validate", "vim_micro.digits", str(folder)]) == 0
-    assert "100.00%" in capsys.readouterr().out
+    assert "1.0000" in capsys.readouterr().out
 
 
 def test_the_plugin_and_its_cards_need_no_torch():

@@ -38,6 +38,11 @@ class Hooks:
         """Task -> import string of the pipeline class that answers it."""
 
     @hookspec
+    def zoo_validators(self) -> Mapping[str, str]:  # type: ignore[empty-body]
+        """Task -> import string of the function that measures a model of this task on labelled data
+        (see :mod:`zoo.validation`)."""
+
+    @hookspec
     def zoo_paths(self) -> Mapping[str, str]:  # type: ignore[empty-body]
         """Scan-path name -> import string of its generator (see ``zoo_kernels.paths.register``)."""
 

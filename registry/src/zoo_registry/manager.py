@@ -40,7 +40,13 @@ SUPPORTED_API = range(1, API_VERSION + 1)
 log = logging.getLogger("zoo.plugins")
 
 #: The hooks that map a name to an import string: attribute of Plugin -> what the name is called in messages.
-_MAPPINGS = {"adapters": "system", "pipelines": "task", "paths": "scan path", "commands": "command"}
+_MAPPINGS = {
+    "adapters": "system",
+    "pipelines": "task",
+    "validators": "validator of task",
+    "paths": "scan path",
+    "commands": "command",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Plugin:
     models: tuple[ModelCard, ...] = field(default=(), repr=False)
     adapters: Mapping[str, str] = field(default_factory=dict, repr=False)
     pipelines: Mapping[str, str] = field(default_factory=dict, repr=False)
+    validators: Mapping[str, str] = field(default_factory=dict, repr=False)
     paths: Mapping[str, str] = field(default_factory=dict, repr=False)
     commands: Mapping[str, str] = field(default_factory=dict, repr=False)
     demos: tuple[Mapping[str, str], ...] = field(default=(), repr=False)
@@ -345,6 +352,10 @@ class Manager:
     def pipelines(self) -> dict[str, str]:
         """Task -> import string of its pipeline."""
         return self._mapping("pipelines")
+
+    def validators(self) -> dict[str, str]:
+        """Task -> import string of the function that measures a model on labelled data."""
+        return self._mapping("validators")
 
     def paths(self) -> dict[str, str]:
         """Scan-path name -> import string of its generator."""

@@ -325,6 +325,12 @@ def pipeline_for(task: str, *, plugins: Manager | None = None) -> str:
     return _lookup(task, plugins.pipelines(), "pipeline for task", UnknownTask, "task", plugins)
 
 
+def validator_for(task: str, *, plugins: Manager | None = None) -> str:
+    """The import string of a task's validator. Raises UnknownTask (a KeyError)."""
+    plugins = plugins or manager()
+    return _lookup(task, plugins.validators(), "validator for task", UnknownTask, "task", plugins)
+
+
 def _lookup(
     name: str, known: dict[str, str], what: str, error: type[UnknownSystem | UnknownTask], fact: str, plugins: Manager
 ) -> str:

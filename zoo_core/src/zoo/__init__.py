@@ -26,6 +26,8 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "pipeline": ("zoo.pipelines", "pipeline"),
     "Pipeline": ("zoo.pipelines", "Pipeline"),
     "Result": ("zoo.pipelines", "Result"),
+    "validate": ("zoo.validation", "validate"),
+    "Measured": ("zoo.validation", "Measured"),
     "save": ("zoo.saving", "save"),
     "push": ("zoo.publishing", "push"),
     "convert": ("zoo.conversion", "convert"),
@@ -55,8 +57,10 @@ if TYPE_CHECKING:
     from .reference import adapter as reference
     from .rules import Rules
     from .saving import save
+    from .validation import Measured, validate
 
 __all__ = [
+    "Measured",
     "Pipeline",
     "ReferenceAdapter",
     "Result",
@@ -77,6 +81,7 @@ __all__ = [
     "rules",
     "save",
     "testing",
+    "validate",
 ]
 
 

@@ -6,7 +6,7 @@ plugin's code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from zoo_registry import ModelName, query, resolve
-from zoo_registry.names import adapter_for, pipeline_for
+from zoo_registry.names import adapter_for, pipeline_for, validator_for
 
 if TYPE_CHECKING:
     from zoo_registry import ModelCard, WeightsCard
 
     from .pipelines import Pipeline
     from .reference import ReferenceAdapter
+    from .validation import Measured
 
 _adapters: dict[str, Any] = {}
 
@@ -46,6 +47,11 @@ def adapter(system: str) -> ReferenceAdapter:
 def pipeline_class(task: str) -> type[Pipeline]:
     """The class that answers a task. Raises ``zoo.errors.UnknownTask``."""
     return import_object(pipeline_for(task))
+
+
+def validator(task: str) -> Callable[..., Measured]:
+    """The function that measures a model of a task on labelled data. Raises ``zoo.errors.UnknownTask``."""
+    return import_object(validator_for(task))
 
 
 def import_object(target: str) -> Any:

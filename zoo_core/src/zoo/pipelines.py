@@ -368,16 +368,17 @@ def pipeline(model: str | Path | nn.Module, task: str | None = None, **options: 
     if isinstance(model, nn.Module):
         info = getattr(model, "zoo_info", None)
         own = info.card.task if info is not None and info.card is not None else None
-        cls = catalog.pipeline_class(_task(task or own, model))
+        cls = catalog.pipeline_class(task_of(task or own, model))
         return cls(model, **options)
     card = card_of(model)
-    cls = catalog.pipeline_class(_task(task or card.task, model))
+    cls = catalog.pipeline_class(task_of(task or card.task, model))
     accepted = inspect.signature(cls).parameters
     mine = {k: v for k, v in options.items() if k in accepted and k != "model"}
     return cls(load(model, **{k: v for k, v in options.items() if k not in mine}), **mine)
 
 
-def _task(task: str | None, model: Any) -> str:
+def task_of(task: str | None, model: Any) -> str:
+    """``task``, which must be known by now. Raises ``zoo.errors.UnknownTask``."""
     if task is None:
         raise errors.UnknownTask(
             f"what {model!r:.80} is for is not known: it was not built by the zoo; give task=", task=""

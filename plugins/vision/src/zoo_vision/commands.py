@@ -1,4 +1,4 @@
-"""The vision plugin's verbs of the command line: ``zoo classify``, ``zoo embed-images``, ``zoo validate``."""
+"""The vision plugin's verbs of the command line: ``zoo classify``, ``zoo embed-images``."""
 
 from __future__ import annotations
 
@@ -102,45 +102,3 @@ def embed_images(
         for failure in failed:
             click.echo(str(failure), err=True)
     return 1 if failed else 0
-
-
-@click.command()
-@click.argument("name")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False))
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
-@click.option("--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read files.")
-@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many images.")
-@output.loading_options
-@output.as_json
-def validate(
-    name: str, folder: str, batch_size: int, workers: int, limit: int | None, as_json: bool, **options: Any
-) -> int:
-    """Measure NAME on the images of FOLDER, one subfolder a class: top-1, top-5, images a second.
-
-    Subfolders are matched to the classes by name (ImageNet's synset ids such as n01440764, or the labels); if no name
-    fits and their number is the model's, in sorted order.
-
-    \b
-        zoo validate vim_tiny.in1k imagenet/val --batch-size 64 --workers 4
-    """
-    import zoo
-
-    from .validation import validate_folder
-
-    model = zoo.load(name, **output.loading(options))
-    measured = validate_folder(model, folder, batch_size=batch_size, workers=workers, limit=limit, progress=not as_json)
-    if as_json:
-        output.emit(measured.to_dict())
-    else:
-        output.table(
-            ("model", "images", "classes", "top-1", "top-5", "images/s"),
-            [
-                (
-                    measured.model, measured.images, measured.classes, f"{measured.top1:.2%}",
-                    "" if measured.top5 is None else f"{measured.top5:.2%}", f"{measured.per_second:.1f}",
-                )
-            ],
-            right=(1, 2, 3, 4, 5),
-        )  # fmt: skip
-        click.echo(measured.matching)
-    return 0

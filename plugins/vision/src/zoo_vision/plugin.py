@@ -36,11 +36,15 @@ def zoo_pipelines() -> Mapping[str, str]:
 
 
 @hookimpl
+def zoo_validators() -> Mapping[str, str]:
+    return {"image-classification": "zoo_vision.validation:validate_folder"}
+
+
+@hookimpl
 def zoo_commands() -> Mapping[str, str]:
     return {
         "classify": "zoo_vision.commands:classify",
         "embed-images": "zoo_vision.commands:embed_images",
-        "validate": "zoo_vision.commands:validate",
     }
 
 

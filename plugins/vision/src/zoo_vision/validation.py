@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +11,10 @@ import torch
 from torch import nn
 
 from zoo.pipelines import _bar
+from zoo.validation import Measured
 from zoo_registry import errors
 
 from .pipelines import ImageClassification
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Top-1 and top-5 accuracy as fractions (top-5 None for fewer than six classes), and the speed of all of it."""
-
-    model: str
-    folder: str
-    images: int
-    classes: int
-    top1: float
-    top5: float | None
-    per_second: float  #: images a second, reading and preparing included
-    seconds: float
-    matching: str  #: how folders were matched to classes
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def validate_folder(
@@ -44,8 +25,12 @@ def validate_folder(
     workers: int = 0,
     limit: int | None = None,
     progress: bool = True,
-) -> Validation:
-    """Run ``model`` over ``folder``/CLASS/IMAGE. ``workers``: reading processes; ``limit``: at most so many images.
+) -> Measured:
+    """Top-1 and top-5 accuracy over the images FOLDER/CLASS/IMAGE, one subfolder a class.
+
+    Subfolders are matched to the classes by name (ImageNet's synset ids such as n01440764, or the labels); if no name
+    fits and their number is the model's, in sorted order. ``workers``: processes that read files; ``limit``: at most so
+    many images, spread over the classes.
 
     Raises ``zoo.errors.BadArgument`` when the folder holds no images or its classes cannot be matched to the model's.
     """
@@ -84,16 +69,13 @@ def validate_folder(
             for _ in range(len(targets)):
                 advance()
     seconds = time.perf_counter() - began
-    return Validation(
+    return Measured(
         model=pipe.name,
-        folder=str(folder),
-        images=seen,
-        classes=len(classes),
-        top1=right1 / seen,
-        top5=right5 / seen if outputs > 5 else None,
-        per_second=seen / seconds,
+        data=str(folder),
+        samples=seen,
+        metrics={"top1": right1 / seen, "top5": right5 / seen if outputs > 5 else None},
         seconds=seconds,
-        matching=matching,
+        notes=matching,
     )
 
 

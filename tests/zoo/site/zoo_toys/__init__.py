@@ -21,6 +21,11 @@ def zoo_pipelines():
 
 
 @hookimpl
+def zoo_validators():
+    return {"toy-counting": "zoo_toys.models:count_right"}
+
+
+@hookimpl
 def zoo_commands():
     return {"toys": "zoo_toys.models:toys"}
 

@@ -14,6 +14,7 @@ from zoo.adapting import InputChannels, NewHead
 from zoo.pipelines import Pipeline, Result
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Drop, Rename, Rules, Stack, Tied
+from zoo.validation import Measured
 
 
 class Toy(nn.Module):
@@ -104,6 +105,23 @@ class Counting(Pipeline):
         names = self.labels() or [f"class {i}" for i in range(len(output))]
         label = names[int(best)]
         return Count(best=int(best), label=label.upper() if self.upper else label, sure=float(sure))
+
+
+def count_right(model: nn.Module, data: Path, *, limit: int | None = None, progress: bool = True) -> Measured:
+    """Accuracy over the files of a folder, each named LABEL_anything.txt."""
+    pipe = Counting(model)
+    files = sorted(data.glob("*.txt"))[:limit]
+    right = [pipe(file).label == file.name.partition("_")[0] for file in files]
+    per_class = {"ant": {"count": float(sum(f.name.startswith("ant") for f in files))}}
+    return Measured(
+        model=pipe.name,
+        data=str(data),
+        samples=len(files),
+        metrics={"accuracy": sum(right) / len(right), "kappa": None},
+        seconds=0.5,
+        per_class=per_class,
+        notes="labels are the names of the files",
+    )
 
 
 @click.command()

@@ -27,6 +27,7 @@ COMMANDS = {
     "list": ("zoo.cli.listing:list_", "List models, with wildcards and filters."),
     "info": ("zoo.cli.listing:info", "Everything known about a model and its weights."),
     "predict": ("zoo.cli.predict:predict", "Answer for your own files."),
+    "validate": ("zoo.cli.validate:validate", "Measure a model on your labelled data."),
     "load": ("zoo.cli.transfer:load", "Fetch, verify, convert and build a checkpoint; say what came of it."),
     "download": ("zoo.cli.transfer:download", "Fetch a checkpoint, to the cache or to a folder for another machine."),
     "convert": ("zoo.cli.transfer:convert", "Convert a checkpoint from or to an original's format."),
