@@ -1,6 +1,6 @@
 """Quality, training speed and serving speed of the recommenders.
 
-    uv run python benchmarks/recommendation.py quality --data path/to/ml-100k.inter --seeds 2020 2021 2022
+    uv run python benchmarks/recommendation.py quality --data path/to/ml-100k.inter --save
     uv run python benchmarks/recommendation.py training --lengths 50 200
     uv run python benchmarks/recommendation.py serving
 
@@ -42,6 +42,12 @@ def machine() -> dict[str, str | int]:
     return {"cpu": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
+def save(path: Path, result: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    print(f"written to {path}", flush=True)
+
+
 def build(name: str, n_items: int, max_length: int):
     if name == "sasrec":
         return SASRec(n_items, max_length=max_length)
@@ -59,30 +65,40 @@ def quality(arguments: argparse.Namespace) -> dict:
     table = prepare(*read_table(arguments.data), core=5, scale_time=scaled)
     parts = split(table, 50)
     print(f"{table.n_users - 1} users, {table.n_items - 1} items, {len(parts[0])} training samples")
-    found: dict[str, list] = {}
+    setting = {
+        "data": Path(arguments.data).name,
+        "protocol": "RecBole: 5-core, leave-one-out, full ranking; length 50, batch 512, Adam 1e-3",
+        "epochs": arguments.epochs,
+    }
+    path = RESULTS / "recommendation_quality.json"
+    stored = json.loads(path.read_text()) if arguments.save and path.exists() else {"runs": {}}
+    found: dict[str, dict] = stored["runs"] if all(stored.get(k) == v for k, v in setting.items()) else {}
     for name in arguments.models:
-        found[name] = []
         for seed in arguments.seeds:
             torch.manual_seed(seed)
             model = build(name, table.n_items, 50)
             with tempfile.TemporaryDirectory() as folder:
                 settings = Settings(epochs=arguments.epochs, batch_size=512, patience=arguments.epochs, seed=seed)
-                history = fit(model, parts[0], parts[1], folder, settings)
-            for row in history.epochs:
-                print(
-                    f"  {name} seed {seed} epoch {row['epoch']}: loss {row['loss']:.1f} hit@10 {row['hit@10']:.4f} "
-                    f"ndcg@10 {row['ndcg@10']:.4f} ({row['seconds']:.0f} s)",
-                    flush=True,
-                )
-            scores = evaluate(model, parts[2])
-            found[name].append(
-                {"seed": seed, "best_epoch": history.best_epoch, "test": scores, "epochs": history.epochs}
-            )
-        for metric in ("hit@10", "ndcg@10", "mrr@10", "hit@20", "ndcg@20", "mrr@20"):
-            values = [run["test"][metric] for run in found[name]]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            print(f"{name:10} {metric:8} {statistics.mean(values):.4f} +- {spread:.4f} over {len(values)} seeds")
-    return {"epochs": arguments.epochs, "data": Path(arguments.data).name, "runs": found}
+                history = fit(model, parts[0], parts[1], folder, settings, on_epoch=lambda row: print(name, row))  # noqa: B023
+            run = {"best_epoch": history.best_epoch, "test": evaluate(model, parts[2]), "epochs": history.epochs}
+            found.setdefault(name, {})[str(seed)] = run
+            if arguments.save:  # a run takes long: each is kept as soon as it is there, those of other models stay
+                save(path, {**setting, "summary": {k: summary(v) for k, v in found.items()}, "runs": found})
+        for metric, value in summary(found[name])["test"].items():
+            print(f"{name:10} {metric:8} {value['mean']:.4f} +- {value['std']:.4f} over {len(found[name])} seeds")
+    return {**setting, "summary": {k: summary(v) for k, v in found.items()}, "runs": found}
+
+
+def summary(runs: dict[str, dict]) -> dict:
+    """Mean and standard deviation over the seeds of one model."""
+    test = {}
+    for metric in next(iter(runs.values()))["test"]:
+        values = [run["test"][metric] for run in runs.values()]
+        test[metric] = {
+            "mean": round(statistics.mean(values), 5),
+            "std": round(statistics.stdev(values), 5) if len(values) > 1 else None,
+        }
+    return {"seeds": sorted(runs), "test": test}
 
 
 # -- speed
@@ -169,28 +185,26 @@ def serving(arguments: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/recommendation_<what>.json")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--save", action="store_true", help="write benchmarks/results/recommendation_<what>.json")
     commands = parser.add_subparsers(dest="what", required=True)
-    one = commands.add_parser("quality")
+    one = commands.add_parser("quality", parents=[shared])
     one.add_argument("--data", required=True)
     one.add_argument("--models", nargs="+", default=["tim4rec", "sasrec", "mamba4rec"])
     one.add_argument("--seeds", nargs="+", type=int, default=[2020, 2021, 2022])
     one.add_argument("--epochs", type=int, default=3)
-    two = commands.add_parser("training")
+    two = commands.add_parser("training", parents=[shared])
     two.add_argument("--lengths", nargs="+", type=int, default=[50, 200])
     two.add_argument("--batch", type=int, default=256)
     two.add_argument("--repeat", type=int, default=5)
-    three = commands.add_parser("serving")
+    three = commands.add_parser("serving", parents=[shared])
     three.add_argument("--lengths", nargs="+", type=int, default=[50, 200, 1000])
     three.add_argument("--repeat", type=int, default=50)
     arguments = parser.parse_args()
     print(machine())
     result = {"quality": quality, "training": training, "serving": serving}[arguments.what](arguments)
     if arguments.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"recommendation_{arguments.what}.json"
-        path.write_text(json.dumps({"machine": machine(), **result}, indent=1))
-        print(f"written to {path}")
+        save(RESULTS / f"recommendation_{arguments.what}.json", result)
 
 
 if __name__ == "__main__":

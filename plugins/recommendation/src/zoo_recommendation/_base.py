@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .last import Dropout, rows_at
+
 LossType = Literal["CE", "BPR"]
 #: What a user is to a recurrent recommender: one dictionary of tensors a layer, each (batch, ...), of fixed size.
 UserState = list[dict[str, Tensor]]
@@ -38,12 +40,15 @@ class SequentialRecommender(nn.Module):
         """item_seq (batch, length) int64, times (batch, length) seconds or scaled; hidden (batch, length, hidden)."""
         raise NotImplementedError
 
+    def encode_at(self, item_seq: Tensor, index: Tensor, times: Tensor | None = None) -> Tensor:
+        """:meth:`encode` at the row ``index`` (batch,) of each history: (batch, hidden). Models with a way to leave
+        out what that row does not read override this."""
+        return rows_at(self.encode(item_seq, times), index)
+
     def forward(self, item_seq: Tensor, item_seq_len: Tensor, times: Tensor | None = None) -> Tensor:
         """The user's vector (batch, hidden): the encoding at the last item, ``item_seq_len - 1``."""
         self._check(item_seq, item_seq_len)
-        hidden = self.encode(item_seq, times)
-        index = (item_seq_len - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
-        return hidden.gather(1, index).squeeze(1)
+        return self.encode_at(item_seq, item_seq_len - 1, times)
 
     def _check(self, item_seq: Tensor, item_seq_len: Tensor) -> None:
         if item_seq.dim() != 2:
@@ -84,7 +89,7 @@ class FeedForward(nn.Module):
         self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
         self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
         self.activation = activation
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden_size, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers import Mamba
@@ -16,6 +17,7 @@ from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Rules
 
 from ._base import FeedForward, SequentialRecommender, UserState, init_normal, outputs, take
+from .last import Dropout, rows_at
 
 EPS = 1e-12
 
@@ -27,7 +29,7 @@ class Layer(nn.Module):
         super().__init__()
         self.mamba = mamba
         self.residual = residual
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden_size, eps=EPS)
         self.ffn = FeedForward(hidden_size, dropout, nn.GELU(), eps=EPS)
 
@@ -37,6 +39,12 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.close(self.mamba(x), x)
+
+    def at(self, x: Tensor, index: Tensor) -> Tensor:
+        """:meth:`forward` at one row of each sequence: all rows are scanned, one goes through what follows."""
+        y, z = self.mamba.mix(x, gate=False)
+        mixed = self.mamba.out_proj(rows_at(y, index) * F.silu(rows_at(z, index)))
+        return self.close(mixed, rows_at(x, index))
 
 
 class Mamba4Rec(SequentialRecommender):
@@ -61,7 +69,7 @@ class Mamba4Rec(SequentialRecommender):
         loss_type: str = "CE",
     ) -> None:
         super().__init__(n_items, hidden_size, max_length, loss_type)  # type: ignore[arg-type]
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden_size, eps=EPS)
         self.layers = nn.ModuleList(
             Layer(hidden_size, Mamba(hidden_size, d_state, d_conv, expand), dropout, residual=num_layers > 1)
@@ -73,9 +81,19 @@ class Mamba4Rec(SequentialRecommender):
     def encode(self, item_seq: Tensor, times: Tensor | None = None) -> Tensor:
         return self.encode_layers(item_seq)[-1]
 
+    def encode_at(self, item_seq: Tensor, index: Tensor, times: Tensor | None = None) -> Tensor:
+        x = self._embed(item_seq)
+        *first, last = self.layers
+        for layer in first:
+            x = layer(x)
+        return last.at(x, index)  # type: ignore[union-attr, operator]
+
+    def _embed(self, item_seq: Tensor) -> Tensor:
+        return self.layer_norm(self.dropout(self.item_embedding(item_seq)))
+
     def encode_layers(self, item_seq: Tensor) -> list[Tensor]:
         """Hidden states (batch, length, hidden) after every layer."""
-        x = self.layer_norm(self.dropout(self.item_embedding(item_seq)))
+        x = self._embed(item_seq)
         found = []
         for layer in self.layers:
             x = layer(x)

@@ -21,6 +21,7 @@ from zoo.rules import Rename, Rules
 from zoo_kernels import causal_conv1d
 
 from ._base import FeedForward, SequentialRecommender, UserState, init_normal, outputs, take
+from .last import Dropout, rows_at, ssd_at
 from .protocol import ProtocolReplay
 
 
@@ -36,7 +37,7 @@ class TimeGate(nn.Module):
         self, max_length: int, heads: int, d_conv: int, dropout: float, point_to_point: bool, eps: float, act: str
     ) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.act = act
         self.scale_in = nn.Linear(max_length, max_length)
         self.scale_out = nn.Linear(max_length, max_length)
@@ -47,16 +48,20 @@ class TimeGate(nn.Module):
 
     def forward(self, tau: Tensor) -> tuple[Tensor, Tensor]:
         """(m, next tau)."""
+        m = self.stretch(tau)
+        gate = torch.sigmoid(self.gate(self.dropout(tau)))
+        return m, self.norm(gate * tau + (1 - gate) * m)
+
+    def stretch(self, tau: Tensor) -> Tensor:
+        """m alone, which is all that a last layer reads."""
         scale = self.scale_out(F.silu(self.scale_in(self.dropout(tau))))
         m = (tau * scale).transpose(1, 2)  # (batch, length, heads)
         for conv in (self.conv1, self.conv2):
             m = conv_act(m, conv, self.act)
-        gate = torch.sigmoid(self.gate(self.dropout(tau)))
-        m = m.transpose(1, 2)
-        return m, self.norm(gate * tau + (1 - gate) * m)
+        return m.transpose(1, 2)
 
 
-def conv_act(x: Tensor, conv: nn.Conv1d, act: str) -> Tensor:
+def conv_act(x: Tensor, conv: nn.Conv1d, act: str | None) -> Tensor:
     """Causal depthwise convolution along the length, then the activation the original would have used."""
     y, _ = causal_conv1d(x, conv.weight.squeeze(1), conv.bias, activation="silu" if act == "silu" else None)
     return F.hardswish(y) if act == "hardswish" else y
@@ -78,6 +83,21 @@ class TimeAwareSSD(Mamba2):
             dt = dt * m.transpose(1, 2)
         return self._finish(self.scan(xBC, dt), z, z0, x0), tau
 
+    def at(self, u: Tensor, tau: Tensor | None, index: Tensor) -> Tensor:
+        """The output of :meth:`forward_with_time` at the row ``index`` (batch,) of each sequence: (batch, hidden)."""
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        rows = [self.d_ssm, weight.shape[0] - self.d_ssm]  # z first; this mixer has no channels beside the scan
+        (gate_weight, weight), (gate_bias, bias) = weight.split(rows), bias.split(rows)
+        z = F.linear(rows_at(u, index), gate_weight, gate_bias)
+        xBC, dt = F.linear(u, weight, bias).split([self.conv1d.weight.shape[0], self.nheads], dim=-1)
+        if self.time is not None:
+            assert tau is not None
+            dt = dt * self.time.stretch(tau).transpose(1, 2)
+        x, B, C = self._parts(conv_act(xBC, self.conv1d, self.conv_activation))
+        A, skip = -torch.exp(self.A_log.float()), self._skip()
+        y = ssd_at(x, dt, A, B, rows_at(C, index), skip, self.dt_bias.float(), index, self.dt_limit)
+        return self._finish(y.flatten(-2), z, z, z)
+
 
 class Layer(nn.Module):
     """Mixer, dropout, (residual,) norm, feed-forward. A one-layer model has no residual around its mixer."""
@@ -88,7 +108,7 @@ class Layer(nn.Module):
         super().__init__()
         self.ssd = ssd
         self.residual = residual
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden_size, eps=eps)
         # The original's feed-forward norm has this eps whatever the configuration says.
         self.ffn = FeedForward(hidden_size, dropout, nn.Hardswish(), eps=1e-12) if ffn else None
@@ -101,6 +121,10 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, tau: Tensor | None) -> tuple[Tensor, Tensor | None]:
         mixed, tau = self.ssd.forward_with_time(x, tau)
         return self.close(mixed, x), tau
+
+    def at(self, x: Tensor, tau: Tensor | None, index: Tensor) -> Tensor:
+        """:meth:`forward` at one row of each sequence, (batch, hidden): nothing after the scan sees the others."""
+        return self.close(self.ssd.at(x, tau, index), rows_at(x, index))
 
 
 class TiM4Rec(SequentialRecommender):
@@ -137,7 +161,7 @@ class TiM4Rec(SequentialRecommender):
         # The original takes its convolution's activation from a CUDA package where the head count allows it.
         act = "silu" if self.heads % 8 == 0 else "hardswish"
         self.recurrent = not time
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.in_layer_norm = nn.LayerNorm(hidden_size, eps=norm_eps)
         self.time_norm = nn.LayerNorm(max_length, eps=norm_eps) if time else None
         self.layers = nn.ModuleList(
@@ -191,12 +215,22 @@ class TiM4Rec(SequentialRecommender):
     def encode(self, item_seq: Tensor, times: Tensor | None = None) -> Tensor:
         return self.encode_layers(item_seq, times)[-1][0]
 
-    def encode_layers(self, item_seq: Tensor, times: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-        """(hidden, next time features) after every layer."""
+    def encode_at(self, item_seq: Tensor, index: Tensor, times: Tensor | None = None) -> Tensor:
+        x, tau = self._embed(item_seq, times)
+        *first, last = self.layers
+        for layer in first:
+            x, tau = layer(x, tau)
+        return last.at(x, tau, index)  # type: ignore[union-attr, operator]
+
+    def _embed(self, item_seq: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.time_norm is not None and times is None:
             raise ValueError("this model reads the time of each interaction: pass times=(batch, length)")
         x = self.in_layer_norm(self.dropout(self.item_embedding(item_seq)))
-        tau = self.time_features(times) if self.time_norm is not None and times is not None else None
+        return x, self.time_features(times) if self.time_norm is not None and times is not None else None
+
+    def encode_layers(self, item_seq: Tensor, times: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        """(hidden, next time features) after every layer."""
+        x, tau = self._embed(item_seq, times)
         found = []
         for layer in self.layers:
             x, tau = layer(x, tau)
