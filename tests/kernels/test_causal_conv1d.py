@@ -121,6 +121,36 @@ def test_path_and_reverse_are_reorderings(backend: str) -> None:
     util.close(y[:, path.flip(0)], z)
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("walk", ["both ways", "paths", "parts"])
+def test_several_paths_are_single_ones_side_by_side(backend: str, walk: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 29, 70)[..., :35].requires_grad_()  # half of a projection, as mixers give it
+    w, b, s = (torch.randn(*n).requires_grad_() for n in ((3, 35, 4), (3, 35), (2, 3, 4, 35)))
+    reverse = [False, True, False]
+    path = None if walk == "both ways" else torch.stack([torch.randperm(29) for _ in range(3)])
+    options: dict = {"activation": "silu", "return_final_state": True}
+    if walk == "parts":
+        path = torch.stack([path, path.flip(-1)])[..., :23]
+        options |= {"lengths": torch.tensor([23, 11]), "resets": torch.rand(2, 29) < 0.2}
+    with zk.backend(backend):
+        y, f = zk.causal_conv1d(x, w, b, initial_state=s, path=path, reverse=reverse, **options)
+        ones = [
+            zk.causal_conv1d(
+                x, w[k], b[k], initial_state=s[:, k], path=None if path is None else path[..., k, :],
+                reverse=reverse[k], **options,
+            )
+            for k in range(3)
+        ]  # fmt: skip
+        whole = torch.autograd.grad((y.square().sum() + f.sum()), (x, w, b, s))
+        parts = torch.autograd.grad(sum(y1.square().sum() + f1.sum() for y1, f1 in ones), (x, w, b, s))
+    assert y.shape == (2, 29, 3, 35)
+    assert torch.equal(y, torch.stack([y1 for y1, _ in ones], 2))
+    assert torch.equal(f, torch.stack([f1 for _, f1 in ones], 1))
+    for got, want in zip(whole, parts, strict=True):
+        util.close(got, want)
+
+
 def test_long_sequence(native) -> None:
     x, w = torch.randn(1, 65_537, 3), torch.randn(3, 4)
     with zk.backend("native"):
@@ -172,6 +202,14 @@ def test_compiles_and_keeps_threads_equal(native) -> None:
     [
         ({"x": torch.zeros(3, 4)}, r"x has shape \(3, 4\); it must be \(batch, length, channels\)"),
         ({"weight": torch.zeros(5, 9)}, "weight has width 9; it must be 1 to 8"),
+        (
+            {"weight": torch.zeros(2, 5, 4), "reverse": [True]},
+            "reverse has 1 flags; it must be one bool, or one for each of 2 paths",
+        ),
+        (
+            {"weight": torch.zeros(2, 5, 4), "bias": torch.zeros(5)},
+            r"bias has shape \(5,\); it must be \(paths 2, channels 5\)",
+        ),
         ({"weight": torch.zeros(4, 4)}, r"weight has shape \(4, 4\); it must be \(channels 5, width\)"),
         ({"bias": torch.zeros(4)}, r"bias has shape \(4,\); it must be \(channels 5\)"),
         ({"activation": "relu"}, "activation is 'relu'; it must be None or 'silu'"),

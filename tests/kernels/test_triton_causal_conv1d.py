@@ -45,6 +45,15 @@ def test_path_lengths_and_resets(reverse, state):
 
 
 @interpreted
+@pytest.mark.usefixtures("poisoned")
+def test_several_paths():
+    t = problem(2, 13, 5, 4)
+    t |= {"weight": torch.randn(2, 5, 4), "bias": torch.randn(2, 5), "initial_state": torch.randn(2, 2, 4, 5)}
+    options = {"activation": "silu", "reverse": [False, True], "return_final_state": True}
+    agrees(causal_conv1d, t, options)
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_step(dtype):
     t = problem(2, 1, 130, 4)

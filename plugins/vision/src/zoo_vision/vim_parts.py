@@ -80,12 +80,13 @@ class VimMixer(nn.Module):
         """u: (batch, length, dim); path: None (forwards and backwards over the rows) or (K, length). Returns like u."""
         x, z = self.in_proj(u).chunk(2, dim=-1)
         backward = self.backward_paths(path)
-        walked = []
-        for k, weight in enumerate(self.conv_weight):
-            bias = None if self.conv_bias is None else self.conv_bias[k]
-            order = None if path is None else path[k]
-            walked.append(causal_conv1d(x, weight, bias, activation="silu", path=order, reverse=backward[k])[0])
-        x = torch.stack(walked, dim=2) if len(walked) > 1 else walked[0]  # (batch, length, K, E), or without K
+        weight, bias = self.conv_weight, self.conv_bias
+        if weight.shape[0] > 1:  # (batch, length, K, E)
+            x, _ = causal_conv1d(x, weight, bias, activation="silu", path=path, reverse=backward)
+        else:
+            first = None if path is None else path[0]
+            bias = None if bias is None else bias[0]
+            x, _ = causal_conv1d(x, weight[0], bias, activation="silu", path=first, reverse=backward[0])
         y = self.scan(x, z=z, path=path, reverse=backward)
         out = self.out_proj(y / 2 if self.divide else y)
         return out if self.gamma is None else out * self.gamma

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ NAME = "causal_conv1d"
 
 
 def _fake(x, weight, bias, silu, path, reverse, initial_state, return_final_state, resets, lengths, *, save):
-    shape = (x.shape[0], weight.shape[1], x.shape[2]) if return_final_state else (0,)
+    paths = weight.shape[:-2]  # () for one path, (K,) for several
+    shape = (x.shape[0], *paths, weight.shape[-1], x.shape[2]) if return_final_state else (0,)
     final = x.new_empty(shape, dtype=checks.state_dtype(x.dtype))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), final
+    return x.new_empty((x.shape[0], x.shape[1], *paths, x.shape[2])), final
 
 
 def _validate(x, weight, bias, silu, path, reverse, initial_state, return_final_state, resets, lengths) -> None:
@@ -46,6 +47,7 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterable[tuple[Any, ...]
             None,
             None,
         )
+    yield r(2, 9, 6), r(2, 6, 4), r(2, 6), True, None, [False, True], None, True, None, None
 
 
 _conv = Operator(
@@ -64,12 +66,14 @@ _conv = Operator(
 )
 
 
-def checked_weight(operator: str, weight: Any, channels: int, like: Tensor) -> None:
-    checks.has_shape(operator, "weight", weight, [("channels", channels), ("width", None)], like)
+def checked_weight(
+    operator: str, weight: Any, channels: int, like: Tensor, paths: Sequence[tuple[str, int | None]] = ()
+) -> None:
+    checks.has_shape(operator, "weight", weight, [*paths, ("channels", channels), ("width", None)], like)
     checks.has_dtype(operator, "weight", weight)
-    if not 1 <= weight.shape[1] <= 8:
+    if not 1 <= weight.shape[-1] <= 8:
         raise ValueError(
-            f"{operator}: weight has width {weight.shape[1]}; it must be 1 to 8 (longer: zoo_kernels.long_conv)"
+            f"{operator}: weight has width {weight.shape[-1]}; it must be 1 to 8 (longer: zoo_kernels.long_conv)"
         )
 
 
@@ -87,7 +91,7 @@ def causal_conv1d(
     *,
     activation: str | None = None,
     path: Tensor | None = None,
-    reverse: bool = False,
+    reverse: bool | Sequence[bool] = False,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     resets: Tensor | None = None,
@@ -102,27 +106,30 @@ def causal_conv1d(
     initial_state, final state: (batch, width, channels): the last ``width`` rows of the walk, newest last (one more
     than a step needs, so that the originals' caches convert without loss). resets: (batch, length) bool, rows before a
     reset are not seen. lengths: (batch,) steps to walk; rows not visited give 0.
-    Returns ``(y, final_state)``, y like x. Raises ValueError naming the argument, what it is and what it must be.
+
+    Several paths over the same rows, K parameter sets, results side by side (weight has 3 axes): weight: (K, channels,
+    width); bias: (K, channels); path: (K, steps) or (batch, K, steps); reverse: one bool or K of them; initial_state,
+    final state: (batch, K, width, channels); y: (batch, length, K, channels), as ``selective_scan`` takes it.
+
+    Returns ``(y, final_state)``, y like x (with the K axis, if several).
+    Raises ValueError naming the argument, what it is and what it must be.
     Source: Dao-AILab/causal-conv1d ``causal_conv1d_ref``.
     """
     checks.has_shape(NAME, "x", x, [("batch", None), ("length", None), ("channels", None)])
     checks.has_dtype(NAME, "x", x)
     batch, length, channels = x.shape
-    checked_weight(NAME, weight, channels, x)
+    K = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 3 else None
+    paths: list[tuple[str, int | None]] = [] if K is None else [("paths", K)]
+    checked_weight(NAME, weight, channels, x, paths)
     if bias is not None:
-        checks.has_shape(NAME, "bias", bias, [("channels", channels)], x)
+        checks.has_shape(NAME, "bias", bias, [*paths, ("channels", channels)], x)
     if initial_state is not None:
-        checks.has_shape(
-            NAME,
-            "initial_state",
-            initial_state,
-            [("batch", batch), ("width", weight.shape[1]), ("channels", channels)],
-            x,
-        )
+        axes = [("batch", batch), *paths, ("width", weight.shape[-1]), ("channels", channels)]
+        checks.has_shape(NAME, "initial_state", initial_state, axes, x)
     args = (
         x, weight, bias, checked_activation(NAME, activation),
-        checks.canonical_path(NAME, path, batch=batch, length=length, paths=None, like=x),
-        checks.canonical_reverse(NAME, reverse, paths=1), initial_state, bool(return_final_state),
+        checks.canonical_path(NAME, path, batch=batch, length=length, paths=K, like=x),
+        checks.canonical_reverse(NAME, reverse, paths=1 if K is None else K), initial_state, bool(return_final_state),
         checks.canonical_resets(NAME, resets, batch=batch, length=length, like=x),
         checks.canonical_lengths(NAME, lengths, batch=batch, like=x),
     )  # fmt: skip

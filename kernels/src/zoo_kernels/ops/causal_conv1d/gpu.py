@@ -17,6 +17,8 @@ from torch import Tensor
 from zoo_kernels import _gpu
 from zoo_kernels._gpu import program, row_of, sigmoid, silu_grad
 
+from . import several
+
 BT, BC = 16, 128
 
 
@@ -186,6 +188,7 @@ def _common(x: Tensor, path: Tensor | None):
     return steps, path, path_b
 
 
+@several.forward
 def forward(x, weight, bias, silu, path, reverse, initial_state, return_final_state, resets, lengths, *, save=False):
     """See :func:`zoo_kernels.causal_conv1d`; canonical arguments."""
     x = _gpu.rows(x)
@@ -213,6 +216,7 @@ def forward(x, weight, bias, silu, path, reverse, initial_state, return_final_st
     return y, final
 
 
+@several.backward
 def backward(grads, arguments, saved, needs):
     """Gradients of x, weight, bias, initial_state."""
     x, weight, bias, silu, path, reverse, initial_state, return_final, resets, lengths = arguments

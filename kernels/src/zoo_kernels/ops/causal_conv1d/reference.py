@@ -8,7 +8,10 @@ from torch import Tensor
 
 from zoo_kernels._walk import put_sum, take, walk
 
+from . import several
 
+
+@several.forward
 def forward(
     x, weight, bias, silu, path, reverse, initial_state, return_final_state, resets, lengths, *, save=False
 ) -> tuple[Tensor, Tensor]:
