@@ -12,3 +12,13 @@ ZOO_PLUGIN_API = 1
 @hookimpl
 def zoo_models() -> Iterable[ModelCard]:
     return load_cards("zoo_audio")
+
+
+@hookimpl
+def zoo_adapters() -> Mapping[str, str]:
+    return {"sashimi": "zoo_audio.sashimi_reference:SashimiAdapter"}
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {"speech-recognition": "zoo_audio.pipelines:SpeechRecognition"}

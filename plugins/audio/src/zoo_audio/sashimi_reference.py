@@ -1,0 +1,253 @@
+"""SaShiMi's original arguments and keys: state-spaces/s4, the standalone class, the modular one, its U-Net, mu-law."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.layers.s4 import STEP_MODES, S4Kernel
+from zoo.reference import ReferenceAdapter, read_golden
+from zoo.rules import Rename, Rules, Squeeze
+from zoo.systems import _s4_arguments as arguments
+from zoo.systems.s4 import _V3
+
+from . import mulaw
+from .sashimi import Sashimi, SashimiLM
+
+_POOL = {"d_model", "n_layers", "pool", "expand", "ff"}
+#: Where the norms of the standalone class lie in ours, and its 1 x 1 convolutions.
+_STANDALONE = Rules(
+    *(
+        rule
+        for part in ("d_layers.{i:d}", "c_layers.{i:d}", "u_layers.{t:d}.{i:d}")
+        for rule in (
+            Rename(f"{part}.norm.{{name}}", f"{part}.norm.norm.{{name}}"),
+            Rename(f"{part}.linear.weight", f"{part}.linear.weight", Squeeze(-1)),
+            Rename(f"{part}.layer.ff.0.0.weight", f"{part}.layer.ff.0.0.weight", Squeeze(-1)),
+            Rename(f"{part}.layer.ff.2.weight", f"{part}.layer.ff.2.weight", Squeeze(-1)),
+        )
+    )
+)
+_LM = Rules(
+    Rename("encoder.0.weight", "encoder.weight"),
+    Rename("decoder.0.output_transform.{name}", "decoder.{name}"),
+)
+
+
+class MuLaw(nn.Module):
+    """The quantisers; no parameters."""
+
+    def __init__(self, bits: int = 8) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, audio: Tensor) -> dict[str, Tensor]:
+        mu, linear = mulaw.mu_law_encode(audio, self.bits), mulaw.linear_encode(audio, self.bits)
+        return {
+            "mu_ids": mu,
+            "mu_decoded": mulaw.mu_law_decode(mu, self.bits),
+            "mu_decode_table": mulaw.mu_law_decode(torch.arange(2**self.bits), self.bits),
+            "linear_ids": linear,
+            "linear_decoded": mulaw.linear_decode(linear, self.bits),
+        }
+
+
+class SashimiAdapter(ReferenceAdapter):
+    """state-spaces/s4: ``models/sashimi/sashimi.py:Sashimi``, ``backbones/sashimi.py:Sashimi``,
+    ``backbones/unet.py:SequenceUNet``, alone or between an embedding and a head, and ``dataloaders/audio.py``."""
+
+    system = "sashimi"
+
+    def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
+        if not state and ("mu_law" in source or set(config) <= {"bits"}):
+            arguments.check_known(config, {"bits"}, "the quantisers of audio.py")
+            return MuLaw(**config).eval()
+        state = dict(state)
+        model: nn.Module
+        if "backbone" in config:
+            known = {"backbone", "n_tokens", "encoder", "decoder"}
+            arguments.check_known(config, known, "the SaShiMi language model")
+            _check_ends(config)
+            backbone = _modular(config["backbone"], state, "model.")
+            model = SashimiLM(config["n_tokens"], **backbone)
+        elif _is_standalone(state, source):
+            model = Sashimi(**_standalone(config))
+        else:
+            model = Sashimi(**_modular(config, state, ""))
+        model.standalone = "backbone" not in config and _is_standalone(state, source)  # type: ignore[assignment]
+        model.flat_up = any(_is_flat(key) for key in state)  # type: ignore[assignment]
+        have = self.to_zoo(state, model=model)
+        # Files may leave the kernels' lengths out: those of a fresh model, whose C is not transformed yet.
+        table = self.rules(state, model=model)
+        for name, value in model.state_dict().items():
+            if name.endswith("l_kernel") and name not in have:
+                state |= table.to_reference({name: value})
+        return self.load(model, state)
+
+    def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
+        if isinstance(model, MuLaw):
+            return Rules()
+        standalone = getattr(model, "standalone", None)
+        if standalone is None:
+            standalone = _is_standalone(state, "") and "encoder.weight" not in state
+        table = _V3 if any(".kernel.kernel." in key for key in state) else Rules()
+        if isinstance(model, SashimiLM) or "encoder.0.weight" in state or "encoder.weight" in state:
+            return table + _LM + _flat_rules(state, model, "model.")
+        if standalone:
+            return table + _STANDALONE
+        return table + _flat_rules(state, model, "")
+
+    def replay(self, path: str | Path, *, grad: bool = False) -> dict[str, Tensor]:
+        golden = read_golden(path)
+        model = self.build(golden.config, golden.state, source=golden.source)
+        wanted = [*golden.outputs, *(f"mid/{k}" for k in golden.mids)]
+        with torch.enable_grad() if grad else torch.no_grad():
+            found = self.run(model, golden.inputs, call=golden.call, wanted=wanted)
+            named = {k if k.startswith("mid/") else f"out/{k}": v for k, v in found.items()}
+            if grad:
+                self.loss(golden, named).backward()
+                gradients = self.gradients(model)
+                named.update({f"grad/{k}": gradients[k] for k in golden.grads if k in gradients})
+        return {k: v.detach() for k, v in named.items()}
+
+    def run(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None, wanted: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """``wanted``: names of further outputs: ``step*`` (a mode may end the name), ``greedy_ids``, ``mid/*``."""
+        x = next(iter(inputs.values()))
+        if isinstance(model, MuLaw):
+            return model(x)
+        names = list(wanted or ())
+        if isinstance(model, SashimiLM):
+            out = {"logits": model(x)}
+        else:
+            mids: dict[str, Tensor] = {}
+            out = {"y": model(x, mids)}
+            out |= {name: mids[name.removeprefix("mid/")] for name in names if name.removeprefix("mid/") in mids}
+        for name in names:
+            if name.startswith("step"):
+                out[name] = steps(model, x, next((m for m in STEP_MODES if name.endswith(m)), "linear"))
+            elif name == "greedy_ids" and isinstance(model, SashimiLM):
+                out[name] = _greedy(model, x.shape[0], x.shape[1])
+        return out
+
+
+@torch.no_grad()
+def steps(model: nn.Module, x: Tensor, mode: str = "linear") -> Tensor:
+    """Every output of ``x`` (batch, length, ...), one step at a time, in one of S4's step modes."""
+    kernels = [m for m in model.modules() if isinstance(m, S4Kernel)]
+    for kernel in kernels:
+        kernel.setup_step(mode, limited=False)
+    state = model.init_state(x.shape[0])  # type: ignore[operator]
+    made = [model.step(x[:, t], state) for t in range(x.shape[1])]  # type: ignore[operator]
+    for kernel in kernels:
+        kernel.setup_step()
+    return torch.stack(made, 1)
+
+
+@torch.no_grad()
+def _greedy(model: SashimiLM, batch: int, length: int) -> Tensor:
+    token = torch.full((batch,), model.vocab_size // 2)
+    state, ids = model.init_state(batch), []
+    for _ in range(length):
+        token = model.step(token, state).argmax(-1)
+        ids.append(token)
+    return torch.stack(ids, 1)
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _standalone(config: Mapping[str, Any]) -> dict[str, Any]:
+    own = {*_POOL, "unet", "dropout"}
+    s4 = {k: v for k, v in config.items() if k not in own}
+    if s4.get("d_state", 64) != 64:
+        raise ValueError(f"argument d_state={s4['d_state']!r}: the standalone SaShiMi fixes it to 64")
+    dropout = config.get("dropout", 0.0)
+    return {
+        **{k: config[k] for k in (*_POOL, "unet") if k in config},
+        "layer": {**arguments.s4_block({**s4, "dropout": dropout, "d_state": 64}, standalone=True)},
+        "scalar_norm": False,
+        "weight_norm": False,
+        "dropout": dropout,
+        "dropres": dropout,
+    }
+
+
+def _modular(config: Mapping[str, Any], state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    known = {
+        *_POOL, "unet", "cff", "prenorm", "dropout", "dropres", "layer", "center_layer", "residual", "norm",
+        "initializer", "transposed", "interp", "act_pool", "_name_", "l_max", "track_norms",
+    }  # fmt: skip
+    arguments.check_known(config, known, "SaShiMi")
+    if config.get("interp"):
+        raise ValueError(
+            f"argument interp={config['interp']!r} is not supported: input at several rates is not described"
+        )
+    if config.get("center_layer") is not None:
+        raise ValueError("argument center_layer is not supported: another layer at the coarsest rate is not described")
+    residual = arguments._named(config.get("residual"), "residual")
+    if residual not in (None, "R"):
+        raise ValueError(f"residual={residual!r} is not supported; expected None or 'R' (a plain sum)")
+    dropout = config.get("dropout", 0.0)
+    layer = dict(config.get("layer") or {})
+    layer["dropout"] = dropout if layer.get("dropout") is None else layer["dropout"]
+    flat = any(_is_flat(key) for key in state) or "cff" in config
+    normed = any(key.endswith("linear.weight_g") for key in state)
+    return {
+        **{k: config[k] for k in _POOL if k in config},
+        "unet": config.get("unet", False) or flat,
+        "layer": {k: v for k, v in arguments._layer(layer).items() if k != "type"},
+        "norm": arguments._named(config.get("norm"), "norm"),
+        "scalar_norm": config.get("transposed", True),
+        "prenorm": config.get("prenorm", True),
+        "residual": residual is not None,
+        "weight_norm": normed,
+        "act_pool": config.get("act_pool"),
+        "center_ff": config.get("cff") if flat else None,
+        "dropout": dropout,
+        "dropres": config.get("dropres", 0.0),
+    }
+
+
+def _check_ends(config: Mapping[str, Any]) -> None:
+    if config.get("encoder", "embedding") not in ("embedding", {"_name_": "embedding"}):
+        raise ValueError(f"encoder={config['encoder']!r} is not supported; expected 'embedding'")
+    decoder = config.get("decoder") or {}
+    if not isinstance(decoder, Mapping) or decoder.get("l_output") is not None:
+        raise ValueError(f"decoder={decoder!r} is not supported; expected a sequence decoder of every position")
+
+
+# -- keys ------------------------------------------------------------------------------------------------------------
+
+
+def _is_standalone(state: Mapping[str, Tensor], source: str) -> bool:
+    """The standalone class has 1 x 1 convolutions and one norm weight for each channel."""
+    if source:
+        return "/sequence/" not in source
+    return not any(".norm.norm." in key or key.endswith(".weight_g") for key in state)
+
+
+def _is_flat(key: str) -> bool:
+    """SequenceUNet lists its way up without tiers: ``u_layers.{i}.linear`` and ``u_layers.{i}.layer``."""
+    _, found, rest = key.partition("u_layers.")
+    return bool(found) and not rest.split(".")[1].isdigit()
+
+
+def _flat_rules(state: Mapping[str, Tensor], model: nn.Module | None, prefix: str) -> Rules:
+    """``u_layers.{i}`` of the original to ours, ``u_layers.{tier}.{j}``."""
+    if not (getattr(model, "flat_up", False) or any(_is_flat(key) for key in state)):
+        return Rules()
+    backbone = model.model if isinstance(model, SashimiLM) else model
+    if not isinstance(backbone, Sashimi):
+        raise ValueError("these keys are of a SequenceUNet; give model=, whose tiers they belong to")
+    rules, i = [], 0
+    for t, tier in enumerate(backbone.u_layers):
+        for j in range(len(tier)):  # type: ignore[arg-type]
+            rules.append(Rename(f"{prefix}u_layers.{i}.{{rest:*}}", f"{prefix}u_layers.{t}.{j}.{{rest:*}}"))
+            i += 1
+    return Rules(*rules)

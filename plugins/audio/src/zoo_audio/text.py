@@ -1,0 +1,71 @@
+"""Transcripts: token ids to text and back, and words from tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+#: What stands before the first piece of a word.
+MARK = "\N{LOWER ONE EIGHTH BLOCK}"
+SPECIAL = ("<pad>", "<s>", "</s>")
+
+
+class Tokenizer:
+    """A ``tokenizer.json`` whose pieces mark the beginnings of words, with ids 0 padding, 1 begin, 2 end."""
+
+    def __init__(self, path: str | Path) -> None:
+        from tokenizers import Tokenizer as Fast
+
+        try:
+            self._fast = Fast.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for a file that it cannot read
+            raise ValueError(f"{path} is no tokenizer.json: {error}") from error
+        found = tuple(self._fast.id_to_token(i) for i in range(3))
+        if found != SPECIAL:
+            raise ValueError(f"the first three tokens of {path} are {found}; expected {SPECIAL}")
+
+    def __len__(self) -> int:
+        return self._fast.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self._fast.encode(normalise(text), add_special_tokens=False).ids
+
+    def piece(self, token: int) -> str:
+        """The token as it is written, with its mark; "" for the special ones and ids outside the vocabulary."""
+        text = self._fast.id_to_token(int(token)) or ""
+        return "" if text in SPECIAL else text
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.piece(i) for i in ids).replace(MARK, " ").strip()
+
+
+def train_tokenizer(texts: Iterable[str], size: int, path: str | Path) -> Tokenizer:
+    """Byte-pair encoding of ``size`` pieces, learned from ``texts`` and written to ``path``."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models, pre_tokenizers, trainers
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement=MARK, prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
+    fast.train_from_iterator((normalise(text) for text in texts), trainer)
+    fast.save(str(path), pretty=False)
+    return Tokenizer(path)
+
+
+def normalise(text: str) -> str:
+    """Lower case, punctuation (apostrophes inside words apart) as spaces, single spaces: what is compared and
+    learned."""
+    kept = "".join(c if c.isalnum() or c == "'" else " " for c in text.lower())
+    return " ".join(word.strip("'") for word in kept.split() if word.strip("'"))
+
+
+def words_of(pieces: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(word, first piece, piece behind its last) from pieces with marks."""
+    words: list[tuple[str, int, int]] = []
+    for i, piece in enumerate(pieces):
+        if piece.startswith(MARK) or not words:
+            words.append((piece.removeprefix(MARK), i, i + 1))
+        else:
+            text, first, _ = words[-1]
+            words[-1] = (text + piece, first, i + 1)
+    return [word for word in words if word[0]]
