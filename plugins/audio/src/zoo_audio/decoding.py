@@ -198,7 +198,10 @@ def decode_beam(
     for _ in range(max_tokens + 1):
         log_probs = next_log_probs(model, tokens, state) + scores[:, None]
         best = log_probs.flatten().topk(min(2 * width, log_probs.numel()))
-        rows, ids, kept, grown = [], [], [], []
+        rows: list[int] = []
+        ids: list[int] = []
+        kept: list[float] = []
+        grown: list[list[int]] = []
         for value, flat in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             if value == -math.inf or len(rows) == width:
                 break

@@ -83,6 +83,8 @@ class SpeechRecognition(Pipeline):
         tokenizer: str | Path | Tokenizer | None = None,
     ) -> None:
         super().__init__(model)
+        if self.device.type == "cpu" and self.dtype in (torch.float16, torch.bfloat16):
+            model.float()  # half precision saves space on disk; a CPU gains nothing from computing in it
         if not isinstance(model, SambaASR):
             raise errors.BadArgument(
                 f"{self.name} is a {type(model).__name__}; speech recognition needs a SambaASR",

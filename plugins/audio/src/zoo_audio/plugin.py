@@ -21,4 +21,16 @@ def zoo_adapters() -> Mapping[str, str]:
 
 @hookimpl
 def zoo_pipelines() -> Mapping[str, str]:
-    return {"speech-recognition": "zoo_audio.pipelines:SpeechRecognition"}
+    return {
+        "speech-recognition": "zoo_audio.pipelines:SpeechRecognition",
+        "audio-generation": "zoo_audio.generation:AudioGeneration",
+    }
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {
+        "transcribe": "zoo_audio.commands:transcribe",
+        "validate-speech": "zoo_audio.commands:validate_speech",
+        "generate-audio": "zoo_audio.commands:generate_audio",
+    }

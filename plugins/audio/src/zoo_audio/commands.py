@@ -1,0 +1,228 @@
+"""The audio plugin's verbs of the command line: ``zoo transcribe``, ``zoo validate-speech``, ``zoo generate-audio``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zoo.cli import output
+
+
+def decoding_options(command: Any) -> Any:
+    heads = click.Choice(["ctc", "decoder"])
+    own = click.Path(exists=True, dir_okay=False)
+    for option in (
+        click.option("--beam", default=1, show_default=True, type=click.IntRange(min=1), help="Beam width."),
+        click.option("--decoding", type=heads, help="Which head writes the text."),
+        click.option("--tokenizer", type=own, help="A tokenizer.json instead of the weights' own."),
+    ):
+        command = option(command)
+    return command
+
+
+def _pipeline(name: str, options: dict[str, Any], **chosen: Any) -> Any:
+    import zoo
+
+    given = {k: v for k, v in chosen.items() if v is not None}
+    return zoo.pipeline(name, "speech-recognition", **output.loading(options), **given)
+
+
+@click.command()
+@click.argument("name")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--stream", is_flag=True, help="Read in pieces as from a microphone; print text as it comes, and speed.")
+@click.option("--piece", default=0.32, show_default=True, help="Seconds of audio a piece, with --stream.")
+@click.option("--times", is_flag=True, help="One word a line, with its seconds.")
+@click.option("--pictures", type=click.Path(file_okay=False), help="Draw waveforms with words into this folder.")
+@click.option("--keep-going", is_flag=True, help="Go on after a file that cannot be read.")
+@decoding_options
+@output.loading_options
+@output.as_json
+def transcribe(
+    name: str, inputs: tuple[str, ...], stream: bool, piece: float, times: bool, pictures: str | None,
+    keep_going: bool, decoding: str | None, beam: int, tokenizer: str | None, as_json: bool, **options: Any,
+) -> int:  # fmt: skip
+    """Write down what is said in INPUTS (audio files, folders, patterns) with the model NAME.
+
+    \b
+        zoo transcribe samba_asr_micro call.wav --times
+        zoo transcribe samba_asr_micro talk.mp3 --stream
+    """
+    from zoo.cli.predict import picture_name
+    from zoo.pipelines import Failure
+
+    if piece <= 0:
+        raise click.UsageError(f"--piece is {piece}; expected a positive number of seconds")
+    pipe = _pipeline(name, options, decoding=decoding, beam=beam, tokenizer=tokenizer)
+    if stream:
+        return _streamed(pipe, list(inputs), piece, as_json)
+    results = pipe(list(inputs), keep_going=keep_going)
+    drawn: dict[int, str] = {}
+    for i, result in enumerate(results):
+        if pictures is not None and result.has_picture and not isinstance(result, Failure):
+            drawn[i] = str(result.save_picture(Path(pictures) / picture_name(result.source, i)))
+    if as_json:
+        output.emit([r.to_dict() | ({"picture": drawn[i]} if i in drawn else {}) for i, r in enumerate(results)])
+        return 1 if any(isinstance(r, Failure) for r in results) else 0
+    for i, result in enumerate(results):
+        click.echo(str(result) + (f"  -> {drawn[i]}" if i in drawn else ""))
+        if isinstance(result, Failure):
+            continue
+        for word in result.words if times else []:
+            when = "" if word.start is None else f"{word.start:8.2f} {word.end:8.2f}"
+            click.echo(f"{when}  {word.text}")
+        click.echo(f"{result.seconds:.1f} s of audio, real-time factor {result.real_time_factor:.4f}", err=True)
+    return 1 if any(isinstance(r, Failure) for r in results) else 0
+
+
+def _streamed(pipe: Any, inputs: list[str], piece: float, as_json: bool) -> int:
+    """Text as it comes; the levels and the speed after each recording."""
+    found = []
+    for source in pipe.expand(inputs)[0]:
+        audio = pipe.read(source)
+        recogniser, notes = pipe.recogniser(), ["no samples"]
+        if not as_json:
+            click.echo(f"{audio.name}: ", nl=False)
+
+        def show(tokens: list[Any]) -> None:
+            if not as_json:
+                click.echo("".join(t.text for t in tokens).replace("\N{LOWER ONE EIGHTH BLOCK}", " "), nl=False)
+
+        for samples, levels in audio.pieces(pipe.asr.sample_rate, piece):
+            show(recogniser.push(samples))
+            notes = levels.notes()
+        show(recogniser.finish())
+        speed = recogniser.speed
+        if not as_json:
+            click.echo("")
+            click.echo("; ".join([str(speed), *notes]), err=True)
+        found.append(
+            {
+                "source": audio.name, "text": recogniser.text, "notes": notes, "seconds": speed.audio,
+                "latency": speed.lookahead + speed.longest, "lookahead": speed.lookahead,
+                "real_time_factor": speed.real_time_factor,
+            }
+        )  # fmt: skip
+    if as_json:
+        output.emit(found)
+    return 0
+
+
+@click.command("validate-speech")
+@click.argument("name")
+@click.argument("manifest", type=click.Path(exists=True))
+@decoding_options
+@output.loading_options
+@output.as_json
+def validate_speech(
+    name: str, manifest: str, decoding: str | None, beam: int, tokenizer: str | None, as_json: bool, **options: Any
+) -> int:
+    """Word and character error rate of NAME on MANIFEST.
+
+    MANIFEST is a file of lines "AUDIO FILE<tab>WHAT IS SAID" (paths relative to it), or a folder of audio files, each
+    with its text beside it (a.wav, a.txt).
+    """
+    from .metrics import error_rates
+
+    pairs = read_manifest(Path(manifest))
+    pipe = _pipeline(name, options, decoding=decoding, beam=beam, tokenizer=tokenizer)
+    answers = pipe([path for path, _ in pairs])
+    rates = error_rates([text for _, text in pairs], [a.text for a in answers])
+    seconds, spent = sum(a.seconds for a in answers), sum(a.seconds * a.real_time_factor for a in answers)
+    figures = {
+        "model": pipe.name, "files": len(pairs), **rates.to_dict(), "seconds": seconds,
+        "real_time_factor": spent / seconds if seconds else None,
+    }  # fmt: skip
+    if as_json:
+        output.emit(figures)
+    else:
+        click.echo(
+            f"{len(pairs)} files, {rates.words} words: word error rate {rates.wer:.2%} ({rates.substitutions} wrong, "
+            f"{rates.deletions} missing, {rates.insertions} too many), character error rate {rates.cer:.2%}"
+        )
+    return 0
+
+
+def read_manifest(path: Path) -> list[tuple[Path, str]]:
+    """(audio file, text) pairs. Raises BadArgument for lines without a tab, files without a text, and none at all."""
+    from zoo_registry import errors
+
+    from .files import EXTENSIONS
+
+    def bad(message: str) -> Exception:
+        return errors.BadArgument(message, argument="manifest", accepted=[])
+
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.name.lower().endswith(EXTENSIONS))
+        lacking = [f.name for f in files if not f.with_suffix(".txt").is_file()]
+        if lacking:
+            raise bad(f"{lacking[0]} in {path} has no text beside it; expected {Path(lacking[0]).stem}.txt")
+        pairs = [(f, f.with_suffix(".txt").read_text(encoding="utf-8").strip()) for f in files]
+    else:
+        pairs = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                file, tab, text = line.partition("\t")
+                if not tab:
+                    raise bad(f"line {number} of {path} has no tab; expected an audio file, a tab, and what is said")
+                pairs.append((path.parent / file, text))
+    if not pairs:
+        raise bad(f"{path} names no audio file; expected one of {', '.join(EXTENSIONS)}")
+    return pairs
+
+
+@click.command("generate-audio")
+@click.argument("name")
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="Audio file; a number is added if several.")
+@click.option("--seconds", default=1.0, show_default=True, help="Length of each recording.")
+@click.option("--count", default=1, show_default=True, type=click.IntRange(min=1), help="Recordings, likeliest first.")
+@click.option("--temperature", default=1.0, show_default=True, help="0: always the most likely sample.")
+@click.option("--top-p", default=1.0, show_default=True, help="Keep the likeliest samples of this probability.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--picture/--no-picture", default=True, show_default=True, help="Draw the waveform beside each file.")
+@output.loading_options
+@output.as_json
+def generate_audio(
+    name: str, out: str, seconds: float, count: int, temperature: float, top_p: float, seed: int, picture: bool,
+    as_json: bool, **options: Any,
+) -> int:  # fmt: skip
+    """Generate sound with NAME, a SaShiMi, and write it with a picture of its waveform.
+
+    \b
+        zoo generate-audio sashimi_micro --seconds 0.5 --count 2 --out notes.wav
+    """
+    import zoo
+
+    from .files import write_audio
+    from .generation import generate
+    from .pictures import waveform
+    from .sashimi import SashimiLM
+
+    model = zoo.load(name, **output.loading(options))
+    if not isinstance(model, SashimiLM):
+        raise click.UsageError(f"{name} is a {type(model).__name__}; zoo generate-audio needs a SaShiMi language model")
+    samples = round(seconds * model.sample_rate)
+    if samples < 1:
+        raise click.UsageError(f"--seconds is {seconds}; expected at least one sample, {1 / model.sample_rate:g} s")
+    sound = generate(model, samples, count, temperature=temperature, top_p=top_p, seed=seed)
+    target, made = Path(out), []
+    for i, recording in enumerate(sound.samples):
+        path = target if count == 1 else target.with_stem(f"{target.stem}_{i + 1}")
+        write_audio(path, recording, sound.rate)
+        entry = {"file": str(path), "bits_per_sample": -float(sound.log_likelihood[i]) / samples / 0.6931471805599453}
+        if picture:
+            drawn = path.with_suffix(".png")
+            waveform(recording, sound.rate).save(drawn)
+            entry["picture"] = str(drawn)
+        made.append(entry)
+    if as_json:
+        output.emit({"model": name, "rate": sound.rate, "samples_per_second": sound.per_second, "files": made})
+    else:
+        for entry in made:
+            click.echo(f"{entry['file']}: {entry['bits_per_sample']:.2f} bits a sample under the model")
+            if picture:
+                click.echo(f"picture: {entry['picture']}")
+        click.echo(f"{samples * count} samples, {sound.per_second:.0f} a second", err=True)
+    return 0
