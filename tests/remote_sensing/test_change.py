@@ -8,7 +8,7 @@ import zoo
 from zoo_registry import errors
 from zoo_remote_sensing.encoder import forward_type
 from zoo_remote_sensing.losses import lovasz_softmax
-from zoo_remote_sensing.tiling import tiled
+from zoo_remote_sensing.tiling import blended
 
 TINY = {"dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "decoder_dim": 8, "mlp_ratio": 1.0}
 
@@ -53,16 +53,33 @@ def test_lovasz_by_hand():
     assert lovasz_softmax(logits, torch.tensor([[[0, 1]]])).item() == pytest.approx(0.375)
 
 
-def test_tiles_of_a_pointwise_map_blend_to_the_whole():
-    image = torch.rand(1, 2, 70, 53)
-    sizes = []
+@pytest.mark.parametrize(("size", "tile", "overlap"), [((70, 53), 32, 8), ((33, 90), 32, 24), ((20, 20), 32, 0)])
+def test_tiles_of_a_pointwise_map_blend_to_the_whole(size, tile, overlap):
+    image = torch.rand(2, *size)
+    whole, covered, sizes = torch.full((2, *size), torch.nan), torch.zeros(size), set()
 
-    def run(x):
-        sizes.append(tuple(x.shape[2:]))
-        return {"y": x * 2}
+    def run(box):
+        top, left, height, width = box
+        sizes.add((height, width))
+        return {"y": image[:, top : top + height, left : left + width] * 2}
 
-    assert torch.allclose(tiled(run, (image,), 32, 8)["y"], image * 2, atol=1e-6)
-    assert set(sizes) == {(32, 32)}
+    for (top, left, height, width), maps in blended(run, *size, tile, overlap):
+        whole[:, top : top + height, left : left + width] = maps["y"]
+        covered[top : top + height, left : left + width] += 1
+    assert torch.allclose(whole, image * 2, atol=1e-6)
+    assert bool((covered == 1).all())
+    assert sizes == {(min(tile, size[0]), min(tile, size[1]))}
+
+
+def test_seams_are_blended_linearly():
+    # the first tile says 0, the second 1: over the 8 columns that both see the answer rises evenly
+    found = torch.cat(
+        [maps["y"] for _, maps in blended(lambda box: {"y": torch.full((1, 32, 32), box[1] / 24)}, 32, 56, 32, 8)],
+        dim=2,
+    )
+    assert torch.allclose(found[0, 5, 24:32], torch.arange(1, 9) / 9)
+    assert not found[0, :, :24].any()
+    assert bool((found[0, :, 32:] == 1).all())
 
 
 def test_pair_of_pictures_to_a_map(semantic, tmp_path):
@@ -71,7 +88,7 @@ def test_pair_of_pictures_to_a_map(semantic, tmp_path):
     pipe = zoo.pipeline(semantic, tile=32, overlap=8, pixel_area=100.0)
     found = pipe((before, after))
     assert found.changed.shape == (40, 64)
-    assert sum(found.counts.values()) == int(found.changed.sum())
+    assert sum(n for row in found.from_to.values() for n in row.values()) == int(found.changed.sum())
     assert found.hectares == pytest.approx(found.changed.sum() / 100)
     assert not found.before[found.changed == 0].any()
     assert found.save_picture(tmp_path / "map.png").stat().st_size > 0

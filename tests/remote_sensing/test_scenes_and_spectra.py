@@ -70,3 +70,41 @@ def test_cube_to_map(tmp_path):
     assert np.array_equal(pipe(cube).classes, found.classes)
     with pytest.raises(errors.BadArgument, match="at least 4 bands"):
         pipe(cube[:, :, :3])
+
+
+@pytest.fixture
+def spectra():
+    torch.manual_seed(0)
+    return zoo.create("morpmamba_houston", bands=4, dim=8, state=8, num_classes=3).eval()
+
+
+@pytest.mark.parametrize("interleave", ["bsq", "bil", "bip"])
+def test_envi_scenes(spectra, tmp_path, interleave):
+    rasterio = pytest.importorskip("rasterio")
+    cube = np.random.default_rng(0).normal(size=(6, 5, 10)).astype(np.float32)
+    place = {"crs": "EPSG:32615", "transform": rasterio.transform.from_origin(271_000, 3_290_000, 2.5, 2.5)}
+    with rasterio.open(
+        tmp_path / "scene.dat", "w", driver="ENVI", height=6, width=5, count=10, dtype="float32",
+        interleave=interleave, **place,
+    ) as file:  # fmt: skip
+        file.write(cube.transpose(2, 0, 1))
+    assert (tmp_path / "scene.hdr").exists()
+    pipe = zoo.pipeline(spectra, class_names=["grass", "trees", "soil"])
+    found = pipe(tmp_path / "scene.hdr")
+    assert np.array_equal(found.classes, pipe(cube).classes)
+    assert set(found.counts) <= {"grass", "trees", "soil"}
+    with rasterio.open(found.save(tmp_path / "map.tif")) as written:
+        assert written.transform == place["transform"]
+        assert np.array_equal(written.read(1), found.classes)
+    (tmp_path / "scene.dat").unlink()
+    with pytest.raises(errors.BadArgument, match="no data file beside it"):
+        pipe(tmp_path / "scene.hdr")
+
+
+def test_maps_are_saved_as_picture_and_array(spectra, tmp_path):
+    from PIL import Image
+
+    np.save(tmp_path / "scene.npy", np.random.default_rng(0).normal(size=(6, 5, 10)).astype(np.float32))
+    found = zoo.pipeline(spectra)(tmp_path / "scene.npy")
+    assert np.array_equal(np.load(found.save(tmp_path / "map.npy")), found.classes)
+    assert np.array_equal(np.asarray(Image.open(found.save(tmp_path / "map.png"))), found.classes)

@@ -61,7 +61,9 @@ def _overlaps(box: dict, others: list[dict]) -> bool:
     )
 
 
-def _place(rng: np.random.Generator, size: int, low: float, high: float, angle: float, taken: list[dict]) -> dict | None:
+def _place(
+    rng: np.random.Generator, size: int, low: float, high: float, angle: float, taken: list[dict]
+) -> dict | None:
     for _ in range(8):
         box = {
             "x": rng.uniform(0, size), "y": rng.uniform(0, size), "width": rng.uniform(low, high),
@@ -121,9 +123,7 @@ def ground(rng: np.random.Generator, size: int) -> dict:
     }  # fmt: skip
 
 
-def draw(
-    rng: np.random.Generator, size: int, under: dict, objects: list[dict], date: str, season: float
-) -> np.ndarray:
+def draw(rng: np.random.Generator, size: int, under: dict, objects: list[dict], date: str, season: float) -> np.ndarray:
     """One date of a scene, (size, size, 3) float32 in 0 to 255, before light and noise."""
     picture = np.broadcast_to(seasonal("meadow", season), (size, size, 3)).copy()
     picture *= (1 + 0.06 * under["broad"] + 0.03 * under["fine"])[..., None]

@@ -5,8 +5,8 @@
 Data: :mod:`scenes` beside this file. Training draws crops of ``--crop`` pixels from ``--scenes`` scenes of 160 pixels
 (seeds 0 on), turned, mirrored, with the dates exchanged and each date's light changed; loss and optimiser are the
 paper's (cross entropy + 0.75 Lovasz, AdamW), the rate falls along a cosine. Held out: 100 pairs of 128 pixels (seeds
-1000000 on). Nothing is chosen on them: they are measured once, after the last step, and the line of JSON that is printed
-is what the card says.
+1000000 on). Nothing is chosen on them: they are measured once, after the last step, and the line of JSON that is
+printed is what the card says.
 
 ``--samples FOLDER`` writes the GeoTIFF pairs of ``examples/change`` (seeds 2000000 on; needs the extra [geo]), and
 ``--held-out FOLDER`` the held-out pairs as PNG files, as ``zoo validate`` reads them.
@@ -171,7 +171,7 @@ def write_held_out(folder: Path, count: int = HELD_OUT) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=96)
     parser.add_argument("--scenes", type=int, default=600)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,32 @@ from torch import Tensor, nn
 from zoo.pipelines import Pipeline, Result
 from zoo_registry import errors
 
+from .palettes import class_names as named
+from .palettes import colours, label_set
+from .rasters import MapWriter, Scene, bad_input, place, require_rasterio, without_place_warning
 
-def read_cube(source: Any) -> np.ndarray:
-    """(H, W, bands) float32 from an array, an ``.npy`` file, or a ``.mat`` file (its largest array of three axes)."""
+#: endings of ENVI's data files, whose header lies beside them as NAME.hdr; some have no ending at all
+ENVI = (".hdr", ".dat", ".img", ".bsq", ".bil", ".bip", ".raw", "")
+
+
+@dataclass
+class Cube:
+    """A hyperspectral scene in memory: (H, W, bands) float32, and its place on the ground where the file says it."""
+
+    values: np.ndarray
+    name: str = "the array"
+    place: dict[str, Any] = field(default_factory=dict)  #: what rasterio needs to write a map of it
+
+
+def read_cube(source: Any) -> Cube:
+    """From an array (H, W, bands), an ``.npy`` file, a ``.mat`` file (its largest array of three axes) or ENVI.
+
+    An ENVI scene is named by its header (NAME.hdr) or its data file; reading it needs the extra ``[geo]``.
+    Raises BadArgument for what is no cube.
+    """
+    place: dict[str, Any] = {}
+    if isinstance(source, Cube):
+        return source
     if isinstance(source, np.ndarray):
         cube, name = source, "the array"
     else:
@@ -24,24 +48,78 @@ def read_cube(source: Any) -> np.ndarray:
         if path.suffix.lower() == ".npy":
             cube = np.load(path, allow_pickle=False)
         elif path.suffix.lower() == ".mat":
-            from scipy.io import loadmat
-
-            try:
-                found = [v for v in loadmat(path).values() if isinstance(v, np.ndarray) and v.ndim == 3]
-            except NotImplementedError as error:
-                raise _bad(f"{name} is a MATLAB 7.3 file; save it again with -v7, or as .npy") from error
-            if not found:
-                raise _bad(f"{name} holds no array of three axes; expected a cube (height, width, bands)")
-            cube = max(found, key=lambda v: v.size)
+            cube = _from_matlab(path, 3)
+        elif path.suffix.lower() in (*ENVI, ".tif", ".tiff"):
+            cube, place = _from_raster(path)
         else:
-            raise _bad(f"{name} ends in {path.suffix or 'nothing'}; expected .npy or .mat")
+            raise bad_input(f"{name} ends in {path.suffix}; expected .npy, .mat, ENVI (.hdr) or .tif")
     if cube.ndim != 3 or not np.issubdtype(cube.dtype, np.number):
-        raise _bad(f"{name} has shape {cube.shape} and type {cube.dtype}; expected numbers (height, width, bands)")
-    return cube.astype(np.float32)
+        raise bad_input(f"{name} has shape {cube.shape} and type {cube.dtype}; expected numbers (height, width, bands)")
+    return Cube(cube.astype(np.float32), name, place)
 
 
-def _bad(message: str) -> errors.BadArgument:
-    return errors.BadArgument(message, argument="inputs", accepted=[])
+def _from_matlab(path: Path, axes: int) -> np.ndarray:
+    """The largest array of ``axes`` axes in a MATLAB file."""
+    from scipy.io import loadmat
+
+    try:
+        found = [v for v in loadmat(path).values() if isinstance(v, np.ndarray) and v.ndim == axes and v.size > 1]
+    except NotImplementedError as error:
+        raise bad_input(f"{path} is a MATLAB 7.3 file; save it again with -v7, or as .npy") from error
+    if not found:
+        raise bad_input(
+            f"{path} holds no array of {axes} axes; expected (height, width{', bands' if axes == 3 else ''})"
+        )
+    return max(found, key=lambda v: v.size)
+
+
+def _from_raster(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """An ENVI scene (either of its two files) or a GeoTIFF, as (H, W, bands) and its place."""
+    rasterio = require_rasterio(f"reading {path.name}")
+    data = path
+    if path.suffix.lower() == ".hdr":
+        beside = [path.with_suffix(""), *(path.with_suffix(end) for end in ENVI[1:-1])]
+        existing = [p for p in beside if p.is_file()]
+        if not existing:
+            raise bad_input(f"{path} has no data file beside it; expected one of {', '.join(p.name for p in beside)}")
+        data = existing[0]
+    try:
+        with without_place_warning(), rasterio.open(data) as file:
+            return file.read().transpose(1, 2, 0), place(file)
+    except rasterio.errors.RasterioIOError as error:
+        raise bad_input(f"{data} cannot be read ({error}); an ENVI scene needs its header {data.stem}.hdr") from error
+
+
+def read_labels(source: str | Path) -> np.ndarray:
+    """(H, W) int64: 0 for unlabelled pixels, then 1 for the first class; from ``.npy``, ``.mat`` or a picture."""
+    path = Path(source)
+    if path.suffix.lower() == ".npy":
+        found = np.load(path, allow_pickle=False)
+    elif path.suffix.lower() == ".mat":
+        found = _from_matlab(path, 2)
+    else:
+        from .validation import read_label
+
+        found = read_label(path)
+    if found.ndim != 2:
+        raise bad_input(f"{path} has shape {found.shape}; expected (height, width)")
+    return found.astype(np.int64)
+
+
+def cube_files(folder: Path) -> tuple[Path, Path]:
+    """The cube and the labels (a name that ends in _gt or _labels) in a folder. Raises BadArgument for others."""
+    if not folder.is_dir():
+        raise bad_input(f"{folder} is a file; expected a folder with a cube and its labels")
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."]
+    labels = [p for p in files if p.stem.lower().endswith(("_gt", "_labels")) and p.suffix.lower() != ".hdr"]
+    headers = [p for p in files if p.suffix.lower() == ".hdr" and not p.stem.lower().endswith(("_gt", "_labels"))]
+    cubes = headers or [p for p in files if p not in labels and p.suffix.lower() in (".npy", ".mat", ".tif", ".tiff")]
+    if len(cubes) != 1 or len(labels) != 1:
+        raise bad_input(
+            f"{folder} holds {len(cubes)} cubes and {len(labels)} files of labels; expected one of each, the labels "
+            "under a name that ends in _gt or _labels"
+        )
+    return cubes[0], labels[0]
 
 
 def principal_components(cube: np.ndarray, count: int) -> np.ndarray:
@@ -51,7 +129,7 @@ def principal_components(cube: np.ndarray, count: int) -> np.ndarray:
     """
     height, width, bands = cube.shape
     if bands < count or height * width <= count:
-        raise _bad(f"the cube is {height} x {width} with {bands} bands; the model needs at least {count} bands")
+        raise bad_input(f"the cube is {height} x {width} with {bands} bands; the model needs at least {count} bands")
     pixels = cube.reshape(-1, bands).astype(np.float64)
     pixels -= pixels.mean(0)
     values, vectors = np.linalg.eigh(pixels.T @ pixels / (len(pixels) - 1))
@@ -79,38 +157,67 @@ class ClassMap(Result):
 
     classes: np.ndarray = field(repr=False)
     counts: dict[str, int] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list, repr=False)
+    place: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def summary(self) -> str:
         most = sorted(self.counts.items(), key=lambda item: -item[1])[:3]
         return "; ".join(f"{name}: {n} px" for name, n in most)
 
     def picture(self) -> Image.Image:
-        """One colour a class, spread over the hues."""
-        hues = (np.arange(256) * 97 % 256).astype(np.uint8)
-        colour = np.stack([hues, np.full(256, 200, np.uint8), np.full(256, 230, np.uint8)], axis=-1)
-        return Image.fromarray(colour[self.classes], mode="HSV").convert("RGB")
+        """One colour a class; the numbers of the classes are the indices of the palette."""
+        image = Image.fromarray(self.classes).convert("P")
+        image.putpalette([value for colour in self._colours() for value in colour])
+        return image
+
+    def _colours(self) -> list[tuple[int, int, int]]:
+        return colours(["none", *self.names])[1:]  # no class is background
+
+    def save(self, path: str | Path) -> Path:
+        """Write the map: ``.tif`` with the cube's georeference (extra ``[geo]``), ``.png`` or ``.npy``."""
+        path = Path(path)
+        if path.suffix.lower() == ".png":
+            return self.save_picture(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() == ".npy":
+            np.save(path, self.classes)
+            return path
+        height, width = self.classes.shape
+        with MapWriter(
+            path, Scene("map", height, width, place=self.place), {"classes": self.names}, self._colours()
+        ) as w:
+            w.write(0, 0, {"classes": self.classes})
+        return path
 
 
 class PixelClassification(Pipeline):
-    """A hyperspectral cube (``.npy``, ``.mat``, array) to a :class:`ClassMap`; ``rows`` image rows go at once.
+    """A hyperspectral cube (``.npy``, ``.mat``, ENVI, array) to a :class:`ClassMap`; ``rows`` image rows go at once.
 
     The components are computed from the cube itself, as the originals do, so a map belongs to a model trained on that
     scene's components.
     """
 
     task = "pixel-classification"
-    extensions = (".npy", ".mat")
+    extensions = (".npy", ".mat", ".hdr")
 
-    def __init__(self, model: nn.Module, rows: int = 16) -> None:
+    def __init__(self, model: nn.Module, rows: int = 16, class_names: Sequence[str] | None = None) -> None:
         super().__init__(model)
+        if int(rows) < 1:
+            raise errors.BadArgument(f"rows is {rows}; expected 1 or more", argument="rows", accepted=[])
         self.rows = int(rows)
-        self.names = self.labels()
+        count = int(model.num_classes)  # type: ignore[arg-type]
+        self.class_names = named(class_names or self.labels() or self._known(count), count)
 
-    def read(self, source: Any) -> np.ndarray:
+    def _known(self, count: int) -> list[str] | None:
+        """The label set that the card's output is in the order of, for models without weights of their own."""
+        card = self.info.card if self.info is not None else None
+        return label_set("houston") if card is not None and card.name == "morpmamba_houston" and count == 15 else None
+
+    def read(self, source: Any) -> Cube:
         return read_cube(source)
 
-    def prepare(self, sample: np.ndarray) -> Tensor:
-        return torch.from_numpy(principal_components(sample, int(self.model.bands)))  # type: ignore[arg-type]
+    def prepare(self, sample: Cube) -> Tensor:
+        return torch.from_numpy(principal_components(sample.values, int(self.model.bands)))  # type: ignore[arg-type]
 
     def forward(self, batch: Any) -> Tensor:
         maps = []
@@ -126,7 +233,7 @@ class PixelClassification(Pipeline):
     def finish(self, output: Any, sample: Any) -> ClassMap:
         classes = output.numpy().astype(np.uint8)
         numbers = {int(c): int((classes == c).sum()) for c in np.unique(classes)}
-        names = self.names or []
         return ClassMap(
-            classes=classes, counts={names[c] if c < len(names) else f"class {c}": n for c, n in numbers.items()}
-        )
+            classes=classes, counts={self.class_names[c]: n for c, n in numbers.items()}, names=self.class_names,
+            place=sample.place,
+        )  # fmt: skip

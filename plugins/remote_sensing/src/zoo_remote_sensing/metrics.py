@@ -1,111 +1,221 @@
-"""Measures of maps against labels, from one confusion matrix (rows: truth, columns: prediction).
+"""Measures of maps against labels, collected pair by pair: torchmetrics' where it has them, and the field's own.
 
-OA, kappa, precision, recall, F1 and IoU are functions of a matrix; SeK, F_scd and the semantic mIoU are those of the
-SECOND benchmark (Yang et al., arXiv 2010.05687), as ChangeMamba and Mamba-FCS report them.
+OA, kappa, precision, recall, F1, IoU and mIoU are torchmetrics' (extra ``[validate]``). SeK, F_scd and the score of xBD
+are not there: they are put together here from its parts. Maps and labels are integer arrays or tensors of one shape;
+255 in a label is ignored. Fractions, not percentages.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from zoo_registry import errors
+
+IGNORE = 255
 
 
-def confusion(truth: Any, predicted: Any, classes: int, ignore: int | None = 255) -> np.ndarray:
-    """(classes, classes) counts, row truth, column prediction; where the truth is ``ignore`` nothing is counted.
+def require_torchmetrics() -> Any:
+    """torchmetrics.classification, or ``MissingExtra`` saying how to get it."""
+    try:
+        from torchmetrics import classification
+    except ImportError as error:
+        command = "pip install 'ssm-zoo-remote-sensing[validate]'"
+        raise errors.MissingExtra(
+            f"measuring maps needs torchmetrics: {command}", extra="validate", command=command
+        ) from error
+    return classification
 
-    Raises ValueError for shapes that differ and for labels outside 0 to classes - 1.
-    """
-    truth, predicted = np.asarray(truth), np.asarray(predicted)
-    if truth.shape != predicted.shape:
-        raise ValueError(f"the truth has shape {truth.shape}, the prediction {predicted.shape}; expected one shape")
-    kept = np.ones(truth.shape, bool) if ignore is None else truth != ignore
-    t, p = truth[kept].astype(np.int64), predicted[kept].astype(np.int64)
+
+def as_labels(values: Any) -> Tensor:
+    """Flat int64."""
+    return torch.as_tensor(np.asarray(values).astype(np.int64)).flatten()
+
+
+def checked(truth: Any, predicted: Any, classes: int) -> tuple[Tensor, Tensor]:
+    """Flat (truth, prediction) without ignored pixels. Raises ValueError for other shapes and unknown labels."""
+    if np.shape(truth) != np.shape(predicted):
+        raise ValueError(
+            f"the truth has shape {np.shape(truth)}, the prediction {np.shape(predicted)}; expected one shape"
+        )
+    t, p = as_labels(truth), as_labels(predicted)
+    kept = t != IGNORE
+    t, p = t[kept], p[kept]
     for name, values in (("truth", t), ("prediction", p)):
-        if values.size and not 0 <= values.min() <= values.max() < classes:
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < classes:
             raise ValueError(f"the {name} holds {values.min()} to {values.max()}; expected 0 to {classes - 1}")
-    return np.bincount(t * classes + p, minlength=classes**2).reshape(classes, classes)
+    return t, p
 
 
-def _ratio(a: Any, b: Any) -> Any:
-    """a / b, 0 where b is 0."""
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    return np.divide(a, b, out=np.zeros_like(a * b), where=b != 0)
+class BinaryChange:
+    """OA, kappa, precision, recall, F1 and IoU of the class "changed" (1), and mIoU of both classes."""
+
+    def __init__(self) -> None:
+        c = require_torchmetrics()
+        self.measures = {
+            "OA": c.BinaryAccuracy(), "kappa": c.BinaryCohenKappa(), "precision": c.BinaryPrecision(),
+            "recall": c.BinaryRecall(), "F1": c.BinaryF1Score(), "IoU": c.BinaryJaccardIndex(),
+            "mIoU": c.MulticlassJaccardIndex(2, average="macro"),
+        }  # fmt: skip
+
+    def update(self, truth: Any, predicted: Any) -> None:
+        t, p = checked(truth, predicted, 2)
+        if t.numel():
+            for measure in self.measures.values():
+                measure.update(p, t)
+
+    def compute(self) -> dict[str, float]:
+        return {name: float(measure.compute()) for name, measure in self.measures.items()}
 
 
-def overall_accuracy(matrix: np.ndarray) -> float:
-    return float(_ratio(np.trace(matrix), matrix.sum()))
+class Classes:
+    """OA, AA (mean recall of the classes that occur), kappa, mean F1 and mIoU of a map of classes; F1 and IoU of each.
 
-
-def average_accuracy(matrix: np.ndarray) -> float:
-    """Mean over the classes present in the truth of the share of their pixels that were found."""
-    rows = matrix.sum(1)
-    return float(_ratio(np.diag(matrix), rows)[rows > 0].mean()) if (rows > 0).any() else 0.0
-
-
-def kappa(matrix: np.ndarray) -> float:
-    """Cohen's kappa; 0 where chance alone would agree everywhere."""
-    total = matrix.sum()
-    if not total:
-        return 0.0
-    agreed, chance = np.trace(matrix) / total, float(matrix.sum(0) @ matrix.sum(1)) / float(total) ** 2
-    return float(_ratio(agreed - chance, 1 - chance))
-
-
-def iou(matrix: np.ndarray) -> np.ndarray:
-    """Intersection over union of each class; 0 for a class that occurs nowhere."""
-    hit = np.diag(matrix)
-    return _ratio(hit, matrix.sum(0) + matrix.sum(1) - hit)
-
-
-def f1(matrix: np.ndarray) -> np.ndarray:
-    """F1 of each class; 0 for a class that occurs nowhere."""
-    return _ratio(2 * np.diag(matrix), matrix.sum(0) + matrix.sum(1))
-
-
-def binary_change(truth: Any, predicted: Any) -> dict[str, float]:
-    """OA, kappa, precision, recall, F1 and IoU of the class "changed" (1)."""
-    m = confusion(truth, predicted, 2)
-    return {
-        "OA": overall_accuracy(m), "kappa": kappa(m), "precision": float(_ratio(m[1, 1], m[:, 1].sum())),
-        "recall": float(_ratio(m[1, 1], m[1].sum())), "F1": float(f1(m)[1]), "IoU": float(iou(m)[1]),
-    }  # fmt: skip
-
-
-def semantic_change(matrix: np.ndarray) -> dict[str, float]:
-    """OA, mIoU, F_scd, SeK of a matrix of from-to codes whose class 0 is "unchanged".
-
-    ``SeK = kappa_0 exp(IoU_changed - 1)``, kappa_0 of the matrix without its cell (0, 0); mIoU is the mean of the IoU
-    of "unchanged" and of "changed" (any change counts as found if any was there); F_scd the harmonic mean of precision
-    and recall of the codes on changed pixels.
+    Classes that occur neither in the labels nor in the maps are left out of the means.
     """
-    total, hit = matrix.sum(), np.diag(matrix)
-    unchanged = float(_ratio(matrix[0, 0], matrix[0].sum() + matrix[:, 0].sum() - matrix[0, 0]))
-    changed = float(_ratio(matrix[1:, 1:].sum(), total - matrix[0, 0]))
-    rest = matrix.astype(float).copy()
-    rest[0, 0] = 0
-    precision = float(_ratio(hit[1:].sum(), matrix[:, 1:].sum()))
-    recall = float(_ratio(hit[1:].sum(), matrix[1:].sum()))
-    return {
-        "OA": overall_accuracy(matrix), "mIoU": (unchanged + changed) / 2,
-        "F_scd": float(_ratio(2 * precision * recall, precision + recall)),
-        "SeK": kappa(rest) * math.exp(changed - 1),
-    }  # fmt: skip
+
+    def __init__(self, names: Sequence[str]) -> None:
+        c, n = require_torchmetrics(), len(names)
+        self.names = list(names)
+        self.whole = {"OA": c.MulticlassAccuracy(n, average="micro"), "kappa": c.MulticlassCohenKappa(n)}
+        self.each = {
+            "accuracy": c.MulticlassAccuracy(n, average="none"), "F1": c.MulticlassF1Score(n, average="none"),
+            "IoU": c.MulticlassJaccardIndex(n, average="none"),
+        }  # fmt: skip
+        self.truths = torch.zeros(n, dtype=torch.int64)
+        self.found = torch.zeros(n, dtype=torch.int64)
+
+    def update(self, truth: Any, predicted: Any) -> None:
+        t, p = checked(truth, predicted, len(self.names))
+        if t.numel():
+            for measure in (*self.whole.values(), *self.each.values()):
+                measure.update(p, t)
+            self.truths += t.bincount(minlength=len(self.names))
+            self.found += p.bincount(minlength=len(self.names))
+
+    def compute(self) -> dict[str, float]:
+        each = {name: measure.compute() for name, measure in self.each.items()}
+        seen, occurs = self.truths > 0, (self.truths + self.found) > 0
+        whole = {name: float(measure.compute()) for name, measure in self.whole.items()}
+        return {
+            "OA": whole["OA"], "AA": float(each["accuracy"][seen].mean()), "kappa": whole["kappa"],
+            "F1": float(each["F1"][occurs].mean()), "mIoU": float(each["IoU"][occurs].mean()),
+        }  # fmt: skip
+
+    def per_class(self) -> dict[str, dict[str, float]]:
+        """Of the classes that occur in the labels."""
+        each = {name: measure.compute() for name, measure in self.each.items()}
+        return {
+            label: {name: float(values[i]) for name, values in each.items()}
+            for i, label in enumerate(self.names)
+            if self.truths[i] > 0
+        }
 
 
-def from_to_codes(before: Any, after: Any, changed: Any, classes: int) -> np.ndarray:
-    """0 where unchanged, else ``(before - 1) * (classes - 1) + after``, with classes from 1 on at both dates."""
-    before, after = np.asarray(before).astype(np.int64), np.asarray(after).astype(np.int64)
-    return np.where(np.asarray(changed) != 0, np.maximum((before - 1) * (classes - 1) + after, 0), 0)
+class SemanticChange:
+    """OA, kappa, F1, IoU, mIoU, F_scd and SeK of semantic change maps, as the SECOND benchmark scores them.
 
+    Every pixel has a code, 0 for unchanged. ``codes``: ``"pairs"`` are ``(before - 1) (classes - 1) + after``, as
+    ChangeMamba measures; ``"dates"`` are the classes of both dates, each a sample of its own, as Mamba-FCS measures.
 
-def damage_score(building: np.ndarray, damage: np.ndarray) -> dict[str, float]:
-    """xBD's scores: ``0.3 F1_loc + 0.7 F1_clf``, F1_clf the harmonic mean over the damage grades 1 to 4.
+    - ``F1``, ``IoU``: of "changed" against "unchanged"; ``mIoU``: the mean of the IoU of both.
+    - ``F_scd``: harmonic mean of the precision and the recall of the codes on changed pixels.
+    - ``SeK``: ``kappa_0 exp(IoU - 1)``, kappa_0 over the pixels that are not unchanged in both truth and map.
 
-    ``building``: (2, 2) matrix of localisation; ``damage``: (5, 5) matrix of pixels where a building truly is.
+    Source: Yang et al., arXiv 2010.05687, section V; MambaCD ``mcd_utils.py``, ``train_MambaSCD.py``.
     """
-    localisation = float(f1(building)[1])
-    grades = f1(damage)[1:]
-    classified = float(len(grades) / (1 / grades).sum()) if (grades > 0).all() else 0.0
-    return {"F1_loc": localisation, "F1_clf": classified, "F1": 0.3 * localisation + 0.7 * classified}
+
+    def __init__(self, classes: int, codes: str = "pairs") -> None:
+        if codes not in ("pairs", "dates"):
+            raise ValueError(f"codes is {codes!r}; expected 'pairs' or 'dates'")
+        c = require_torchmetrics()
+        self.classes, self.codes = classes, codes
+        self.count = (classes - 1) ** 2 + 1 if codes == "pairs" else classes
+        self.accuracy = c.MulticlassAccuracy(self.count, average="micro")
+        self.all_pixels, self.without_unchanged = (c.MulticlassCohenKappa(self.count) for _ in range(2))
+        self.changed = {"F1": c.BinaryF1Score(), "IoU": c.BinaryJaccardIndex()}
+        self.mean_iou = c.MulticlassJaccardIndex(2, average="macro")
+        self.hits = self.found = self.present = 0
+
+    def update(self, truth: Sequence[Any], predicted: Sequence[Any]) -> None:
+        """``truth``, ``predicted``: (before, after) class maps, 0 at both dates where nothing changed."""
+        pairs = [checked(t, p, self.classes) for t, p in zip(truth, predicted, strict=True)]
+        if self.codes == "pairs":
+            (t1, p1), (t2, p2) = pairs
+            if t1.shape != t2.shape:
+                raise ValueError("the labels of the two dates ignore different pixels; expected 255 at both dates")
+            pairs = [(self._code(t1, t2), self._code(p1, p2))]
+        for t, p in pairs:
+            if not t.numel():
+                continue
+            self.accuracy.update(p, t)
+            self.all_pixels.update(p, t)
+            for measure in (*self.changed.values(), self.mean_iou):
+                measure.update((p > 0).long(), (t > 0).long())
+            rest = (t > 0) | (p > 0)
+            if rest.any():
+                self.without_unchanged.update(p[rest], t[rest])
+            self.hits += int(((t == p) & (t > 0)).sum())
+            self.found += int((p > 0).sum())
+            self.present += int((t > 0).sum())
+
+    def _code(self, before: Tensor, after: Tensor) -> Tensor:
+        """A pair of classes as one number; 0 where either class is 0 (unchanged)."""
+        known = (before > 0) & (after > 0)
+        return torch.where(known, (before - 1) * (self.classes - 1) + after, 0)
+
+    def compute(self) -> dict[str, float]:
+        iou = float(self.changed["IoU"].compute())
+        some = self.found > 0 and self.present > 0
+        precision, recall = (self.hits / self.found, self.hits / self.present) if some else (0.0, 0.0)
+        kappa_0 = float(self.without_unchanged.compute()) if self.found or self.present else 0.0
+        kappa_0 = 0.0 if math.isnan(kappa_0) else kappa_0  # one code everywhere: chance explains it
+        return {
+            "OA": float(self.accuracy.compute()), "kappa": float(self.all_pixels.compute()),
+            "F1": float(self.changed["F1"].compute()), "IoU": iou, "mIoU": float(self.mean_iou.compute()),
+            "F_scd": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+            "SeK": kappa_0 * math.exp(iou - 1),
+        }  # fmt: skip
+
+
+class Damage:
+    """The scores of xBD: ``F1 = 0.3 F1_loc + 0.7 F1_clf``, and what they are made of.
+
+    ``F1_loc``: F1 of building pixels at the earlier date. ``F1_clf``: harmonic mean of the F1 of the damage grades 1
+    to 4, counted on pixels where a building truly stands. ``OA``, ``kappa`` and ``mIoU`` (of the grades) likewise.
+    Source: Gupta et al., arXiv 1911.09296; MambaCD ``train_MambaBDA.py``.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        c = require_torchmetrics()
+        self.location = c.BinaryF1Score()
+        self.overlap = c.BinaryJaccardIndex()
+        self.grades = Classes(names)
+
+    def update(self, building: Any, damage: Any, found_building: Any, found_damage: Any) -> None:
+        """Truth (building 0 or 1, damage 0 to 4), then the maps; damage grades before they are cut by buildings."""
+        t, p = checked(building, found_building, 2)
+        if t.numel():
+            self.location.update(p, t)
+            self.overlap.update(p, t)
+        inside = np.asarray(building) == 1
+        self.grades.update(np.asarray(damage)[inside], np.asarray(found_damage)[inside])
+
+    def compute(self) -> dict[str, float]:
+        located = float(self.location.compute())
+        each = self.grades.each["F1"].compute()[1:]
+        graded = float(len(each) / (1 / each).sum()) if bool((each > 0).all()) else 0.0
+        rest = self.grades.compute()
+        return {
+            "F1": 0.3 * located + 0.7 * graded, "F1_loc": located, "F1_clf": graded,
+            "IoU": float(self.overlap.compute()),
+            **{k: rest[k] for k in ("OA", "kappa", "mIoU")},
+        }  # fmt: skip
+
+    def per_class(self) -> dict[str, dict[str, float]]:
+        return self.grades.per_class()

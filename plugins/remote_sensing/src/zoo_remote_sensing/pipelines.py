@@ -1,213 +1,247 @@
-"""Pairs of images to maps of change: binary, from-to, or building damage."""
+"""Pairs of images to maps of change: binary, from-to, or building damage; whole scenes window by window."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from zoo.pipelines import Pipeline, Result
-from zoo_registry import errors
+from zoo.pipelines import Pipeline
 
-from .tiling import tiled
+from .change_maps import ChangeMap, ChangeSummary, Tally, count_buildings, overlay
+from .palettes import class_names, colours, label_set
+from .rasters import (
+    EXTENSIONS,
+    GEOTIFFS,
+    NO_DATA,
+    MapReader,
+    MapWriter,
+    Scene,
+    bad_input,
+    check_pair,
+    open_scene,
+    small_cache,
+)
+from .tiling import Box, blended
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-#: colours of the published label sets by the number of classes: SECOND (7), xBD (5), changed or not (2)
-COLOURS = {
-    2: [(0, 0, 0), (255, 0, 0)],
-    5: [(0, 0, 0), (70, 181, 121), (167, 187, 27), (228, 189, 139), (181, 70, 70)],
-    7: [(0, 0, 0), (0, 128, 0), (128, 128, 128), (0, 255, 0), (0, 0, 255), (128, 0, 0), (255, 0, 0)],
-}
-SECOND = ("background", "low vegetation", "non-vegetated ground", "tree", "water", "building", "playground")
-XBD = ("background", "no damage", "minor damage", "major damage", "destroyed")
-
-
-@dataclass
-class Scene:
-    """One date: (H, W, 3) uint8, and its place on the ground where the file has one."""
-
-    pixels: np.ndarray
-    name: str
-    crs: Any = None
-    transform: Any = None  #: rasterio's affine transform
-
-    @property
-    def pixel_area(self) -> float | None:
-        """Square metres, for projections in metres; None otherwise."""
-        if self.transform is None or self.crs is None or not self.crs.is_projected:
-            return None
-        metres = float(self.crs.linear_units_factor[1])
-        return abs(self.transform.a * self.transform.e - self.transform.b * self.transform.d) * metres**2
-
-
-def _bad(message: str) -> errors.BadArgument:
-    return errors.BadArgument(message, argument="inputs", accepted=[])
-
-
-def open_scene(source: Any) -> Scene:
-    """A PNG or JPG, an (H, W, 3) uint8 array, a PIL image, or a GeoTIFF (which needs the extra ``[geo]``)."""
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise _bad(f"an array of {source.dtype} and shape {source.shape} was given; expected uint8 (H, W, 3)")
-        return Scene(source, "array")
-    if isinstance(source, Image.Image):
-        return Scene(np.asarray(source.convert("RGB")), "image")
-    path = Path(source)
-    if path.suffix.lower() in (".tif", ".tiff"):
-        return _open_tiff(path)
-    try:
-        with Image.open(path) as image:
-            return Scene(np.asarray(image.convert("RGB")), str(path))
-    except OSError as error:
-        raise _bad(f"{path} is not an image that can be read ({error}); expected {', '.join(EXTENSIONS)}") from error
-
-
-def _open_tiff(path: Path) -> Scene:
-    try:
-        import rasterio
-    except ImportError as error:
-        raise errors.MissingExtra(
-            f"reading {path.name} needs rasterio: pip install 'ssm-zoo-remote-sensing[geo]' (PNG and JPG do not)",
-            extra="geo",
-            command="pip install 'ssm-zoo-remote-sensing[geo]'",
-        ) from error
-    with rasterio.open(path) as file:
-        if file.count < 3 or file.dtypes[0] != "uint8":
-            raise _bad(f"{path} has {file.count} bands of {file.dtypes[0]}; expected 3 of uint8, in the order RGB")
-        pixels = file.read([1, 2, 3]).transpose(1, 2, 0)
-        return Scene(pixels, str(path), file.crs, file.transform if file.crs else None)
-
-
-def check_pair(before: Scene, after: Scene) -> None:
-    """Raises BadArgument naming what differs: size, projection or place."""
-    names = f"{before.name} and {after.name}"
-    if before.pixels.shape != after.pixels.shape:
-        sizes = " and ".join(f"{s.pixels.shape[1]} x {s.pixels.shape[0]}" for s in (before, after))
-        raise _bad(f"{names} are {sizes} pixels; expected one size: cut or resample them to one grid")
-    if before.crs != after.crs:
-        raise _bad(f"{names} have the projections {before.crs} and {after.crs}; expected one: reproject one of them")
-    if before.transform is not None and not before.transform.almost_equals(after.transform, precision=1e-6):
-        raise _bad(f"{names} lie on different grids ({before.transform[:6]} and {after.transform[:6]}); align them")
-
-
-@dataclass(kw_only=True)
-class ChangeMap(Result):
-    """What changed between two dates. Maps are (H, W) uint8."""
-
-    changed: np.ndarray = field(repr=False)  #: 1 where anything changed (damage: where a building stood)
-    before: np.ndarray | None = field(default=None, repr=False)  #: classes of the earlier date, 0 where unchanged
-    after: np.ndarray | None = field(default=None, repr=False)  #: classes of the later date, or damage grades
-    share: float = 0.0  #: of the pixels that changed, 0 to 1
-    hectares: float | None = None  #: where the pixels' size on the ground is known
-    counts: dict[str, int] = field(default_factory=dict)  #: pixels of each "from > to", or of each damage grade
-    scene: Scene | None = field(default=None, repr=False)
-
-    def summary(self) -> str:
-        area = "" if self.hectares is None else f", {self.hectares:.2f} ha"
-        most = sorted(self.counts.items(), key=lambda item: -item[1])[:3]
-        return f"{self.share:.1%} changed{area}" + "".join(f"; {name}: {n} px" for name, n in most)
-
-    def picture(self) -> Image.Image | None:
-        """The later date with the map over it, half transparent."""
-        if self.scene is None:
-            return None
-        classes = self.changed if self.after is None else self.after
-        count = next(n for n in (2, 7 if self.before is not None else 5, 256) if classes.max() < n)
-        palette = np.array(COLOURS.get(count, COLOURS[2]), np.float32)
-        colour = palette[np.minimum(classes, len(palette) - 1)]
-        mixed = np.where((classes > 0)[..., None], 0.5 * self.scene.pixels + 0.5 * colour, self.scene.pixels)
-        return Image.fromarray(mixed.astype(np.uint8))
-
-    def save_geotiff(self, path: str | Path) -> Path:
-        """Write the maps as bands of a GeoTIFF with the scene's own georeference (needs the extra ``[geo]``)."""
-        import rasterio
-
-        bands = [m for m in (self.changed, self.before, self.after) if m is not None]
-        where = {} if self.scene is None else {"crs": self.scene.crs, "transform": self.scene.transform}
-        with rasterio.open(
-            path, "w", driver="GTiff", height=bands[0].shape[0], width=bands[0].shape[1], count=len(bands),
-            dtype="uint8", compress="deflate", **{k: v for k, v in where.items() if v is not None},
-        ) as file:  # fmt: skip
-            for i, band in enumerate(bands, start=1):
-                file.write(band, i)
-        return Path(path)
+Pair = tuple[Scene, Scene]
 
 
 class ChangeDetection(Pipeline):
-    """Two images of one place to a :class:`ChangeMap`: ``pipe(("before.png", "after.png"))``.
+    """Two images of one place to a :class:`ChangeMap`: ``pipe(("before.tif", "after.tif"))``.
 
-    ``tile``, ``overlap``: pixels; scenes larger than a tile are cut into tiles that overlap and are blended.
-    ``pixel_area``: square metres a pixel covers, where the file does not say. The kind of answer follows from the
-    model: binary (logits), semantic (:class:`SemanticChange`) or damage (:class:`Damage`).
+    Arguments
+        tile, overlap: pixels; scenes larger than a tile are cut into tiles that overlap and are blended.
+        pixel_area: square metres that a pixel covers, where the file does not say.
+        bands: which bands of a GeoTIFF are red, green and blue, counted from 1 (default: the first three).
+        value_range: (low, high), the values that become 0 and 255; for files that do not hold uint8.
+        class_names: names of the classes, of models whose card names none.
+
+    The kind of answer follows from the model: binary (logits), semantic (``SemanticChange``) or damage (``Damage``).
+    Sizes, bands, projections and grids of the two files must agree; what does not is named in the error.
+    :meth:`write` maps scenes that are larger than memory, from file to file.
     """
 
     task = "binary-change-detection"
     extensions = EXTENSIONS
     files_per_sample = 2
 
-    def __init__(self, model: nn.Module, tile: int = 512, overlap: int = 64, pixel_area: float | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tile: int = 512,
+        overlap: int = 64,
+        pixel_area: float | None = None,
+        bands: Sequence[int] | None = None,
+        value_range: Sequence[float] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         super().__init__(model)
         if tile < 32 or not 0 <= overlap < tile:
-            raise errors.BadArgument(
-                f"tile is {tile} and overlap {overlap}; expected tile >= 32 and 0 <= overlap < tile",
-                argument="tile",
-                accepted=[],
+            raise bad_input(
+                f"tile is {tile} and overlap {overlap}; expected tile >= 32 and 0 <= overlap < tile", "tile"
             )
-        self.tile, self.overlap, self.pixel_area = tile, overlap, pixel_area
+        self.tile, self.overlap, self.pixel_area = int(tile), int(overlap), pixel_area
+        self.channels = int(getattr(model, "in_chans", 3))
+        self.reading: dict[str, Any] = {"bands": bands, "value_range": value_range, "channels": self.channels}
+        self.given_names = class_names
         settings = self.preprocess
-        self.mean = torch.tensor(settings.get("mean", (0.485, 0.456, 0.406))).view(3, 1, 1)
-        self.std = torch.tensor(settings.get("std", (0.229, 0.224, 0.225))).view(3, 1, 1)
+        self.mean, self.std = (
+            self._per_channel(settings.get(key, default))
+            for key, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225)))
+        )
 
-    def read(self, source: Any) -> tuple[Scene, Scene]:
-        before, after = (open_scene(one) for one in source)
+    def _per_channel(self, values: Sequence[float]) -> Tensor:
+        """One value a band; a model built for other bands than its weights gets their mean."""
+        found = torch.tensor(list(values), dtype=torch.float32)
+        return (found if len(found) == self.channels else found.mean().expand(self.channels)).reshape(-1, 1, 1)
+
+    # -- what the model answers
+
+    @property
+    def kind(self) -> str:
+        if hasattr(self.model, "damage_classes"):
+            return "damage"
+        return "semantic" if hasattr(self.model, "semantic_classes") else "binary"
+
+    @property
+    def layers(self) -> dict[str, list[str]]:
+        """The maps of this model and the names of their classes, in the order in which they are written."""
+        names = list(self.given_names) if self.given_names is not None else self.labels()
+        if self.kind == "binary":
+            count = int(getattr(self.model, "num_classes", 2))
+            return {"changed": class_names(names or label_set("change"), count)}
+        if self.kind == "damage":
+            count = int(self.model.damage_classes)  # type: ignore[arg-type]
+            return {"changed": ["no building", "building"], "after": class_names(names or label_set("xbd"), count)}
+        count = int(self.model.semantic_classes)  # type: ignore[arg-type]
+        known = names or self._labels_of_card()
+        return {"changed": label_set("change"), **dict.fromkeys(("before", "after"), class_names(known, count))}
+
+    def _labels_of_card(self) -> list[str] | None:
+        """What the default weights of the model's card call the classes, for models with other weights or none."""
+        from zoo_registry import read_labels
+
+        card = self.info.card if self.info is not None else None
+        found = read_labels(card) if card is not None and card.default_weights is not None else None
+        return None if found is None else list(found)
+
+    def outputs(self, pair: Pair) -> Iterator[tuple[Box, dict[str, np.ndarray]]]:
+        """Finished parts of what the model says: (box, {output: likeliest class (h, w) uint8})."""
+        with small_cache(), torch.inference_mode():
+            for box, found in blended(
+                lambda tile: self._probabilities(pair, tile), pair[0].height, pair[0].width, self.tile, self.overlap
+            ):
+                yield box, {name: p.argmax(0).numpy().astype(np.uint8) for name, p in found.items()}
+
+    def blocks(self, pair: Pair) -> Iterator[tuple[Box, dict[str, np.ndarray]]]:
+        """Finished parts of the maps: (box, {layer: (h, w) uint8}), 255 where a date has no data."""
+        for box, found in self.outputs(pair):
+            maps = self._layers(found)
+            for scene in pair:
+                valid = scene.read_valid(*box)
+                if valid is not None:
+                    for one in maps.values():
+                        one[~valid] = NO_DATA
+            yield box, maps
+
+    def _probabilities(self, pair: Pair, box: Box) -> dict[str, Tensor]:
+        """One tile through the model: {output: probabilities (classes, h, w)}."""
+        dates = []
+        for scene in pair:
+            pixels = torch.tensor(scene.read(*box)).permute(2, 0, 1)
+            dates.append(self._to_model((pixels / 255 - self.mean) / self.std)[None])
+        output = self.model(*dates)
+        maps = {"change": output} if isinstance(output, Tensor) else output._asdict()
+        return {name: logits[0].float().softmax(0) for name, logits in maps.items()}
+
+    def _layers(self, maps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The model's outputs as maps: classes are 0 where nothing changed, damage where no building stood."""
+        if self.kind == "damage":
+            return {"changed": maps["building"], "after": maps["damage"] * (maps["building"] > 0)}
+        changed = maps["change"]
+        if self.kind == "semantic":
+            return {"changed": changed, **{k: maps[k] * (changed > 0) for k in ("before", "after")}}
+        return {"changed": changed}
+
+    # -- scenes in memory
+
+    def read(self, source: Any) -> Pair:
+        before, after = (open_scene(one, **self.reading) for one in source)
         check_pair(before, after)
         return before, after
 
-    def prepare(self, sample: Any) -> tuple[Tensor, Tensor]:
-        before, after = (
-            (torch.from_numpy(s.pixels.copy()).permute(2, 0, 1) / 255 - self.mean) / self.std for s in sample
-        )
-        return before, after
+    def prepare(self, sample: Any) -> Any:
+        return sample  # tiles are read when they are needed
 
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        return tiled(self._probabilities, batch, self.tile, self.overlap)
+    def collate(self, samples: Any) -> Any:
+        return list(samples)
 
-    def _probabilities(self, before: Tensor, after: Tensor) -> dict[str, Tensor]:
-        output = self.model(before, after)
-        maps = {"change": output} if isinstance(output, Tensor) else output._asdict()
-        return {name: logits.softmax(1) for name, logits in maps.items()}
+    def forward(self, batch: Any) -> Any:
+        return [self._map(pair) for pair in batch]
 
-    def finish(self, output: Any, sample: Any) -> ChangeMap:
-        maps = {name: p.argmax(0).numpy().astype(np.uint8) for name, p in output.items()}
-        changed = maps.get("change", maps.get("building"))
-        assert changed is not None
-        result = ChangeMap(changed=changed, scene=sample[1])
-        if "damage" in maps:
-            result.after = maps["damage"] * (changed > 0)
-            result.counts = {_name(XBD, g): int((result.after == g).sum()) for g in range(1, len(output["damage"]))}
-            changed = result.after > 1  # "no damage" is no change
-        elif "before" in maps:
-            result.before, result.after = (maps[k] * (changed > 0) for k in ("before", "after"))
-            pairs, numbers = np.unique(
-                np.stack([result.before, result.after])[:, changed > 0], axis=1, return_counts=True
-            )
-            names = SECOND if len(output["before"]) == len(SECOND) else ()
-            result.counts = {
-                f"{_name(names, a)} > {_name(names, b)}": int(n) for (a, b), n in zip(pairs.T, numbers, strict=True)
-            }
-        result.share = float((changed > 0).mean())
-        area = self.pixel_area if self.pixel_area is not None else sample[0].pixel_area
-        result.hectares = None if area is None else float((changed > 0).sum()) * area / 1e4
+    def split(self, output: Any, count: int) -> list[Any]:
+        return output
+
+    def _map(self, pair: Pair) -> ChangeMap:
+        layers, shape = self.layers, (pair[0].height, pair[0].width)
+        whole: dict[str, Any] = {name: np.empty(shape, np.uint8) for name in layers}
+        tally = Tally(self.kind, layers)
+        for (top, left, height, width), maps in self.blocks(pair):
+            tally.add(maps)
+            for name, part in maps.items():
+                whole[name][top : top + height, left : left + width] = part
+        result = ChangeMap(scene=pair[1], layers=layers, **whole)
+        tally.fill(result, self._area(pair))
+        if self.kind == "damage":
+            result.buildings = count_buildings(result.read, *shape, layers["after"], "after")
         return result
 
+    def finish(self, output: Any, sample: Any) -> ChangeMap:
+        return output
 
-def _name(names: tuple[str, ...], index: int) -> str:
-    return names[index] if index < len(names) else f"class {index}"
+    def _area(self, pair: Pair) -> float | None:
+        return self.pixel_area if self.pixel_area is not None else pair[0].pixel_area
+
+    # -- scenes from file to file
+
+    def write(
+        self,
+        source: Any,
+        path: str | Path | None,
+        *,
+        picture: str | Path | None = None,
+        summary: str | Path | None = None,
+    ) -> ChangeSummary:
+        """Map a pair into files, window by window: memory grows with the tile, not with the scene.
+
+        ``path``: a ``.tif`` with the scene's georeference, one band a map (``.png`` for pairs of pictures; None writes
+        no map). ``picture``: a PNG of the later date with the map over it, thinned to 2048 pixels a side. ``summary``:
+        the counts as JSON. Raises BadArgument for pairs that do not fit together.
+        """
+        pair = self.read(source)
+        if path is None or Path(path).suffix.lower() not in GEOTIFFS:
+            result: ChangeSummary = self._map(pair)
+            assert isinstance(result, ChangeMap)
+            if path is not None:
+                result.files["map"] = str(result.save(path))
+            if picture is not None:
+                result.files["picture"] = str(result.save_picture(picture))
+        else:
+            result = self._stream(pair, Path(path), None if picture is None else Path(picture))
+        result.source, result.model = f"{pair[0].name} + {pair[1].name}", self.name
+        for scene in pair:
+            scene.close()
+        if summary is not None:
+            Path(summary).parent.mkdir(parents=True, exist_ok=True)
+            Path(summary).write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False), encoding="utf-8")
+            result.files["summary"] = str(summary)
+        return result
+
+    def _stream(self, pair: Pair, path: Path, picture: Path | None) -> ChangeSummary:
+        layers = self.layers
+        tally, result = Tally(self.kind, layers), ChangeSummary()
+        with small_cache():
+            with MapWriter(path, pair[0], layers, colours(list(layers.values())[-1])) as writer:
+                for box, maps in self.blocks(pair):
+                    tally.add(maps)
+                    writer.write(box[0], box[1], maps)
+            tally.fill(result, self._area(pair))
+            result.files["map"] = str(path)
+            with MapReader(path, layers) as written:
+                if self.kind == "damage":
+                    names = layers["after"]
+                    result.buildings = count_buildings(written, pair[0].height, pair[0].width, names, "after")
+                if picture is not None:
+                    picture.parent.mkdir(parents=True, exist_ok=True)
+                    overlay(pair[1], written, layers).save(picture)
+                    result.files["picture"] = str(picture)
+        return result
 
 
 class SemanticChangeDetection(ChangeDetection):
@@ -217,6 +251,6 @@ class SemanticChangeDetection(ChangeDetection):
 
 
 class DamageAssessment(ChangeDetection):
-    """:class:`ChangeDetection` with damage grades of buildings."""
+    """:class:`ChangeDetection` with damage grades of buildings, and buildings counted by grade."""
 
     task = "damage-assessment"

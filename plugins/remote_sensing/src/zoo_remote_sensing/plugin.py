@@ -32,3 +32,21 @@ def zoo_pipelines() -> Mapping[str, str]:
         "damage-assessment": "zoo_remote_sensing.pipelines:DamageAssessment",
         "pixel-classification": "zoo_remote_sensing.hyperspectral:PixelClassification",
     }
+
+
+@hookimpl
+def zoo_validators() -> Mapping[str, str]:
+    return {
+        "binary-change-detection": "zoo_remote_sensing.validation:validate_binary",
+        "semantic-change-detection": "zoo_remote_sensing.validation:validate_semantic",
+        "damage-assessment": "zoo_remote_sensing.validation:validate_damage",
+        "pixel-classification": "zoo_remote_sensing.validation:validate_pixels",
+    }
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {
+        "change": "zoo_remote_sensing.commands:change",
+        "map-pixels": "zoo_remote_sensing.commands:map_pixels",
+    }

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+#: a tile or a finished block: top, left, height, width
+Box = tuple[int, int, int, int]
 
 
 def starts(size: int, tile: int, overlap: int) -> list[int]:
@@ -23,31 +29,81 @@ def ramp(size: int, overlap: int) -> Tensor:
     return (edge / (overlap + 1)).clamp(max=1.0)
 
 
-def boxes(height: int, width: int, tile: int, overlap: int) -> Iterator[tuple[int, int, int, int]]:
-    """(top, left, height, width) of every tile, row by row."""
-    for top in starts(height, tile, overlap):
-        for left in starts(width, tile, overlap):
-            yield top, left, min(tile, height), min(tile, width)
+def shares(size: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
+    """(start, weights) of every tile along a side; at every pixel the weights of all tiles add up to one."""
+    side = min(size, tile)
+    weight, total = ramp(side, overlap), torch.zeros(size)
+    places = starts(size, tile, overlap)
+    for start in places:
+        total[start : start + side] += weight
+    return [(start, weight / total[start : start + side]) for start in places]
 
 
-def tiled(
-    run: Callable[..., dict[str, Tensor]], images: tuple[Tensor, ...], tile: int, overlap: int
-) -> dict[str, Tensor]:
-    """``run`` on tiles of ``images`` ((batch, C, H, W), one size), blended: maps (batch, K, H, W) on the CPU by name.
+def blended(
+    run: Callable[[Box], Mapping[str, Tensor]], height: int, width: int, tile: int, overlap: int
+) -> Iterator[tuple[Box, dict[str, Tensor]]]:
+    """``run`` on every tile of a scene; yields blocks that are complete, (box, maps (K, h, w) by name).
 
-    ``run`` gets the tiles and returns maps of their size. Raises ValueError unless 0 <= overlap < tile.
+    ``run`` gets a box and returns maps (K, h, w) of it. Blocks cover the scene once. What tiles of the next row will
+    add to waits in a temporary file, so that one tile is all that is in memory, however wide the scene is.
+    Raises ValueError unless 0 <= overlap < tile.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap is {overlap} and tile {tile}; expected 0 <= overlap < tile")
-    height, width = images[0].shape[2:]
-    total: dict[str, Tensor] = {}
-    weights = torch.zeros(height, width)
-    for top, left, h, w in boxes(height, width, tile, overlap):
-        weight = ramp(h, overlap)[:, None] * ramp(w, overlap)
-        weights[top : top + h, left : left + w] += weight
-        for name, part in run(*(x[:, :, top : top + h, left : left + w] for x in images)).items():
-            part = part.float().cpu()
-            if name not in total:
-                total[name] = torch.zeros(*part.shape[:2], height, width)
-            total[name][:, :, top : top + h, left : left + w] += part * weight
-    return {name: maps / weights for name, maps in total.items()}
+    rows, columns = shares(height, tile, overlap), shares(width, tile, overlap)
+    below = _Waiting()
+    try:
+        for r, (top, down) in enumerate(rows):
+            last_row = r + 1 == len(rows)
+            keep = len(down) if last_row else rows[r + 1][0] - top  # rows that no later tile reaches
+            right: dict[str, Tensor] = {}
+            for c, (left, across) in enumerate(columns):
+                done = len(across) if c + 1 == len(columns) else columns[c + 1][0] - left
+                weight = down[:, None] * across
+                maps = {k: v.float().cpu() * weight for k, v in run((top, left, len(down), len(across))).items()}
+                for name, waiting in right.items():
+                    maps[name][:, :, : waiting.shape[2]] += waiting
+                right = {name: x[:, :, done:].clone() for name, x in maps.items()}
+                maps = {name: x[:, :, :done] for name, x in maps.items()}
+                for name, waiting in below.take(c).items():
+                    maps[name][:, : waiting.shape[1]] += waiting
+                if not last_row:
+                    below.put(c, {name: x[:, keep:] for name, x in maps.items()})
+                yield (top, left, keep, done), {name: x[:, :keep] for name, x in maps.items()}
+    finally:
+        below.close()
+
+
+class _Waiting:
+    """One record of maps for each column of tiles, on disk: written by a row of tiles, taken by the next."""
+
+    def __init__(self) -> None:
+        self.file: Any = None
+        self.slots: dict[int, tuple[int, int]] = {}  #: column -> (offset, bytes reserved)
+        self.shapes: dict[int, dict[str, tuple[int, ...]]] = {}
+
+    def put(self, column: int, maps: Mapping[str, Tensor]) -> None:
+        data = b"".join(np.ascontiguousarray(x.numpy()).tobytes() for x in maps.values())
+        if self.file is None:
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
+        offset, room = self.slots.get(column, (0, -1))
+        if room < len(data):
+            offset = self.file.seek(0, 2)
+            self.slots[column] = (offset, len(data))
+        self.file.seek(offset)
+        self.file.write(data)
+        self.shapes[column] = {name: tuple(x.shape) for name, x in maps.items()}
+
+    def take(self, column: int) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        shapes = self.shapes.pop(column, {})
+        if shapes:
+            self.file.seek(self.slots[column][0])
+        for name, shape in shapes.items():
+            count = int(np.prod(shape))
+            found[name] = torch.from_numpy(np.frombuffer(self.file.read(4 * count), np.float32).copy()).view(shape)
+        return found
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
