@@ -5,7 +5,9 @@ import pytest
 import torch
 
 import zoo
-from zoo_point_cloud.files import Cloud, read_cloud, write_ply
+from zoo_point_cloud.files import Cloud, read_cloud, write_labels
+
+PCD = b"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\n"
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def test_formats_agree(tmp_path, points):
     np.save(tmp_path / "a.npy", points)
     np.savetxt(tmp_path / "a.xyz", points, fmt="%.9g")
     np.savetxt(tmp_path / "a.csv", points, fmt="%.9g", delimiter=",", header="x,y,z", comments="")
-    write_ply(tmp_path / "a.ply", points, np.arange(300), np.zeros((300, 3), np.uint8))
+    write_labels(tmp_path / "a.ply", Cloud(points), np.arange(300), np.zeros((300, 3), np.uint8))
     head = (
         "# .PCD v0.7\nVERSION 0.7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH 300\nHEIGHT 1\nPOINTS 300\n"
     )
@@ -57,8 +59,19 @@ def test_packed_colors_of_pcd(tmp_path, kind):
         ("a.xyz", b"1 2\n3 4\n", "x y z"),
         ("a.ply", b"no ply", "no readable ply"),
         ("a.pcd", b"VERSION 0.7\n", "no DATA line"),
-        ("a.pcd", b"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nPOINTS 9\nDATA binary\n123", "after 0 of 9"),
-        ("a.pcd", b"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nPOINTS 9\nDATA binary_compressed\n", "binary_compressed"),
+        ("a.pcd", PCD + b"POINTS 9\nDATA binary\n123", "after 0 of 9"),
+        (
+            "a.pcd",
+            PCD + b"POINTS 9\nDATA binary_compressed\n12",
+            "before its compressed",
+        ),
+        ("a.pcd", PCD + b"POINTS 9\nDATA packed\n", "DATA packed is not known"),
+        ("a.pcd", PCD + b"POINTS 1\nDATA ascii\n1 2\n", "not every row"),
+        ("a.las", b"no las", "no readable las"),
+        ("a.laz", b"", "no readable las"),
+        ("a.npy", b"", "no readable npy"),
+        ("a.obj", b"v 0 0 0\nv 1 0 0\n", "no surface to draw points on"),
+        ("a.stl", b"junk", "no surface|no readable mesh"),
         ("a.bin", b"", "no format is known"),
     ],
 )
@@ -104,7 +117,7 @@ def test_room_segmentation(tmp_path):
     result = zoo.pipeline(model)(room)
     assert len(result.labels) == 4000
     assert sum(result.counts.values()) == 4000
-    written = read_cloud(result.save_ply(tmp_path / "room.ply"))
+    written = read_cloud(result.save_labels(tmp_path / "room.ply"))
     assert np.array_equal(written.points, room.points)
     assert result.picture().size[0] == 960
     with pytest.raises(ValueError, match="reads a color"):

@@ -1,73 +1,112 @@
-"""Point clouds from files people have, and back: ply, pcd, text, npy; las/laz and meshes with their libraries."""
+"""Point clouds from files people have, and back: ply, pcd, text, npy; las/laz and meshes with their libraries.
+
+Coordinates are held in float32. A cloud that lies far from the origin (survey coordinates of a map projection) is moved
+near to it first, and ``Cloud.origin`` says by how much, so that what is written lies where the input lay.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .pcd import read_fields as read_pcd_fields
+
 EXTENSIONS = (".ply", ".pcd", ".xyz", ".txt", ".pts", ".csv", ".npy", ".las", ".laz", ".obj", ".stl", ".off")
 #: Points drawn on the surface of a mesh.
 MESH_POINTS = 8192
+#: Beyond this distance from the origin float32 resolves less than a millimetre in metres.
+FAR = 1e4
 
 
 @dataclass
 class Cloud:
-    """``points`` (N, 3) float32; ``colors`` (N, 3) in [0, 1] and ``normals`` (N, 3), where the file has them."""
+    """``points`` (N, 3) float32; ``colors`` (N, 3) in [0, 1] and ``normals`` (N, 3), where the file has them. The
+    file's coordinates are ``points + origin`` (3,) float64; None: the points themselves."""
 
     points: np.ndarray
     colors: np.ndarray | None = None
     normals: np.ndarray | None = None
+    origin: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.points)
 
     def take(self, index: np.ndarray) -> Cloud:
         """The points of an index or mask."""
-        parts = (None if a is None else a[index] for a in (self.colors, self.normals))
-        return Cloud(self.points[index], *parts)
+        colors, normals = (None if a is None else a[index] for a in (self.colors, self.normals))
+        return Cloud(self.points[index], colors, normals, self.origin)
+
+    def world(self) -> np.ndarray:
+        """Coordinates as in the file: (N, 3), float64 where there is an origin."""
+        return self.points if self.origin is None else self.points.astype(np.float64) + self.origin
 
 
-def read_cloud(source: str | Path | np.ndarray | Cloud) -> Cloud:
-    """A cloud from a file, by its ending, or from an array (N, 3), (N, 6: with colours) or (N, 9: and normals).
+def read_cloud(source: str | Path | np.ndarray | Cloud, invalid: str = "error") -> Cloud:
+    """A cloud from a file, by its ending, or from an array (N, 3), (N, 6: with colours,
+    or normals where there are negative values) or (N, 9: colours and normals).
 
-    Raises ValueError for an empty cloud, coordinates that are not finite, an unknown format and a broken file.
+    ``invalid``: what becomes of points with NaN or infinite coordinates, "error" or "drop". Raises ValueError for an
+    empty cloud, such points (with "error"), an unknown format and a broken file.
     """
+    if invalid not in ("error", "drop"):
+        raise ValueError(f"invalid is {invalid!r}; expected 'error' or 'drop'")
     if isinstance(source, Cloud):
-        return _checked(source, "the given cloud")
+        return _checked(source, "the given cloud", invalid)
     if isinstance(source, np.ndarray) or hasattr(source, "__array__"):
-        return _checked(_from_columns(np.asarray(source), "the given array"), "the given array")
+        return _checked(_from_columns(np.asarray(source), "the given array"), "the given array", invalid)
     path = Path(source)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: no format is known by the ending {path.suffix!r}; expected {', '.join(EXTENSIONS)}")
-    return _checked(reader(path), str(path))
+    return _checked(reader(path), str(path), invalid)
 
 
-def _checked(cloud: Cloud, where: str) -> Cloud:
+def _checked(cloud: Cloud, where: str, invalid: str) -> Cloud:
     if len(cloud) == 0:
         raise ValueError(f"{where}: the cloud is empty; a model needs points")
-    bad = int((~np.isfinite(cloud.points)).any(axis=1).sum())
-    if bad:
+    fine = np.isfinite(cloud.points).all(axis=1)
+    if fine.all():
+        return cloud
+    if invalid == "error":
         raise ValueError(
-            f"{where}: {bad} of {len(cloud)} points have NaN or infinite coordinates; remove them first "
-            "(depth cameras mark missing measurements so)"
+            f"{where}: {int((~fine).sum())} of {len(cloud)} points have NaN or infinite coordinates (depth cameras "
+            "mark missing measurements so); remove them, or let them be left out: invalid='drop' (-o invalid=drop)"
         )
-    return cloud
+    if not fine.any():
+        raise ValueError(f"{where}: all {len(cloud)} points have NaN or infinite coordinates")
+    return cloud.take(fine)
+
+
+def _near(points: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Coordinates in float32, and the origin that was taken off where they are too large for that."""
+    fine = np.isfinite(points).all(axis=1)
+    if points.dtype == np.float32 or not fine.any() or np.abs(points[fine]).max() <= FAR:
+        return points.astype(np.float32), None
+    origin = np.floor(points[fine].min(axis=0)).astype(np.float64)
+    return (points - origin).astype(np.float32), origin
 
 
 def _from_columns(table: np.ndarray, where: str) -> Cloud:
+    """By the number of columns: x y z; and an intensity (not kept); colours, or normals where there are negative
+    values; intensity and colours (pts files of scanners); colours and normals."""
     if table.ndim != 2 or table.shape[1] not in (3, 4, 6, 7, 9):
         raise ValueError(
             f"{where} has shape {table.shape}; expected one row a point: x y z, then r g b (0-255 or 0-1), then normals"
         )
-    table = table.astype(np.float32)
-    colors = table[:, 3:6] if table.shape[1] >= 6 else None
+    points, origin = _near(table[:, :3])
+    width = table.shape[1]
+    rest = table[:, 3:].astype(np.float32)
+    if width == 6 and (rest < 0).any():
+        return Cloud(points, None, rest, origin)
     return Cloud(
-        table[:, :3], None if colors is None else _unit_colors(colors), table[:, 6:9] if table.shape[1] == 9 else None
+        points,
+        _unit_colors(rest[:, 1:4] if width == 7 else rest[:, :3]) if width >= 6 else None,
+        rest[:, 3:6] if width == 9 else None,
+        origin,
     )
 
 
@@ -84,14 +123,20 @@ def _from_fields(fields: dict[str, np.ndarray], where: str) -> Cloud:
         raise ValueError(f"{where}: no field {', '.join(missing)}; found {sorted(fields)}")
 
     def stacked(*names: str) -> np.ndarray | None:
-        return np.stack([fields[n] for n in names], axis=1).astype(np.float32) if set(names) <= set(fields) else None
+        return np.stack([fields[n] for n in names], axis=1) if set(names) <= set(fields) else None
 
-    points = stacked("x", "y", "z")
-    assert points is not None
+    given = stacked("x", "y", "z")
+    assert given is not None
+    points, origin = _near(given)
     colors = stacked("red", "green", "blue")
     normals = stacked("nx", "ny", "nz")
     normals = stacked("normal_x", "normal_y", "normal_z") if normals is None else normals
-    return Cloud(points, None if colors is None else _unit_colors(colors), normals)
+    return Cloud(
+        points,
+        None if colors is None else _unit_colors(colors.astype(np.float32)),
+        None if normals is None else normals.astype(np.float32),
+        origin,
+    )
 
 
 def _read_ply(path: Path) -> Cloud:
@@ -120,7 +165,7 @@ def _read_text(path: Path) -> Cloud:
     if len(widths) > 1 or 0 in widths:
         bad = next(i for i, row in enumerate(rows, 1) if len(row) != len(rows[0]) or not row)
         raise ValueError(f"{path}: row {bad} is no list of {len(rows[0])} numbers as the first is")
-    return _from_columns(np.array(rows, dtype=np.float32).reshape(len(rows), -1 if rows else 3), str(path))
+    return _from_columns(np.array(rows, dtype=np.float64).reshape(len(rows), -1 if rows else 3), str(path))
 
 
 def _numbers(line: str) -> list[float]:
@@ -131,67 +176,36 @@ def _numbers(line: str) -> list[float]:
 
 
 def _read_npy(path: Path) -> Cloud:
-    return _from_columns(np.load(path, allow_pickle=False), str(path))
+    try:
+        table = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: no readable npy file of numbers: {error}") from error
+    return _from_columns(table, str(path))
 
 
 def _read_pcd(path: Path) -> Cloud:
-    """The Point Cloud Library's format, version 0.7, ascii or binary."""
-    content = path.read_bytes()
-    header: dict[str, list[str]] = {}
-    position = 0
-    while "DATA" not in header:
-        end = content.find(b"\n", position)
-        if end < 0:
-            raise ValueError(f"{path}: no readable pcd file: the header has no DATA line")
-        words = content[position:end].decode("ascii", "replace").split()
-        position = end + 1
-        if words and not words[0].startswith("#"):
-            header[words[0].upper()] = words[1:]
-    kinds = {"F": "f", "I": "i", "U": "u"}
-    try:
-        names, count = header["FIELDS"], int(header["POINTS"][0])
-        formats = [f"<{kinds[k]}{s}" for k, s in zip(header["TYPE"], header["SIZE"], strict=True)]
-        repeats = [int(n) for n in header.get("COUNT", ["1"] * len(names))]
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{path}: no readable pcd file: its header lacks or misstates {error}") from error
-    if header["DATA"] == ["ascii"]:
-        rows = [line.split() for line in content[position:].decode("ascii", "replace").splitlines() if line.strip()]
-        columns = np.cumsum([0, *repeats])
-        table = np.array(rows, dtype=np.float64).reshape(len(rows), int(columns[-1]))
-        fields: dict[str, Any] = {n: table[:, c] for n, c in zip(names, columns, strict=False)}
-    elif header["DATA"] == ["binary"]:
-        kind = np.dtype(
-            [(f"{n}_{i}", f, (r,)) for i, (n, f, r) in enumerate(zip(names, formats, repeats, strict=True))]
-        )
-        if len(content) - position < kind.itemsize * count:
-            raise ValueError(
-                f"{path}: the file ends after {(len(content) - position) // kind.itemsize} of {count} points"
-            )
-        records = np.frombuffer(content, dtype=kind, count=count, offset=position)
-        fields = {n: records[f"{n}_{i}"][:, 0] for i, n in enumerate(names)}
-    else:
-        raise ValueError(f"{path}: DATA {' '.join(header['DATA'])} is not read; save the cloud as ascii or binary")
-    if "rgb" in fields:  # three bytes in the bits of a float, or of an integer
-        if header["TYPE"][names.index("rgb")] == "F":
-            packed = np.ascontiguousarray(fields["rgb"].astype(np.float32)).view(np.uint32)
-        else:
-            packed = fields["rgb"].astype(np.uint32)
-        colors = {name: (packed >> shift) & 255 for name, shift in (("red", 16), ("green", 8), ("blue", 0))}
-        fields = {**fields, **colors}
-    return _from_fields(fields, str(path))
+    return _from_fields(read_pcd_fields(path), str(path))
 
 
-def _read_las(path: Path) -> Cloud:
+def _laspy(path: Path) -> Any:
     try:
         import laspy
     except ImportError as error:
-        raise ValueError(f"{path}: reading las files needs laspy: pip install 'ssm-zoo-point-cloud[las]'") from error
-    data = laspy.read(path)
-    points = np.stack([data.x, data.y, data.z], axis=1)
-    points = points - points.min(axis=0)  # survey coordinates are too large for float32
+        raise ValueError(f"{path}: las files need laspy: pip install 'ssm-zoo-point-cloud[las]'") from error
+    return laspy
+
+
+def _read_las(path: Path) -> Cloud:
+    laspy = _laspy(path)
+    try:
+        data = laspy.read(path)
+    except (laspy.LaspyException, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: no readable las file: {error}") from error
+    fields = {name: np.asarray(getattr(data, name)) for name in "xyz"}
     names = set(data.point_format.dimension_names)
-    colors = np.stack([data.red, data.green, data.blue], axis=1) if {"red", "green", "blue"} <= names else None
-    return Cloud(points.astype(np.float32), None if colors is None else _unit_colors(colors.astype(np.float32)))
+    if {"red", "green", "blue"} <= names and np.asarray(data.red).any():  # many writers leave the fields at zero
+        fields |= {name: np.asarray(getattr(data, name)) for name in ("red", "green", "blue")}
+    return _from_fields(fields, str(path))
 
 
 def _read_mesh(path: Path) -> Cloud:
@@ -200,9 +214,18 @@ def _read_mesh(path: Path) -> Cloud:
         import trimesh
     except ImportError as error:
         raise ValueError(f"{path}: reading meshes needs trimesh: pip install 'ssm-zoo-point-cloud[mesh]'") from error
-    mesh: Any = trimesh.load(path, force="mesh")
-    points, faces = trimesh.sample.sample_surface(mesh, MESH_POINTS, seed=0)
-    return Cloud(np.asarray(points, dtype=np.float32), None, np.asarray(mesh.face_normals[faces], dtype=np.float32))
+    try:
+        mesh: Any = trimesh.load(path, force="mesh")
+    except (ValueError, IndexError, KeyError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"{path}: no readable mesh: {error}") from error
+    if len(mesh.faces) == 0 or not mesh.area > 0:
+        raise ValueError(
+            f"{path}: the mesh has {len(mesh.vertices)} vertices and no surface to draw points on; "
+            "give bare points as ply or xyz"
+        )
+    given, faces = trimesh.sample.sample_surface(mesh, MESH_POINTS, seed=0)
+    points, origin = _near(np.asarray(given))
+    return Cloud(points, None, np.asarray(mesh.face_normals[faces], dtype=np.float32), origin)
 
 
 _READERS: dict[str, Callable[[Path], Cloud]] = {
@@ -212,16 +235,47 @@ _READERS: dict[str, Callable[[Path], Cloud]] = {
 }  # fmt: skip
 
 
-def write_ply(path: str | Path, points: np.ndarray, labels: np.ndarray, colors: np.ndarray) -> Path:
-    """A binary ply with x, y, z, colours (N, 3) uint8 and the integer property ``label``."""
+# -- back to files ----------------------------------------------------------------------------------------------------
+
+
+def write_labels(
+    path: str | Path, cloud: Cloud, labels: np.ndarray, colors: np.ndarray, names: Sequence[str] = ()
+) -> Path:
+    """The cloud with a label (N,) and a colour (N, 3) uint8 for every point, as ``.ply``, ``.las`` or ``.laz``; where
+    the input lay. ``names`` of the labels are written as comments of a ply. Raises ValueError for another ending."""
+    path = Path(path)
+    writer = {".ply": _write_ply, ".las": _write_las, ".laz": _write_las}.get(path.suffix.lower())
+    if writer is None:
+        raise ValueError(f"{path}: labels are written as .ply, .las or .laz, not as {path.suffix!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer(path, cloud.world(), labels, colors, names)
+    return path
+
+
+def _write_ply(path: Path, points: np.ndarray, labels: np.ndarray, colors: np.ndarray, names: Sequence[str]) -> None:
     from plyfile import PlyData, PlyElement
 
-    kinds = [("x", "f4"), ("y", "f4"), ("z", "f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1"), ("label", "i4")]
+    real = "f8" if points.dtype == np.float64 else "f4"
+    kinds = [("x", real), ("y", real), ("z", real), ("red", "u1"), ("green", "u1"), ("blue", "u1"), ("label", "i4")]
     vertex = np.empty(len(points), dtype=kinds)
-    columns = [*points.T, *colors.T, labels]
-    for (name, _), column in zip(kinds, columns, strict=True):
+    for (name, _), column in zip(kinds, [*points.T, *colors.T, labels], strict=True):
         vertex[name] = column
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    PlyData([PlyElement.describe(vertex, "vertex")]).write(str(path))
-    return path
+    comments = [f"label {i} {name}" for i, name in enumerate(names)]
+    PlyData([PlyElement.describe(vertex, "vertex")], comments=comments).write(str(path))
+
+
+def _write_las(path: Path, points: np.ndarray, labels: np.ndarray, colors: np.ndarray, _names: Sequence[str]) -> None:
+    """LAS 1.4, point format 7: 16-bit colours, and the labels as the extra dimension ``label`` (the format's own
+    classification has a fixed list of meanings)."""
+    laspy = _laspy(path)
+    header = laspy.LasHeader(version="1.4", point_format=7)
+    header.add_extra_dim(laspy.ExtraBytesParams(name="label", type=np.int32, description="class of the point"))
+    low, high = points.min(axis=0).astype(np.float64), points.max(axis=0).astype(np.float64)
+    # Coordinates are 32-bit integers: the finest power of ten with room for the whole cloud.
+    step = 10.0 ** np.ceil(np.log10(max(float((high - low).max()), 1e-6) / (2**31 - 1)))
+    header.offsets, header.scales = low, np.full(3, step)
+    data = laspy.LasData(header)
+    data.x, data.y, data.z = points.astype(np.float64).T
+    data.red, data.green, data.blue = colors.astype(np.uint16).T * 257
+    data.label = labels.astype(np.int32)
+    data.write(path)

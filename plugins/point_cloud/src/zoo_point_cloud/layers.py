@@ -171,12 +171,19 @@ class MambaLayer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, *, rms: bool = True, two_way: bool = True, drop_path: float = 0.0, depth: int = 1
+        self,
+        dim: int,
+        *,
+        rms: bool = True,
+        two_way: bool = True,
+        drop_path: float = 0.0,
+        depth: int = 1,
+        expand: int = 2,
     ) -> None:
         super().__init__()
         self.drop_path = DropPath(drop_path)
         self.norm = make_norm(dim, rms)
-        self.mixer: nn.Module = BiMamba(dim) if two_way else Mamba(dim)
+        self.mixer: nn.Module = BiMamba(dim, expand=expand) if two_way else Mamba(dim, expand=expand)
         with torch.no_grad():
             out: Any = self.mixer.out_proj
             nn.init.kaiming_uniform_(out.weight, a=math.sqrt(5))

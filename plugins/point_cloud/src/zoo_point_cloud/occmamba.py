@@ -1,9 +1,9 @@
 """OccMamba's head: voxel features through Mamba along height-prioritised 2D curves to semantic occupancy.
 
 Paper: Li et al., "OccMamba: Semantic Occupancy Prediction with State Space Models", arXiv 2408.09859 (CVPR 2025).
-Original: USTCLH/OccMamba @ 7dc5781 (dense_heads/occmamba_head.py, utils/reorder.py, utils/mamba.py), MIT. The paper's
-local context processor is not in the released code and not here. The camera and LiDAR encoders before the head are
-OpenOccupancy's. Differs from the original: any batch size; grids need not be square.
+Original: USTCLH/OccMamba @ 7dc5781 (dense_heads/occmamba_head.py, utils/reorder.py, utils/mamba.py), MIT; the local
+context processor from the head of commit 0e0fa3d. The LiDAR encoder before the head is in ``occmamba_lidar.py``; the
+camera branch is OpenOccupancy's. Differs from the original: any batch size; grids need not be square.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ def _nothing(_name: str, _tensor: Tensor) -> None:
 class Mixer(nn.Module):
     """Add-norm-mix layers over a sequence and a last norm: ``norm(h + r)``."""
 
-    def __init__(self, dim: int, depth: int, drop_path: float) -> None:
+    def __init__(self, dim: int, depth: int, drop_path: float, expand: int = 2) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            MambaLayer(dim, rms=False, two_way=False, drop_path=drop_path, depth=depth) for _ in range(depth)
+            MambaLayer(dim, rms=False, two_way=False, drop_path=drop_path, depth=depth, expand=expand)
+            for _ in range(depth)
         )
         self.norm_f = nn.LayerNorm(dim)
 
@@ -41,6 +42,69 @@ class Mixer(nn.Module):
         for layer in self.layers:
             h, residual = layer(h, residual)
         return self.norm_f(h if residual is None else h + residual)
+
+
+def windows(voxels: Tensor, size: int, shift: int) -> Tensor:
+    """Square columns of a grid as sequences: (B, C, W, H, D) to (B, windows, D * size * size, C), height outermost.
+
+    The grid is moved by ``shift`` along x and y and padded with zeros to whole windows.
+    """
+    width, height = voxels.shape[2:4]
+    right, far = -(width + shift) % size, -(height + shift) % size
+    padded = F.pad(voxels, (0, 0, shift, far, shift, right))
+    parts = padded.unfold(2, size, size).unfold(3, size, size)  # (B, C, columns, rows, D, size, size)
+    return parts.flatten(4).flatten(2, 3).permute(0, 2, 3, 1)
+
+
+def unwindow(sequences: Tensor, grid: Sequence[int], size: int, shift: int) -> Tensor:
+    """The inverse of :func:`windows`: (B, windows, D * size * size, C) to (B, C, W, H, D) for ``grid`` (W, H, D)."""
+    width, height, depth = grid
+    columns, rows = -(-(width + shift) // size), -(-(height + shift) // size)
+    parts = sequences.permute(0, 3, 1, 2).unflatten(3, (depth, size, size)).unflatten(2, (columns, rows))
+    whole = parts.permute(0, 1, 2, 5, 3, 6, 4).flatten(4, 5).flatten(2, 3)
+    return whole[:, :, shift : shift + width, shift : shift + height]
+
+
+class LocalContext(nn.Module):
+    """OccMamba's local context processor: Mamba inside of windows of several sizes over the ground plane.
+
+    Windows of ``sizes[i]`` voxels are laid out ``sizes[i] // strides[i]`` times, each time moved by the stride, so that
+    they overlap where the stride is less than the size; all layouts go through one mixer of two layers, and a pointwise
+    convolution joins what every layout says about a voxel. (B, C, W, H, D) to the same shape.
+    Source: arXiv 2408.09859 v2, section 3.3; USTCLH/OccMamba @ 0e0fa3d, ``with_lcp``.
+    """
+
+    def __init__(
+        self, channels: int, sizes: Sequence[int], strides: Sequence[int], dim: int, expand: int, drop_path: float,
+        norm: nn.Module,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if len(sizes) != len(strides) or not all(0 < step <= size for size, step in zip(sizes, strides, strict=False)):
+            raise ValueError(
+                f"windows of {list(sizes)} with strides {list(strides)}; expected 0 < stride <= size of each"
+            )
+        self.layouts = [(size, step, size // step) for size, step in zip(sizes, strides, strict=True)]
+        count = sum(times for *_, times in self.layouts)
+        if int(sum(size / step for size, step, _ in self.layouts)) != count:
+            raise ValueError(
+                f"windows of {list(sizes)} with strides {list(strides)}: sizes are no multiples of their strides, for "
+                "which the original's layers do not fit"
+            )
+        self.linear = nn.ModuleList(nn.Linear(channels, dim) for _ in sizes if dim != channels)
+        self.mamba = nn.ModuleList(Mixer(dim, 2, drop_path, expand) for _ in sizes)
+        self.out = nn.Sequential(nn.Conv3d(dim * count, channels, 1, bias=False), norm, nn.ReLU())
+
+    def forward(self, voxels: Tensor) -> Tensor:
+        grid = voxels.shape[2:]
+        found = []
+        for i, (size, step, times) in enumerate(self.layouts):
+            parts = [windows(voxels, size, step * k) for k in range(times)]
+            counts = [part.shape[1] for part in parts]
+            h = torch.cat(parts, dim=1)
+            h = self.linear[i](h) if len(self.linear) else h
+            h = self.mamba[i](h.flatten(0, 1)).unflatten(0, h.shape[:2])
+            found += [unwindow(part, grid, size, step * k) for k, part in enumerate(h.split(counts, dim=1))]
+        return self.out(torch.cat(found, dim=1))
 
 
 class OccMambaHead(nn.Module):
@@ -55,6 +119,8 @@ class OccMambaHead(nn.Module):
     Otherwise ``upsample_ratio`` u > 1: dense fine logits; ``out_refine`` then
     adds logits of the input features where the first are unsure: below the probability ``out_refine``, or
     (``refine_method`` "ratio") for that share of the voxels. ``drop_path``: the same for all layers.
+    ``local_sizes``: windows of the local context processor (:class:`LocalContext`; empty: none), ``local_strides``,
+    ``local_dim`` and ``local_expand`` of its mixers.
 
     Returns a dict: ``coarse`` (B, classes, W, H, D) and ``fine``: with r > 1 one dict a sample of ``logits`` (points,
     classes) and ``coords`` (points, 3) int64, with u > 1 logits (B, classes, uW, uH, uD), else absent.
@@ -84,6 +150,10 @@ class OccMambaHead(nn.Module):
         out_refine: float = 0.0,
         refine_method: str = "threshold",
         drop_path: float = 0.2,
+        local_sizes: Sequence[int] = (),
+        local_strides: Sequence[int] = (),
+        local_dim: int = 32,
+        local_expand: int = 1,
     ) -> None:
         super().__init__()
         if norm not in ("group", "batch"):
@@ -127,6 +197,11 @@ class OccMambaHead(nn.Module):
             out = max(dim // 2, fine_dim)
             self.mamba_out.append(nn.Sequential(conv(dim, out), normed(out), nn.ReLU()))
             dim = out
+        self.local = None
+        if local_sizes:
+            self.local = LocalContext(
+                fine_dim, local_sizes, local_strides, local_dim, local_expand, drop_path, normed(fine_dim)
+            )
         self.occ_pred_conv = predictor(fine_dim)
         if cascade_ratio > 1:
             self.fine_mlp = nn.Sequential(
@@ -160,7 +235,7 @@ class OccMambaHead(nn.Module):
                 h = self.upconv[i - self.down](torch.cat([h, skip], dim=1))
         for layer in self.mamba_out:
             h = layer(h)
-        return h
+        return h if self.local is None else self.local(h)
 
     def _stage(self, i: int, h: Tensor, record: Recorder) -> Tensor:
         """Voxels to sequences, one for each group of channels and all in one; Mamba; back."""

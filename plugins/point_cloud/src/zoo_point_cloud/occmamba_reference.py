@@ -1,4 +1,5 @@
-"""Reads USTCLH/OccMamba: OccMamba_Head, and the voxel order alone."""
+"""Reads USTCLH/OccMamba: OccMamba_Head (with the local context processor of commit 0e0fa3d, ``with_lcp``), and the
+voxel order alone."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.reference import Golden, ReferenceAdapter
-from zoo.rules import Rules
+from zoo.rules import Rename, Rules
 from zoo_kernels import paths
 
 from .occmamba import OccMambaHead
@@ -18,11 +19,13 @@ _HEAD: dict[str, Any] = {
     "in_channels": None, "out_channels": None, "trans_dim": 384, "down_blocks": [2, 2, 2, 2], "up_blocks": [2, 2, 2, 2],
     "order_method": [{"order": "H2HE", "coor_order": "xy", "inverse": False}], "norm_cfg": None, "fine_input_dim": 128,
     "cascade_ratio": 1, "final_occ_size": [512, 512, 40], "final_occ_size_used": None, "fine_topk": 20000,
-    "topk": 30000, "empty_idx": 0, "upsample_ratio": 1, "out_refine": 0.0, "refine_method": "threshold",
+    "with_lcp": False, "lcp_sizes": [2, 4, 6], "lcp_stride": [1, 2, 3], "lcp_mamba_channel": 32, "lcp_mamba_expand": 1,
+    "drop_path": 0.2, "topk": 30000, "empty_idx": 0, "upsample_ratio": 1, "out_refine": 0.0,
+    "refine_method": "threshold",
     # of the losses and the detector, not of the network
     "balance_cls_weight": None, "type": None, "soft_weights": None, "loss_weight_cfg": None, "loss_norm": None,
     "point_cloud_range": None, "train_cfg": None, "test_cfg": None, "num_level": None, "num_img_level": None,
-    "conv_cfg": None, "sample_from_voxel": None, "sample_from_img": None,
+    "conv_cfg": None, "input_voxel_size": None, "dataset": None, "sample_from_voxel": None, "sample_from_img": None,
 }  # fmt: skip
 
 
@@ -82,6 +85,11 @@ class OccMambaAdapter(ReferenceAdapter):
             upsample_ratio=theirs["upsample_ratio"],
             out_refine=theirs["out_refine"] or 0.0,
             refine_method=theirs["refine_method"],
+            drop_path=theirs["drop_path"],
+            local_sizes=theirs["lcp_sizes"] if theirs["with_lcp"] else (),
+            local_strides=theirs["lcp_stride"] if theirs["with_lcp"] else (),
+            local_dim=theirs["lcp_mamba_channel"],
+            local_expand=theirs["lcp_mamba_expand"],
         )
         # Tensors may be stored in bfloat16 where it holds them exactly; the model computes in float32.
         inner = {
@@ -111,4 +119,8 @@ class OccMambaAdapter(ReferenceAdapter):
         return named["out/loss"]
 
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
-        return Rules()
+        return Rules(
+            Rename("lcp_linear.{rest:*}", "local.linear.{rest:*}"),
+            Rename("lcp_mamba.{rest:*}", "local.mamba.{rest:*}"),
+            Rename("lcp_out.{rest:*}", "local.out.{rest:*}"),
+        )

@@ -29,6 +29,8 @@ def three_views(
 ) -> Image.Image:
     """Orthographic views of points (N, 3), z up, coloured by ``colors`` (N, 3) uint8 or by height. Near points cover
     far ones. ``legend``: names with their colours."""
+    if not len(points):  # an empty map has a picture too
+        points, colors = np.zeros((1, 3), np.float32), np.full((1, 3), 255, np.uint8)
     low, high = points.min(axis=0), points.max(axis=0)
     unit = (points - (low + high) / 2) / max(float((high - low).max()), 1e-9) + 0.5
     if colors is None:

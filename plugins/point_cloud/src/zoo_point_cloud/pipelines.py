@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from zoo.pipelines import Pipeline, Result
 from zoo_registry import errors
 
-from .files import EXTENSIONS, Cloud, read_cloud, write_ply
+from .blocks import blended
+from .files import EXTENSIONS, Cloud, read_cloud, write_labels
 from .geometry import farthest_point_sample
-from .pcm import PCM, PCMSegmentation
+from .pcm import PCM, PCMSegmentation, tiles
 from .pictures import palette, three_views
 from .pointmamba import PointMamba, PointMambaSegmentation
 
@@ -78,8 +79,15 @@ def prepare_cloud(cloud: Cloud, settings: dict[str, Any]) -> tuple[Tensor, Tenso
 class _CloudPipeline(Pipeline):
     extensions = EXTENSIONS
 
-    def __init__(self, model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    def __init__(self, model: nn.Module, kinds: tuple[type[nn.Module], ...], invalid: str) -> None:
         super().__init__(model)
+        if invalid not in ("error", "drop"):
+            raise errors.BadArgument(
+                f"invalid is {invalid!r}; expected 'error' or 'drop' (points with NaN or infinite coordinates)",
+                argument="invalid",
+                accepted=["error", "drop"],
+            )
+        self.invalid = invalid
         if not isinstance(model, kinds):
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise errors.BadArgument(
@@ -90,12 +98,18 @@ class _CloudPipeline(Pipeline):
         self.settings = settings_of(model, self.preprocess)
         self.names = self.labels()
 
-    def read(self, source: Any) -> Cloud:
-        cloud = read_cloud(source)
+    def read(self, source: Any) -> Any:
+        return self._cloud(source)
+
+    def _cloud(self, source: Any) -> Cloud:
+        cloud = read_cloud(source, self.invalid)
         need = least_points(self.model)
         if len(cloud) < need:
             raise ValueError(f"the cloud has {len(cloud)} points; {self.name} needs at least {need}")
         return cloud
+
+    def _to_model(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)  # coordinates stay float32; the models cast what goes into their layers
 
     def _name(self, i: int) -> str:
         return self.names[i] if self.names is not None and i < len(self.names) else f"class {i}"
@@ -128,7 +142,8 @@ class CloudLabels(Result):
 
 
 class CloudClassification(_CloudPipeline):
-    """Point-cloud files to their likeliest classes. ``top_k`` classes are reported.
+    """Point-cloud files to their likeliest classes. ``top_k`` classes are reported; ``invalid``: points with NaN or
+    infinite coordinates are an "error", or are left out ("drop").
 
     Clouds with more points than the model was trained on are thinned by farthest points; smaller ones are taken as they
     are, down to what the model can group. Duplicate points are allowed.
@@ -136,8 +151,8 @@ class CloudClassification(_CloudPipeline):
 
     task = "point-cloud-classification"
 
-    def __init__(self, model: nn.Module, top_k: int = 5) -> None:
-        super().__init__(model, (PCM, PointMamba))
+    def __init__(self, model: nn.Module, top_k: int = 5, invalid: str = "error") -> None:
+        super().__init__(model, (PCM, PointMamba), invalid)
         if int(top_k) < 1:
             raise errors.BadArgument(f"top_k is {top_k}; expected 1 or more", argument="top_k", accepted=[])
         self.top_k = int(top_k)
@@ -164,7 +179,7 @@ class CloudClassification(_CloudPipeline):
 
 @dataclass(kw_only=True)
 class PointLabels(Result):
-    """A label for every point of one cloud, in the order of the file."""
+    """A label for every point of one cloud, in the order of the file (with ``invalid="drop"``, of the points left)."""
 
     counts: dict[str, int]
     mean_probability: float
@@ -184,9 +199,9 @@ class PointLabels(Result):
         """The colour of each point's label, (N, 3) uint8."""
         return palette(len(self.names))[self.labels]
 
-    def save_ply(self, path: str | Path) -> Path:
-        """The cloud with its labels (property ``label``) and their colours."""
-        return write_ply(path, self.cloud.points, self.labels, self.colors())
+    def save_labels(self, path: str | Path) -> Path:
+        """The cloud with labels (property or extra dimension ``label``) and their colours, as .ply, .las or .laz."""
+        return write_labels(path, self.cloud, self.labels, self.colors(), self.names)
 
     def picture(self) -> Any:
         shades = palette(len(self.names))
@@ -194,19 +209,53 @@ class PointLabels(Result):
         return three_views(self.cloud.points, self.colors(), title=Path(self.source).name, legend=legend)
 
 
+@dataclass
+class _Thinned:
+    """A cloud, and the indices of the points that the model sees."""
+
+    cloud: Cloud
+    kept: np.ndarray
+
+
 class CloudSegmentation(_CloudPipeline):
     """Point-cloud files to a label for every point.
 
-    ``shape``: the kind of object, for models of object parts ("chair", or its number). Rooms are thinned to one point
-    a voxel, in tiles where they are large; every point of the file then gets its nearest kept point's label. Object
-    clouds with more points than the model was trained on are thinned by farthest points in the same way.
+    ``shape``: the kind of object, for models of object parts that need it ("chair", or its number). Rooms are thinned
+    to one point a voxel; object clouds with more points than the model was trained on are thinned by farthest points.
+    Every point of the file then gets its nearest kept point's label.
+
+    Large scenes: rooms go through the model whole or in the tiles that its authors evaluate with; scenes whose tiles
+    would hold more than twice the points that those are meant for go through in blocks of at most ``block_points``
+    points that overlap by the share ``overlap`` of a block on each side, and the probabilities are blended. Memory is
+    then bounded, whatever the scene's size. ``block_points`` may be given to have blocks in any case.
+    ``invalid``: points with NaN or infinite coordinates are an "error", or are left out ("drop").
     """
 
     task = "point-cloud-segmentation"
 
-    def __init__(self, model: nn.Module, shape: str | int | None = None) -> None:
-        super().__init__(model, (PCMSegmentation, PointMambaSegmentation))
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: str | int | None = None,
+        block_points: int | None = None,
+        overlap: float = 0.125,
+        invalid: str = "error",
+    ) -> None:
+        super().__init__(model, (PCMSegmentation, PointMambaSegmentation), invalid)
         self.shape = self._shape(shape)
+        need = least_points(model)
+        if block_points is not None and int(block_points) < 2 * need:
+            raise errors.BadArgument(
+                f"block_points is {block_points}; {self.name} needs at least {need} points, blocks at least twice that",
+                argument="block_points",
+                accepted=[],
+            )
+        if not 0 <= float(overlap) <= 1:
+            raise errors.BadArgument(
+                f"overlap is {overlap}; expected a share of a block, 0 to 1", argument="overlap", accepted=[]
+            )
+        self.block_points = None if block_points is None else int(block_points)
+        self.overlap = float(overlap)
 
     def _shape(self, shape: str | int | None) -> int | None:
         part: Any = self.model
@@ -225,8 +274,12 @@ class CloudSegmentation(_CloudPipeline):
             )
         return number
 
-    def prepare(self, sample: Cloud) -> Any:
-        pos, x = prepare_cloud(sample.take(self._kept(sample)), self.settings)
+    def read(self, source: Any) -> _Thinned:
+        cloud = self._cloud(source)
+        return _Thinned(cloud, self._kept(cloud))
+
+    def prepare(self, sample: _Thinned) -> Any:
+        pos, x = prepare_cloud(sample.cloud.take(sample.kept), self.settings)
         if isinstance(self.model, PointMambaSegmentation):
             return {"points": pos, "cls": torch.tensor(self.shape)}
         found: dict[str, Any] = {"pos": pos}
@@ -240,22 +293,55 @@ class CloudSegmentation(_CloudPipeline):
         """Indices of the points that the model sees; the same for the same cloud."""
         voxel, count = self.settings.get("voxel"), int(self.settings.get("points", 0))
         if voxel:
-            cells = np.floor((cloud.points - cloud.points.min(axis=0)) / float(voxel)).astype(np.int64)
-            kept = np.sort(np.unique(cells, axis=0, return_index=True)[1])
-            need = least_points(self.model)
-            return kept if len(kept) >= need else np.arange(len(cloud))
+            kept = first_of_each_voxel(cloud.points, float(voxel))
+            return kept if len(kept) >= least_points(self.model) else np.arange(len(cloud))
         if count and len(cloud) > count:
             return farthest_point_sample(torch.from_numpy(cloud.points)[None], count)[0].sort().values.numpy()
         return np.arange(len(cloud))
 
-    def finish(self, output: Tensor, sample: Cloud) -> PointLabels:
+    def forward(self, batch: Any) -> Tensor:
+        most = self._block_size(batch.get("pos"))
+        if most is None:
+            return super().forward(batch)
+        return torch.stack(
+            [self._in_blocks({k: v[b] for k, v in batch.items()}, most) for b in range(len(batch["pos"]))]
+        )
+
+    def _block_size(self, pos: Tensor | None) -> int | None:
+        """The most points of a block where the scenes go through in blocks, otherwise None."""
+        crop = getattr(self.model, "test_crop", None)
+        if pos is None or pos.shape[1] <= (self.block_points or crop or pos.shape[1]):
+            return None
+        if self.block_points is not None:
+            return self.block_points
+        assert crop is not None
+        largest = max(len(index) for cloud in pos for index in tiles(cloud, crop))
+        return crop if largest > 2 * crop else None
+
+    def _in_blocks(self, scene: dict[str, Tensor], most: int) -> Tensor:
+        """One scene's log-probabilities (classes, points). A block begins at zero, as the authors' tiles do."""
+
+        def answer(index: np.ndarray) -> Tensor:
+            chosen = torch.from_numpy(index).to(scene["pos"].device)
+            pos = scene["pos"][chosen]
+            block = {"pos": (pos - pos.amin(dim=0))[None]}
+            if "x" in scene:
+                block["x"] = scene["x"][:, chosen][None]
+            if "cls" in scene:
+                block["cls"] = scene["cls"][None]
+            return self.model(**block)[0]
+
+        points = scene["pos"].float().cpu().numpy()
+        return blended(points, answer, most, self.overlap, least_points(self.model)).log_()
+
+    def finish(self, output: Tensor, sample: _Thinned) -> PointLabels:
         probability, label = output.softmax(0).max(dim=0)
         labels, sure = label.numpy(), probability.numpy()
-        kept = self._kept(sample)
-        if len(kept) < len(sample):
+        cloud, kept = sample.cloud, sample.kept
+        if len(kept) < len(cloud):
             from scipy.spatial import cKDTree
 
-            nearest = cKDTree(sample.points[kept]).query(sample.points)[1]
+            nearest = cKDTree(cloud.points[kept]).query(cloud.points)[1]
             labels, sure = labels[nearest], sure[nearest]
         names = [self._name(i) for i in range(output.shape[0])]
         found, counts = np.unique(labels, return_counts=True)
@@ -265,5 +351,18 @@ class CloudSegmentation(_CloudPipeline):
             mean_probability=float(sure.mean()),
             names=names,
             labels=labels,
-            cloud=sample,
+            cloud=cloud,
         )
+
+
+def first_of_each_voxel(points: np.ndarray, size: float) -> np.ndarray:
+    """Indices (M,), ascending, of the first point in each occupied cube of ``size`` in a cloud (N, 3)."""
+    cells = np.floor((points - points.min(axis=0)) / size).astype(np.int64)
+    extent = cells.max(axis=0) + 1
+    if float(extent[0]) * float(extent[1]) * float(extent[2]) >= 2**63:
+        raise ValueError(
+            f"the cloud is {tuple(np.ptp(points, axis=0).tolist())} large and voxels of {size} are too many to count; "
+            "its coordinates are expected in metres, without far-off outliers"
+        )
+    key = (cells[:, 0] * extent[1] + cells[:, 1]) * extent[2] + cells[:, 2]
+    return np.sort(np.unique(key, return_index=True)[1])

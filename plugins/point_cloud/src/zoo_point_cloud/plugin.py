@@ -28,4 +28,10 @@ def zoo_pipelines() -> Mapping[str, str]:
     return {
         "point-cloud-classification": "zoo_point_cloud.pipelines:CloudClassification",
         "point-cloud-segmentation": "zoo_point_cloud.pipelines:CloudSegmentation",
+        "occupancy-prediction": "zoo_point_cloud.occupancy_pipeline:OccupancyPrediction",
     }
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {"label-points": "zoo_point_cloud.commands:label_points"}
