@@ -71,18 +71,21 @@ def quality(arguments: argparse.Namespace) -> dict:
         "epochs": arguments.epochs,
     }
     path = RESULTS / "recommendation_quality.json"
-    stored = json.loads(path.read_text()) if arguments.save and path.exists() else {"runs": {}}
-    found: dict[str, dict] = stored["runs"] if all(stored.get(k) == v for k, v in setting.items()) else {}
+    found: dict[str, dict] = {}
     for name in arguments.models:
         for seed in arguments.seeds:
             torch.manual_seed(seed)
             model = build(name, table.n_items, 50)
             with tempfile.TemporaryDirectory() as folder:
                 settings = Settings(epochs=arguments.epochs, batch_size=512, patience=arguments.epochs, seed=seed)
-                history = fit(model, parts[0], parts[1], folder, settings, on_epoch=lambda row: print(name, row))  # noqa: B023
+                history = fit(model, parts[0], parts[1], folder, settings, on_epoch=lambda row: print(row, flush=True))
             run = {"best_epoch": history.best_epoch, "test": evaluate(model, parts[2]), "epochs": history.epochs}
+            if arguments.save and path.exists():  # a run takes long: what other commands have found stays
+                stored = json.loads(path.read_text())
+                if all(stored.get(k) == v for k, v in setting.items()):
+                    found = stored["runs"]
             found.setdefault(name, {})[str(seed)] = run
-            if arguments.save:  # a run takes long: each is kept as soon as it is there, those of other models stay
+            if arguments.save:
                 save(path, {**setting, "summary": {k: summary(v) for k, v in found.items()}, "runs": found})
         for metric, value in summary(found[name])["test"].items():
             print(f"{name:10} {metric:8} {value['mean']:.4f} +- {value['std']:.4f} over {len(found[name])} seeds")

@@ -5,7 +5,10 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from zoo_recommendation.commands import recommend, train
+import zoo
+from zoo_recommendation import artifact
+from zoo_recommendation.commands import create, recommend, train
+from zoo_recommendation.recbole_models import installed
 
 
 @pytest.fixture(scope="module")
@@ -85,4 +88,71 @@ def test_whom(arguments, message):
 def test_a_folder_that_is_no_recommender(tmp_path):
     result = CliRunner().invoke(recommend, [str(tmp_path), "--user", "a"])
     assert isinstance(result.exception, FileNotFoundError)
-    assert "zoo train mamba4rec_ml1m" in str(result.exception)
+    assert "zoo train mamba4rec interactions.csv" in str(result.exception)
+
+
+SMALL = ["--batch-size", "64", "--max-length", "8", "--epochs", "1", "--set", "hidden_size=16"]
+
+
+def test_a_systems_name_and_no_folder(interactions, tmp_path, monkeypatch):
+    """`zoo train tim4rec interactions.csv` is enough: the folder is named for both."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["tim4rec", str(interactions), *SMALL, "--set", "head_dim=8", "--scale-time", "--json"]
+    result = CliRunner().invoke(train, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    recommender = artifact.load("tim4rec-interactions")
+    low, high = recommender.time_scale
+    assert (low, high) == (1_600_000_000, 1_600_000_800)
+    recommender.update("u1", "i3", 1_600_000_400)
+    assert recommender.store.get("u1").times[-1] == 0.5  # an update's seconds are read as training read them
+    assert len(recommender.recommend("u1", k=2).items) == 2
+
+
+def test_a_systems_name_is_its_published_configuration():
+    assert create("tim4rec", n_items=10).layers[0].ssd.d_state == 32
+    assert create("mamba4rec", n_items=10).max_length == 50
+    assert create("ssd4rec", n_items=10, max_length=20).recurrent
+
+
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec"])
+def test_baselines_train_and_answer(name, interactions, tmp_path):
+    result = CliRunner().invoke(
+        train, [name, str(interactions), "--out", str(tmp_path), *SMALL], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    assert installed() or "RecBole is not installed" in result.output
+    one, two = artifact.load(tmp_path), artifact.load(tmp_path)
+    assert one.recommend("u1", k=3) == two.recommend("u1", k=3)
+    assert one.model.built_from["baseline"] == name
+
+
+def test_ctrl_c_says_how_to_go_on(interactions, tmp_path, monkeypatch):
+    from zoo_recommendation import training
+
+    def interrupted(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "evaluate", interrupted)
+    result = CliRunner().invoke(train, ["mamba4rec", str(interactions), "--out", str(tmp_path), *SMALL])
+    assert result.exit_code != 0
+    assert "the same command goes on" in result.output
+
+
+def test_the_trained_model_is_one_of_the_zoos(run, interactions):
+    """Its folder answers and is measured like any other model, with the items' own names."""
+    folder, answer = run
+    found = zoo.validate(folder / "model", interactions)
+    assert found.samples == 36
+    assert found.metrics["hit@10"] == pytest.approx(answer["test"]["hit@10"], abs=1e-6)
+    assert zoo.pipeline(folder / "model", top_k=1)(["i3", "i4", "i5"]).items == ["i6"]
+
+
+def test_validate_says_what_it_left_out(run, tmp_path):
+    folder, _ = run
+    (tmp_path / "more.csv").write_text("user,item,timestamp\na,i1,1\na,new,2\na,i2,3\nb,i5,1\n")
+    found = zoo.validate(folder / "model", tmp_path / "more.csv")
+    assert found.samples == 1
+    assert found.notes.startswith("1 of 4 interactions left out")
+    (tmp_path / "other.csv").write_text("user,item,timestamp\na,x,1\na,y,2\n")
+    with pytest.raises(zoo.errors.BadArgument, match="none of its 2 items is known"):
+        zoo.validate(folder / "model", tmp_path / "other.csv")

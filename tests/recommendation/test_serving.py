@@ -144,3 +144,62 @@ def test_parquet(tmp_path):
 def test_wrong_number_of_names():
     with pytest.raises(ValueError, match="3 item names for a model of 30 items"):
         Recommender(network(), ["[PAD]", "a", "b"])
+
+
+def test_many_answers_are_each_ones(store):
+    counts = np.arange(30)
+    for cls in (Mamba4Rec, SASRec):
+        recommender = Recommender(network(cls), ITEMS, MemoryStore() if cls is SASRec else store, counts)
+        for event in events(users=3):
+            recommender.update(*event)
+        users = ["u2", "nobody", "u0", "u1"]
+        for user, answer in zip(users, recommender.recommend_many(users, k=4), strict=True):
+            alone = recommender.recommend(user, k=4)
+            assert (answer.user, answer.cold) == (user, user == "nobody")
+            assert [r.item for r in answer.items] == [r.item for r in alone.items]
+            np.testing.assert_allclose([r.score for r in answer.items], [r.score for r in alone.items], rtol=1e-5)
+        assert len(list(recommender.recommend_all(k=2, batch_size=2))) == 3
+
+
+def test_parquet_in_pieces(tmp_path):
+    import pyarrow.parquet as parquet
+
+    recommender = Recommender(network(), ITEMS)
+    for event in events(users=5):
+        recommender.update(*event)
+    answers = list(recommender.recommend_all(k=3))
+    assert write_parquet(iter(answers), tmp_path / "out.parquet", rows=4) == 15
+    file = parquet.ParquetFile(tmp_path / "out.parquet")
+    assert file.num_row_groups == 4
+    assert file.read().column("item").to_pylist() == [r.item for a in answers for r in a.items]
+    assert write_parquet(iter([]), tmp_path / "none.parquet") == 0
+    assert parquet.read_table(tmp_path / "none.parquet").num_rows == 0
+
+
+def test_two_processes_update_one_file(tmp_path):
+    """A change is one transaction: what another connection wrote in between is not lost."""
+    one, two = SQLiteStore(tmp_path / "users.sqlite"), SQLiteStore(tmp_path / "users.sqlite")
+    first, second = Recommender(network(), ITEMS, one), Recommender(network(), ITEMS, two)
+    for step in range(6):
+        (first if step % 2 else second).update("u", f"i{step + 1}", step)
+    assert one.get("u").items.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_change_that_fails_leaves_the_file_as_it_was(tmp_path):
+    store = SQLiteStore(tmp_path / "users.sqlite")
+    Recommender(network(), ITEMS, store).update("u", "i1", 5.0)
+
+    def fails(record):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        store.change("u", fails)
+    assert store.get("u").items.tolist() == [1]
+    Recommender(network(), ITEMS, store).update("u", "i2", 6.0)  # and is not locked
+
+
+def test_times_are_read_as_in_training():
+    recommender = Recommender(network(SASRec), ITEMS, time_scale=(100.0, 300.0))
+    recommender.update("u", "i1", 200)
+    recommender.update("u", "i2", 500)
+    assert recommender.store.get("u").times.tolist() == [0.5, 2.0]

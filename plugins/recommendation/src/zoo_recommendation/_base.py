@@ -26,6 +26,8 @@ class SequentialRecommender(nn.Module):
     item_embedding: nn.Embedding
     #: True where :meth:`step` gives what :meth:`encode` of the whole history gives, at constant cost.
     recurrent = False
+    #: What a baseline was built from (see :mod:`zoo_recommendation.baselines`); the zoo's models have a card instead.
+    built_from: Mapping[str, Any] | None = None
 
     def __init__(self, n_items: int, hidden_size: int, max_length: int, loss_type: LossType = "CE") -> None:
         super().__init__()

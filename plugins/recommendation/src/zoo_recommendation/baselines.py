@@ -2,11 +2,15 @@
 
 Papers: Kang and McAuley, "Self-Attentive Sequential Recommendation", arXiv 1808.09781; Tan et al., "Improved Recurrent
 Neural Networks for Session-based Recommendations", arXiv 1606.08621. Structure and initialisation as in RecBole, so
-that they stand for what the papers of this domain compare with. They are yardsticks, not systems of the zoo: no
-adapter, no published weights. Differs from RecBole: torch's encoder layer also drops the feed-forward's hidden units.
+that they stand for what the papers of this domain compare with; with the same weights they give RecBole's values
+(tested). They are yardsticks, not systems of the zoo: no adapter, no published weights. Differs from RecBole: torch's
+encoder layer also drops the feed-forward's hidden units. Where RecBole is installed, :func:`build` takes RecBole's own.
 """
 
 from __future__ import annotations
+
+import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,3 +98,33 @@ class GRU4Rec(SequentialRecommender):
         for layer, hidden in zip(state, after, strict=True):
             layer["hidden"].copy_(hidden)
         return self.dense(out[:, 0])
+
+
+BASELINES: dict[str, type[SequentialRecommender]] = {"sasrec": SASRec, "gru4rec": GRU4Rec}
+
+
+def build(name: str, *, implementation: str | None = None, **arguments: Any) -> SequentialRecommender:
+    """A baseline by name, ``n_items=`` and the other arguments of its class.
+
+    ``implementation``: "recbole" (its own code), "torch" (the classes above) or None, which is RecBole where it is
+    installed. The model's ``built_from`` says what was taken, so that it can be saved and built again.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"baseline is {name!r}; expected one of {', '.join(BASELINES)}")
+    if implementation not in (None, "recbole", "torch"):
+        raise ValueError(f"implementation is {implementation!r}; expected 'recbole', 'torch' or nothing")
+    from .recbole_models import RecBoleModel, installed
+
+    own = BASELINES[name]
+    if implementation is None:
+        implementation = "recbole" if installed() else "torch"
+    signature = inspect.signature(own)
+    unknown = sorted(set(arguments) - set(signature.parameters))
+    if unknown:
+        raise ValueError(f"{name} has no argument {', '.join(unknown)}; it takes {', '.join(signature.parameters)}")
+    bound = signature.bind(**arguments)
+    bound.apply_defaults()
+    chosen = dict(bound.arguments)
+    model = own(**chosen) if implementation == "torch" else RecBoleModel(name, **chosen)
+    model.built_from = {"baseline": name, "implementation": implementation, **chosen}
+    return model

@@ -12,33 +12,40 @@ import click
 @click.command()
 @click.argument("model")
 @click.argument("interactions", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the run.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the run (default: MODEL-INTERACTIONS)."
+)
 @click.option("--epochs", default=300, show_default=True, help="At most so many epochs.")
 @click.option("--batch-size", default=2048, show_default=True)
 @click.option("--lr", default=1e-3, show_default=True, help="Adam's learning rate.")
 @click.option("--patience", default=10, show_default=True, help="Epochs without a better validation NDCG@10.")
 @click.option("--core", default=5, show_default=True, help="Users and items need so many interactions.")
 @click.option("--max-length", type=int, help="Items of history in a training sample (default: the model's).")
-@click.option("--scale-time/--raw-time", default=False, help="Scale timestamps to [0, 1] over the data.")
+@click.option(
+    "--scale-time/--raw-time",
+    default=None,
+    help="Scale timestamps to [0, 1] over the data, or leave them (default: as RecBole, scaled for ml-100k alone).",
+)
 @click.option("--seed", default=2020, show_default=True)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another model argument; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
     model: str,
     interactions: Path,
-    out: Path,
+    out: Path | None,
     epochs: int,
     batch_size: int,
     lr: float,
     patience: int,
     core: int,
     max_length: int | None,
-    scale_time: bool,
+    scale_time: bool | None,
     seed: int,
     settings: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Train MODEL (a name from `zoo list --domain recommendation`, or sasrec, gru4rec) on INTERACTIONS.
+    """Train MODEL on INTERACTIONS: tim4rec, mamba4rec, ssd4rec, a name of `zoo list --domain recommendation`, or, to
+    compare with, sasrec and gru4rec.
 
     INTERACTIONS is a CSV, TSV, parquet or RecBole .inter file with the columns user, item and timestamp. The protocol
     is RecBole's: 5-core filter, the last interaction of each user for the test, the one before for validation, full
@@ -53,16 +60,26 @@ def train(
     from .training import Settings, evaluate, fit, plot
 
     console = Console(stderr=True)
+    if out is None:
+        out = Path(f"{model}-{interactions.stem}")
+    if scale_time is None:
+        scale_time = interactions.stem == "ml-100k"
     table = prepare(*read_table(interactions), core=core, scale_time=scale_time)
     arguments: dict[str, Any] = dict(_setting(text) for text in settings)
     if max_length is not None:
         arguments["max_length"] = max_length
     torch.manual_seed(seed)
     network = create(model, n_items=table.n_items, **arguments)
+    if network.built_from is not None and network.built_from["implementation"] == "torch":
+        from .recbole_models import INSTALL, installed
+
+        why = "as asked for" if installed() else f"RecBole is not installed; for its own: {INSTALL}"
+        console.print(f"{model}: this project's, on torch's layers ({why})", markup=False, soft_wrap=True)
     parts = split(table, network.max_length)
     console.print(
         f"{len(table.user)} interactions of {table.n_users - 1} users with {table.n_items - 1} items after the "
-        f"{core}-core filter; {len(parts[0])} training samples"
+        f"{core}-core filter; {len(parts[0])} training samples",
+        soft_wrap=True,
     )
     if not len(parts[1]) or not len(parts[2]):
         raise click.ClickException("no validation or test samples: users need at least three interactions")
@@ -74,14 +91,23 @@ def train(
         def on_epoch(row: dict[str, float]) -> None:
             bar.update(task, note=f"epoch {row['epoch']:.0f}  loss {row['loss']:.1f}  NDCG@10 {row['ndcg@10']:.4f}")
 
-        history = fit(
-            network, parts[0], parts[1], out, chosen,
-            progress=lambda done, _: bar.update(task, completed=done), on_epoch=on_epoch,
-        )  # fmt: skip
+        try:
+            history = fit(
+                network, parts[0], parts[1], out, chosen,
+                progress=lambda done, _: bar.update(task, completed=done), on_epoch=on_epoch,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            bar.stop()
+            console.print(
+                f"stopped; the finished epochs are in {out}: the same command goes on after them", soft_wrap=True
+            )
+            raise
     scores = evaluate(network, parts[2])
     plot(history, out / "curve.png")
     (out / "results.json").write_text(json.dumps({"test": scores, "best_epoch": history.best_epoch}, indent=1))
-    recommender = artifact.save(out, network, table)
+    source = "measured by zoo train"
+    rows = [{"name": k, "value": v, "dataset": interactions.name, "source": source} for k, v in scores.items()]
+    recommender = artifact.save(out, network, table, rows)
     if as_json:
         click.echo(json.dumps({"test": scores, "best_epoch": history.best_epoch, "folder": str(out)}))
         return
@@ -91,15 +117,24 @@ def train(
     click.echo(f"saved to {out} ({len(recommender.store)} users); try: zoo recommend {out} --user NAME")
 
 
+#: What a system's name stands for: its published configuration, at RecBole's usual length of history.
+SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tim4rec": ("tim4rec_ml1m_64", {"max_length": 50}),
+    "mamba4rec": ("mamba4rec_ml1m", {"max_length": 50}),
+    "ssd4rec": ("ssd4rec_64", {"max_length": 50}),
+}
+
+
 def create(name: str, **arguments: Any) -> Any:
-    """A recommender by name, with random weights; the baselines sasrec and gru4rec have no card."""
+    """A recommender with random weights by the name of a card, a system or a baseline (sasrec, gru4rec)."""
     import zoo
 
-    if name in ("sasrec", "gru4rec"):
-        from .baselines import GRU4Rec, SASRec
+    from .baselines import BASELINES, build
 
-        return (SASRec if name == "sasrec" else GRU4Rec)(**arguments)
-    return zoo.create(name, **arguments)
+    if name in BASELINES:
+        return build(name, **arguments)
+    model, defaults = SYSTEMS.get(name, (name, {}))
+    return zoo.create(model, **{**defaults, **arguments})
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -29,6 +29,11 @@ def zoo_pipelines() -> Mapping[str, str]:
 
 
 @hookimpl
+def zoo_validators() -> Mapping[str, str]:
+    return {"next-item": "zoo_recommendation.validation:validate_interactions"}
+
+
+@hookimpl
 def zoo_demos() -> Iterable[Mapping[str, str]]:
     return [
         {"model": "mamba4rec_micro.serials", "file": "demo/samples/history_u00071.csv"},

@@ -32,6 +32,7 @@ class Interactions:
     time: np.ndarray
     user_tokens: list[str]
     item_tokens: list[str]
+    time_scale: tuple[float, float] | None = None  #: the (first, last) second that are 0 and 1 in ``time``, if scaled
 
     @property
     def n_users(self) -> int:
@@ -181,12 +182,19 @@ def prepare(
     users, items, times = users[keep], items[keep], times[keep]
     user, user_tokens = _number(users)
     item, item_tokens = _number(items)
-    if scale_time:
-        low, high = times.min(), times.max()
-        times = (times - low) / (high - low) if high > low else np.zeros_like(times)
-    stored = times.astype(np.float32)
+    scale = (float(times.min()), float(times.max())) if scale_time else None
+    stored = scaled(times, scale).astype(np.float32)
     order = np.lexsort((np.arange(len(user)), stored, user))
-    return Interactions(user[order], item[order], stored[order], user_tokens, item_tokens)
+    return Interactions(user[order], item[order], stored[order], user_tokens, item_tokens, scale)
+
+
+def scaled(times: np.ndarray | float, scale: tuple[float, float] | None) -> np.ndarray:
+    """Seconds as the model reads them: as they are, or on the [0, 1] of the training data (later ones lie above 1)."""
+    times = np.asarray(times, dtype=np.float64)
+    if scale is None:
+        return times
+    low, high = scale
+    return (times - low) / (high - low) if high > low else np.zeros_like(times)
 
 
 def _number(tokens: np.ndarray) -> tuple[np.ndarray, list[str]]:

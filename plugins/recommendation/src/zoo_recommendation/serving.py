@@ -7,155 +7,21 @@ scores that the whole history would give (up to rounding).
 
 from __future__ import annotations
 
-import json
-import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ._base import SequentialRecommender, UserState
-from .protocol import Interactions
+from .protocol import Interactions, scaled
+from .stores import MemoryStore, SQLiteStore, Store, UserRecord
 
-
-@dataclass
-class UserRecord:
-    """What is kept of one user. ``state`` is None for models without one; their last items and times serve instead."""
-
-    items: np.ndarray  #: int32 ids in the order of events (all of them: seen items are excluded from answers)
-    times: np.ndarray  #: float64 seconds
-    state: np.ndarray | None = None  #: float32, every tensor of the state end to end
-    vector: np.ndarray | None = None  #: float32, the user vector after the last item
-
-
-class Store(Protocol):
-    """Where users are kept. Keys are the users' names in the interaction file."""
-
-    def get(self, user: str) -> UserRecord | None: ...
-    def put(self, user: str, record: UserRecord) -> None: ...
-    def users(self) -> Iterator[str]: ...
-    def __len__(self) -> int: ...
-
-
-class MemoryStore:
-    """Users in memory, saved to and read from one safetensors file."""
-
-    def __init__(self) -> None:
-        self._records: dict[str, UserRecord] = {}
-
-    def get(self, user: str) -> UserRecord | None:
-        return self._records.get(user)
-
-    def put(self, user: str, record: UserRecord) -> None:
-        self._records[user] = record
-
-    def users(self) -> Iterator[str]:
-        return iter(self._records)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def save(self, path: str | Path) -> Path:
-        """Everything in one file: ragged parts end to end with their offsets. Written beside and moved into place."""
-        from safetensors.numpy import save_file
-
-        records = list(self._records.values())
-        lengths = np.array([len(r.items) for r in records], dtype=np.int64)
-        tensors: dict[str, np.ndarray] = {
-            "lengths": lengths,
-            "items": np.concatenate([r.items for r in records] or [np.zeros(0, np.int32)]).astype(np.int32),
-            "times": np.concatenate([r.times for r in records] or [np.zeros(0)]).astype(np.float64),
-        }
-        if records and records[0].state is not None:
-            tensors["states"] = np.stack([_present(r.state) for r in records])
-            tensors["vectors"] = np.stack([_present(r.vector) for r in records])
-        path = Path(path)
-        temporary = path.with_name(path.name + ".part")
-        save_file(tensors, temporary, metadata={"users": json.dumps(list(self._records))})
-        temporary.replace(path)
-        return path
-
-    @classmethod
-    def open(cls, path: str | Path) -> MemoryStore:
-        """Read what :meth:`save` wrote."""
-        from safetensors import safe_open
-
-        store = cls()
-        with safe_open(str(path), framework="np") as file:
-            users = json.loads((file.metadata() or {}).get("users", "[]"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        if len(tensors["lengths"]) != len(users):
-            raise ValueError(f"{path}: {len(users)} user names for {len(tensors['lengths'])} records; not a state file")
-        ends = np.cumsum(tensors["lengths"])
-        for i, user in enumerate(users):
-            rows = slice(ends[i] - tensors["lengths"][i], ends[i])
-            store._records[user] = UserRecord(
-                tensors["items"][rows],
-                tensors["times"][rows],
-                tensors["states"][i] if "states" in tensors else None,
-                tensors["vectors"][i] if "vectors" in tensors else None,
-            )
-        return store
-
-
-class SQLiteStore:
-    """Users in one SQLite file: updates are transactions, millions of users need no memory."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._connection = sqlite3.connect(path)
-        self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute(
-            "CREATE TABLE IF NOT EXISTS users "
-            "(user TEXT PRIMARY KEY, items BLOB NOT NULL, times BLOB NOT NULL, state BLOB, vector BLOB) WITHOUT ROWID"
-        )
-
-    def get(self, user: str) -> UserRecord | None:
-        row = self._connection.execute(
-            "SELECT items, times, state, vector FROM users WHERE user = ?", (user,)
-        ).fetchone()
-        if row is None:
-            return None
-        items, times, state, vector = row
-        return UserRecord(
-            np.frombuffer(items, np.int32),
-            np.frombuffer(times, np.float64),
-            None if state is None else np.frombuffer(state, np.float32),
-            None if vector is None else np.frombuffer(vector, np.float32),
-        )
-
-    def put(self, user: str, record: UserRecord) -> None:
-        self.put_many([(user, record)])
-
-    def put_many(self, records: Iterable[tuple[str, UserRecord]]) -> None:
-        """All of them or none."""
-        with self._connection:
-            self._connection.executemany(
-                "INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?)",
-                (
-                    (
-                        user,
-                        record.items.astype(np.int32).tobytes(),
-                        record.times.astype(np.float64).tobytes(),
-                        None if record.state is None else record.state.astype(np.float32).tobytes(),
-                        None if record.vector is None else record.vector.astype(np.float32).tobytes(),
-                    )
-                    for user, record in records
-                ),
-            )
-
-    def users(self) -> Iterator[str]:
-        for (user,) in self._connection.execute("SELECT user FROM users"):
-            yield user
-
-    def __len__(self) -> int:
-        return self._connection.execute("SELECT count(*) FROM users").fetchone()[0]
-
-    def close(self) -> None:
-        self._connection.close()
+__all__ = ["Answer", "MemoryStore", "Recommendation", "Recommender", "SQLiteStore", "UnknownItem", "UserRecord",
+           "write_parquet"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -182,8 +48,9 @@ class UnknownItem(ValueError):
 class Recommender:
     """Answers for users who keep acting.
 
-    Arguments: ``model`` (eval mode), ``item_tokens`` (names by id, entry 0 is padding), ``store`` (memory by default),
-    ``popularity`` (counts by item id, what cold users get; None: zero for all).
+    Arguments: ``model`` (put into eval mode), ``item_tokens`` (names by id, entry 0 is padding), ``store`` (memory by
+    default), ``popularity`` (counts by item id, what cold users get; None: zero for all), ``time_scale`` (the (first,
+    last) second that were 0 and 1 in training, for models trained on scaled times).
     """
 
     def __init__(
@@ -192,6 +59,7 @@ class Recommender:
         item_tokens: Sequence[str],
         store: Store | None = None,
         popularity: np.ndarray | None = None,
+        time_scale: tuple[float, float] | None = None,
     ) -> None:
         if len(item_tokens) != model.n_items:
             raise ValueError(f"{len(item_tokens)} item names for a model of {model.n_items} items (padding included)")
@@ -199,6 +67,7 @@ class Recommender:
         self.item_tokens = list(item_tokens)
         self.item_ids = {token: i for i, token in enumerate(self.item_tokens) if i}
         self.store: Store = MemoryStore() if store is None else store
+        self.time_scale = time_scale
         self.popularity = np.zeros(model.n_items) if popularity is None else np.asarray(popularity, dtype=np.float64)
         self._layout = [{k: v.shape[1:] for k, v in layer.items()} for layer in model.init_user(1)] if (
             model.recurrent
@@ -218,16 +87,20 @@ class Recommender:
                 f"item {item!r} was not in the training data, so the model has no vector for it; "
                 "skip it, or train again with it"
             )
-        record = self.store.get(user)
-        if record is None:
-            record = UserRecord(np.zeros(0, np.int32), np.zeros(0))
-        state, vector = record.state, record.vector
-        if self.model.recurrent:
-            tensors = self._open(state)
-            out = self.model.step(torch.tensor([index]), tensors)
-            state, vector = self._close(tensors), out[0].float().numpy()
-        items = np.append(record.items, np.int32(index)).astype(np.int32)
-        self.store.put(user, UserRecord(items, np.append(record.times, float(time)), state, vector))
+        now = float(scaled(time, self.time_scale))
+
+        def add(record: UserRecord | None) -> UserRecord:
+            if record is None:
+                record = UserRecord(np.zeros(0, np.int32), np.zeros(0))
+            state, vector = record.state, record.vector
+            if self.model.recurrent:
+                tensors = self._open(state)
+                out = self.model.step(torch.tensor([index]), tensors)
+                state, vector = self._close(tensors), out[0].float().numpy()
+            items = np.append(record.items, np.int32(index)).astype(np.int32)
+            return UserRecord(items, np.append(record.times, now), state, vector)
+
+        self.store.change(user, add)
 
     @torch.no_grad()
     def load_histories(self, table: Interactions, batch_size: int = 256) -> None:
@@ -248,11 +121,7 @@ class Recommender:
                 )
                 for (a, b), state, vector in zip(group, states, vectors, strict=True)
             ]
-            if isinstance(self.store, SQLiteStore):
-                self.store.put_many(records)
-            else:
-                for user, record in records:
-                    self.store.put(user, record)
+            self.store.put_many(records)
 
     def _walk(self, histories: list[np.ndarray]) -> tuple[list[np.ndarray | None], list[np.ndarray | None]]:
         """States and vectors after whole histories: all users step together, those that have ended wait."""
@@ -277,51 +146,79 @@ class Recommender:
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def scores(self, user: str) -> np.ndarray | None:
         """Scores by item id (padding at -inf), or None for a user without history."""
         record = self.store.get(user)
         if record is None or not len(record.items):
             return None
-        if record.vector is not None:
-            vector = torch.from_numpy(np.array(record.vector))[None]
-        else:
-            vector = self._recompute(record)
-        scores = self.model.scores(vector.to(self.model.item_embedding.weight.dtype))[0].float().numpy()
-        scores[0] = -np.inf
+        return self._scores([record])[0].numpy()
+
+    @torch.no_grad()
+    def _scores(self, records: Sequence[UserRecord]) -> Tensor:
+        """(users, n_items) of users with a history."""
+        vectors = torch.empty(len(records), self.model.hidden_size, dtype=self.model.item_embedding.weight.dtype)
+        unknown = [i for i, record in enumerate(records) if record.vector is None]
+        if unknown:
+            vectors[unknown] = self._recompute([records[i] for i in unknown])
+        for i, record in enumerate(records):
+            if record.vector is not None:
+                vectors[i] = torch.from_numpy(np.array(record.vector))
+        scores = self.model.scores(vectors).float()
+        scores[:, 0] = -torch.inf
         return scores
 
-    def _recompute(self, record: UserRecord) -> Tensor:
-        """The user vector from the last ``max_length`` items, for models without a state."""
-        length = min(len(record.items), self.model.max_length)
-        items = torch.zeros(1, self.model.max_length, dtype=torch.long)
-        times = torch.zeros(1, self.model.max_length)
-        items[0, :length] = torch.from_numpy(record.items[-length:].astype(np.int64))
-        times[0, :length] = torch.from_numpy(record.times[-length:].astype(np.float32))
-        return self.model(items, torch.tensor([length]), times)
+    def _recompute(self, records: Sequence[UserRecord]) -> Tensor:
+        """The user vectors from the last ``max_length`` items, for models without a state."""
+        window = self.model.max_length
+        lengths = [min(len(record.items), window) for record in records]
+        items = torch.zeros(len(records), window, dtype=torch.long)
+        times = torch.zeros(len(records), window)
+        for i, (record, length) in enumerate(zip(records, lengths, strict=True)):
+            items[i, :length] = torch.from_numpy(record.items[-length:].astype(np.int64))
+            times[i, :length] = torch.from_numpy(record.times[-length:].astype(np.float32))
+        return self.model(items, torch.tensor(lengths), times)
 
     def recommend(self, user: str, k: int = 10, *, exclude_seen: bool = True) -> Answer:
         """The ``k`` best items, fewer when the catalogue is smaller. A user without history gets the most popular."""
+        return self.recommend_many([user], k, exclude_seen=exclude_seen)[0]
+
+    def recommend_many(self, users: Sequence[str], k: int = 10, *, exclude_seen: bool = True) -> list[Answer]:
+        """:meth:`recommend` for several users at once, in their order."""
         if k < 1:
             raise ValueError(f"k is {k}; expected at least 1")
-        scores = self.scores(user)
-        cold = scores is None
-        if scores is None:
-            scores = self.popularity.astype(np.float32).copy()
-            scores[0] = -np.inf
-        elif exclude_seen:
-            record = self.store.get(user)
-            assert record is not None
-            scores[np.unique(record.items)] = -np.inf
-        k = min(k, int(np.isfinite(scores).sum()))
-        best = np.argpartition(-scores, max(k - 1, 0))[:k]
-        best = best[np.argsort(-scores[best], kind="stable")]
-        return Answer(user, tuple(Recommendation(self.item_tokens[i], float(scores[i])) for i in best), cold)
+        records = [self.store.get(user) for user in users]
+        known = [record for record in records if record is not None and len(record.items)]
+        best: Iterator[tuple[Recommendation, ...]] = iter(())
+        if known:
+            scores = self._scores(known)
+            if exclude_seen:
+                for row, record in zip(scores, known, strict=True):
+                    row[torch.from_numpy(record.items.astype(np.int64))] = -torch.inf
+            top = scores.topk(min(k, scores.shape[1]), dim=1)
+            best = (self._named(*pair) for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        return [
+            Answer(user, next(best))
+            if record is not None and len(record.items)
+            else Answer(user, self._popular(k), True)
+            for user, record in zip(users, records, strict=True)
+        ]
 
-    def recommend_all(self, k: int = 10, *, exclude_seen: bool = True) -> Iterator[Answer]:
-        """Answers for every user of the store."""
-        for user in self.store.users():
-            yield self.recommend(user, k, exclude_seen=exclude_seen)
+    def recommend_all(self, k: int = 10, *, exclude_seen: bool = True, batch_size: int = 512) -> Iterator[Answer]:
+        """Answers for every user of the store, ``batch_size`` of them at once."""
+        users = iter(self.store.users())
+        while batch := list(islice(users, batch_size)):
+            yield from self.recommend_many(batch, k, exclude_seen=exclude_seen)
+
+    def _named(self, items: Sequence[int], scores: Sequence[float]) -> tuple[Recommendation, ...]:
+        return tuple(
+            Recommendation(self.item_tokens[i], score)
+            for i, score in zip(items, scores, strict=True)
+            if score != -np.inf
+        )
+
+    def _popular(self, k: int) -> tuple[Recommendation, ...]:
+        best = np.argsort(-self.popularity[1:], kind="stable")[:k] + 1
+        return self._named(best.tolist(), self.popularity[best].tolist())
 
     # -- the state as a row of numbers -----------------------------------------------------------------------------
 
@@ -347,24 +244,36 @@ class Recommender:
         return np.concatenate([v.float().reshape(-1).numpy() for layer in state for v in layer.values()])
 
 
-def _present(value: np.ndarray | None) -> np.ndarray:
-    if value is None:
-        raise ValueError("some users have a state and some have none: they were written by different models")
-    return value
+def write_parquet(answers: Iterable[Answer], path: str | Path, *, rows: int = 65536) -> int:
+    """One row a recommendation: user, rank (from 1), item, score, cold. Returns the number of rows.
 
-
-def write_parquet(answers: Iterable[Answer], path: str | Path) -> int:
-    """One row a recommendation: user, rank (from 1), item, score, cold. Returns the number of rows."""
+    ``rows`` are held in memory at a time, so the answers may be a generator over millions of users. Written beside and
+    moved into place: ``path`` is whole or it is not there.
+    """
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    columns: dict[str, list[Any]] = {"user": [], "rank": [], "item": [], "score": [], "cold": []}
-    for answer in answers:
-        for rank, found in enumerate(answer.items, start=1):
-            for name, value in zip(columns, (answer.user, rank, found.item, found.score, answer.cold), strict=True):
-                columns[name].append(value)
+    schema = pa.schema(
+        [
+            ("user", pa.string()),
+            ("rank", pa.int32()),
+            ("item", pa.string()),
+            ("score", pa.float32()),
+            ("cold", pa.bool_()),
+        ]
+    )
+    table = (
+        (answer.user, rank, found.item, found.score, answer.cold)
+        for answer in answers
+        for rank, found in enumerate(answer.items, start=1)
+    )
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    parquet.write_table(pa.table(columns), temporary)
+    written = 0
+    with parquet.ParquetWriter(temporary, schema) as writer:
+        while piece := list(islice(table, rows)):
+            columns = [pa.array(column, type=field.type) for column, field in zip(zip(*piece), schema)]  # noqa: B905
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+            written += len(piece)
     temporary.replace(path)
-    return len(columns["user"])
+    return written

@@ -1,0 +1,187 @@
+"""Where users are kept between events: in memory with one safetensors file, or in SQLite.
+
+A recurrent model's user is a state of fixed size, a vector and the list of what was taken (4 bytes an item, so that it
+can be left out of answers). Keys are the users' names in the interaction file.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass
+class UserRecord:
+    """What is kept of one user. ``state`` is None for models without one; their last items and times serve instead."""
+
+    items: np.ndarray  #: int32 ids in the order of events (all of them: seen items are excluded from answers)
+    times: np.ndarray  #: float64, as the model reads them: seconds, or scaled as the training data were
+    state: np.ndarray | None = None  #: float32, every tensor of the state end to end
+    vector: np.ndarray | None = None  #: float32, the user vector after the last item
+
+
+#: What an event does to a user: the record before (None for a new user) to the record after.
+Change = Callable[[UserRecord | None], UserRecord]
+
+
+class Store(Protocol):
+    """What :class:`zoo_recommendation.serving.Recommender` needs of a place for users."""
+
+    def get(self, user: str) -> UserRecord | None: ...
+    def put_many(self, records: Iterable[tuple[str, UserRecord]]) -> None: ...
+    def change(self, user: str, change: Change) -> None: ...
+    def users(self) -> Iterator[str]: ...
+    def __len__(self) -> int: ...
+
+
+class MemoryStore:
+    """Users in memory, saved to and read from one safetensors file."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, UserRecord] = {}
+
+    def get(self, user: str) -> UserRecord | None:
+        return self._records.get(user)
+
+    def put_many(self, records: Iterable[tuple[str, UserRecord]]) -> None:
+        self._records.update(records)
+
+    def change(self, user: str, change: Change) -> None:
+        self._records[user] = change(self._records.get(user))
+
+    def users(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def save(self, path: str | Path) -> Path:
+        """Everything in one file: ragged parts end to end with their offsets. Written beside and moved into place."""
+        from safetensors.numpy import save_file
+
+        records = list(self._records.values())
+        lengths = np.array([len(r.items) for r in records], dtype=np.int64)
+        tensors: dict[str, np.ndarray] = {
+            "lengths": lengths,
+            "items": np.concatenate([r.items for r in records] or [np.zeros(0, np.int32)]).astype(np.int32),
+            "times": np.concatenate([r.times for r in records] or [np.zeros(0)]).astype(np.float64),
+        }
+        if records and records[0].state is not None:
+            tensors["states"] = np.stack([_present(r.state) for r in records])
+            tensors["vectors"] = np.stack([_present(r.vector) for r in records])
+        path = Path(path)
+        temporary = path.with_name(path.name + ".part")
+        save_file(tensors, temporary, metadata={"users": json.dumps(list(self._records))})
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def open(cls, path: str | Path) -> MemoryStore:
+        """Read what :meth:`save` wrote."""
+        from safetensors import safe_open
+
+        store = cls()
+        with safe_open(str(path), framework="np") as file:
+            users = json.loads((file.metadata() or {}).get("users", "[]"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        if len(tensors["lengths"]) != len(users):
+            raise ValueError(f"{path}: {len(users)} user names for {len(tensors['lengths'])} records; not a state file")
+        ends = np.cumsum(tensors["lengths"])
+        for i, user in enumerate(users):
+            rows = slice(ends[i] - tensors["lengths"][i], ends[i])
+            store._records[user] = UserRecord(
+                tensors["items"][rows],
+                tensors["times"][rows],
+                tensors["states"][i] if "states" in tensors else None,
+                tensors["vectors"][i] if "vectors" in tensors else None,
+            )
+        return store
+
+
+class SQLiteStore:
+    """Users in one SQLite file: millions of them need no memory.
+
+    An update reads, steps and writes inside one transaction, so several processes may serve one file. A crash of the
+    process loses nothing; a loss of power may lose the last updates, but never half of one. A connection belongs to
+    its thread: give each thread its own store.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._connection = sqlite3.connect(path, timeout=30, isolation_level=None)
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=NORMAL")
+        self._connection.execute(
+            "CREATE TABLE IF NOT EXISTS users "
+            "(user TEXT PRIMARY KEY, items BLOB NOT NULL, times BLOB NOT NULL, state BLOB, vector BLOB)"
+        )
+
+    def get(self, user: str) -> UserRecord | None:
+        row = self._connection.execute(
+            "SELECT items, times, state, vector FROM users WHERE user = ?", (user,)
+        ).fetchone()
+        if row is None:
+            return None
+        items, times, state, vector = row
+        return UserRecord(
+            np.frombuffer(items, np.int32),
+            np.frombuffer(times, np.float64),
+            None if state is None else np.frombuffer(state, np.float32),
+            None if vector is None else np.frombuffer(vector, np.float32),
+        )
+
+    def put_many(self, records: Iterable[tuple[str, UserRecord]]) -> None:
+        """All of them or none."""
+        with self._transaction():
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?)", (_row(user, record) for user, record in records)
+            )
+
+    def change(self, user: str, change: Change) -> None:
+        """Read, change, write; no other process writes in between. What ``change`` raises leaves the file as it was."""
+        with self._transaction():
+            self._connection.execute(
+                "INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?)", _row(user, change(self.get(user)))
+            )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    def users(self) -> Iterator[str]:
+        for (user,) in self._connection.execute("SELECT user FROM users"):
+            yield user
+
+    def __len__(self) -> int:
+        return self._connection.execute("SELECT count(*) FROM users").fetchone()[0]
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _row(user: str, record: UserRecord) -> tuple[str, bytes, bytes, bytes | None, bytes | None]:
+    return (
+        user,
+        record.items.astype(np.int32).tobytes(),
+        record.times.astype(np.float64).tobytes(),
+        None if record.state is None else record.state.astype(np.float32).tobytes(),
+        None if record.vector is None else record.vector.astype(np.float32).tobytes(),
+    )
+
+
+def _present(value: np.ndarray | None) -> np.ndarray:
+    if value is None:
+        raise ValueError("some users have a state and some have none: they were written by different models")
+    return value
