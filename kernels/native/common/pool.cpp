@@ -1,5 +1,11 @@
-// A persistent pool of threads without OpenMP: two OpenMP runtimes in one process (torch brings its own) do not mix.
+// Sharing work between threads: torch's own OpenMP threads where they can be had, else a pool of ours.
 //
+// torch's threads spin for a while after each of its operators. A pool beside them would fight them for the processors,
+// and a second OpenMP runtime does not mix with the first, so the one that the process has is borrowed: its entry point
+// GOMP_parallel (libgomp's; Intel's and LLVM's runtimes have it too) is looked up by name. Elsewhere (macOS, Windows,
+// builds of torch without OpenMP), and in a forked child, where libgomp's threads are gone, the pool serves.
+//
+// The pool: a persistent one without OpenMP.
 // Workers spin briefly for the next job and then park. The number of threads comes with each call. A job that finds the
 // pool in use (another thread of the program, or a nested call) runs on the calling thread alone. Results never depend on
 // which thread ran which index. The caller waits for indices that were claimed, not for workers: one that the system
@@ -15,6 +21,9 @@
 
 #if !defined(_WIN32)
 #include <pthread.h>
+#endif
+#if defined(__linux__)
+#include <dlfcn.h>
 #endif
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -84,17 +93,47 @@ void worker(Pool *pool, int index, uint64_t seen) {
   }
 }
 
+std::atomic<bool> forked{false};
+
 #if !defined(_WIN32)
-void forget() { current.store(nullptr); inside = false; }  // in a forked child: the threads of the pool did not come along
+// In a forked child: the threads of the parent did not come along.
+void forget() {
+  current.store(nullptr);
+  inside = false;
+  forked.store(true);
+}
+// Known from the start: torch may have used its threads before the first call here.
+const int watching = pthread_atfork(nullptr, nullptr, forget);
 #endif
+
+using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+
+Parallel openmp() {
+#if defined(__linux__)
+  static const Parallel found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+#else
+  return nullptr;
+#endif
+}
+
+struct Shared {
+  std::atomic<int64_t> next{0};
+  int64_t count;
+  void (*work)(void *, int64_t);
+  void *context;
+};
+
+void take(void *p) {
+  Shared &job = *static_cast<Shared *>(p);
+  inside = true;
+  for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.work(job.context, i);
+  inside = false;
+}
 
 Pool *get() {
   Pool *pool = current.load(std::memory_order_acquire);
   if (pool) return pool;
-#if !defined(_WIN32)
-  static std::once_flag once;
-  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, forget); });
-#endif
   Pool *fresh = new Pool;
   if (current.compare_exchange_strong(pool, fresh)) return fresh;
   delete fresh;
@@ -107,6 +146,14 @@ ZK_PUBLIC void zk_parallel(int64_t threads, int64_t count, void (*work)(void *, 
   if (threads > count) threads = count;
   if (threads > kMaxWorkers) threads = kMaxWorkers;
   if (count >= int64_t(0xffffffff)) threads = 1;
+  if (threads > 1 && !inside && openmp() && !forked.load(std::memory_order_relaxed)) {
+    Shared job;
+    job.count = count;
+    job.work = work;
+    job.context = context;
+    openmp()(take, &job, unsigned(threads), 0);
+    return;
+  }
   Pool *pool = threads > 1 && !inside ? get() : nullptr;
   if (!pool || !pool->user.try_lock()) {
     for (int64_t i = 0; i < count; ++i) work(context, i);
