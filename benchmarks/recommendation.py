@@ -5,19 +5,22 @@
     uv run python benchmarks/recommendation.py serving
 
 ``quality`` trains under RecBole's protocol on an interaction file that you give (MovieLens' licence keeps it out of
-this repository). ``training`` compares one epoch's step with the same model on the reference operators and with
-SASRec. ``serving`` compares an update of a user's state with recomputing the history and with SASRec. Each prints
-ratios of one run and writes JSON to benchmarks/results/ with ``--save``.
+this repository); seeds and models of several commands come together in one file. ``training`` compares a training step
+with the model as its original computes it on the reference operators (the definition of each recurrence in torch), and
+with SASRec: RecBole's own where it is installed. ``serving`` compares an update of a user's state with recomputing the
+history and with SASRec. Each prints ratios of one run and writes JSON to benchmarks/results/ with ``--save``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +28,11 @@ import torch
 
 import zoo
 import zoo_kernels
-from zoo_recommendation.baselines import SASRec
+from zoo_recommendation import baselines
+from zoo_recommendation.last import Dropout, rows_at
 from zoo_recommendation.protocol import prepare, read_table, split
-from zoo_recommendation.serving import Recommender
+from zoo_recommendation.recbole_models import installed
+from zoo_recommendation.serving import Recommender, SQLiteStore
 from zoo_recommendation.training import Settings, evaluate, fit
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,8 +54,9 @@ def save(path: Path, result: dict) -> None:
 
 
 def build(name: str, n_items: int, max_length: int):
-    if name == "sasrec":
-        return SASRec(n_items, max_length=max_length)
+    if name.startswith("sasrec"):
+        implementation = "recbole" if "RecBole" in name else "torch"
+        return baselines.build("sasrec", n_items=n_items, max_length=max_length, implementation=implementation)
     base = "tim4rec_ml1m_64" if name in ("tim4rec", "ssd4rec") else "mamba4rec_ml1m"
     more = {"time": False} if name == "ssd4rec" else {}
     return zoo.create(base, n_items=n_items, max_length=max_length, **more)
@@ -68,7 +74,6 @@ def quality(arguments: argparse.Namespace) -> dict:
     setting = {
         "data": Path(arguments.data).name,
         "protocol": "RecBole: 5-core, leave-one-out, full ranking; length 50, batch 512, Adam 1e-3",
-        "epochs": arguments.epochs,
     }
     path = RESULTS / "recommendation_quality.json"
     found: dict[str, dict] = {}
@@ -108,82 +113,121 @@ def summary(runs: dict[str, dict]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def median_seconds(run, repeat: int) -> float:
-    run()
-    times = []
-    for _ in range(repeat):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def timed(runs: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
+    """Median seconds of each run; they take turns, so that a disturbance meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeat + 1):  # the first turn warms up
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if turn:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def training(arguments: argparse.Namespace) -> dict:
     found = {}
     for length in arguments.lengths:
-        items = torch.randint(1, 1350, (arguments.batch, length))
-        lengths = torch.full((arguments.batch,), length)
-        times = torch.rand(arguments.batch, length).sort(dim=1).values
-        target = torch.randint(1, 1350, (arguments.batch,))
+        batch = arguments.tokens // length
+        lengths = torch.full((batch,), length)
+        items, target = torch.randint(1, 1350, (batch, length)), torch.randint(1, 1350, (batch,))
+        times = torch.rand(batch, length).sort(dim=1).values
 
-        def stepper(name: str, length: int = length, batch=(items, lengths, times), target: torch.Tensor = target):
+        def stepper(name: str, form: str = "", inputs=(items, lengths, times), target: torch.Tensor = target):
             torch.manual_seed(0)
-            model = build(name, 1350, length).train()
+            model = build(name, 1350, inputs[0].shape[1]).train()
             optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+            if form == "original":  # every layer at every position, dropout as torch draws it
+                for module in model.modules():
+                    if isinstance(module, Dropout):
+                        module.__class__ = torch.nn.Dropout
 
             def step() -> None:
                 optimizer.zero_grad(set_to_none=True)
-                model.loss(model(*batch), target).backward()
+                if form == "original":
+                    user = rows_at(model.encode(inputs[0], inputs[2]), inputs[1] - 1)
+                else:
+                    user = model(*inputs)
+                model.loss(user, target).backward()
                 optimizer.step()
 
-            return step
+            def reference() -> None:
+                with zoo_kernels.backend("reference"):
+                    step()
 
-        row = {}
-        for name in ("mamba4rec", "ssd4rec", "tim4rec", "sasrec"):
-            row[name] = median_seconds(stepper(name), arguments.repeat)
-        with zoo_kernels.backend("reference"):
-            for name in ("mamba4rec", "tim4rec"):
-                row[f"{name}, reference operators"] = median_seconds(stepper(name), 1)
-        found[str(length)] = row
-        print(f"length {length}, batch {arguments.batch}: seconds a training step")
+            return reference if form else step
+
+        zoo_models = ("mamba4rec", "ssd4rec", "tim4rec")
+        sasrecs = ("sasrec", "sasrec (RecBole)") if installed() else ("sasrec",)
+        row = timed({name: stepper(name) for name in (*zoo_models, *sasrecs)}, arguments.repeat)
+        slow = {f"{name}, original's form on the reference operators": stepper(name, "original") for name in zoo_models}
+        slow |= {f"{name}, this form on the reference operators": stepper(name, "same") for name in zoo_models}
+        row |= timed(slow, 1)
+        peer = sasrecs[-1]
+        print(f"length {length}, batch {batch}: seconds a training step, and as a part of {peer}'s")
         for name, seconds in row.items():
-            print(f"  {name:32} {seconds:8.3f}   SASRec / this: {row['sasrec'] / seconds:6.2f}")
-        for name in ("mamba4rec", "tim4rec"):
-            print(f"  {name}: {row[f'{name}, reference operators'] / row[name]:.1f} times the reference operators")
-    return {"batch": arguments.batch, "seconds_a_step": found}
+            print(f"  {name:52} {seconds:8.3f} {seconds / row[peer]:6.2f}")
+        ratios: dict[str, dict[str, float]] = {}
+        for name in zoo_models:
+            ratios[name] = {
+                f"time / {peer}": round(row[name] / row[peer], 3),
+                "original's form on the reference operators / time": round(
+                    row[f"{name}, original's form on the reference operators"] / row[name], 2
+                ),
+                "this form on the reference operators / time": round(
+                    row[f"{name}, this form on the reference operators"] / row[name], 2
+                ),
+            }
+            print(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in ratios[name].items()))
+        found[str(length)] = {"batch": batch, "seconds_a_step": row, "ratios": ratios}
+    return {"lengths": found}
 
 
 def serving(arguments: argparse.Namespace) -> dict:
     tokens = ["[PAD]", *map(str, range(1, 3417))]
     found = {}
+    sasrec = "sasrec (RecBole)" if installed() else "sasrec"
     for length in arguments.lengths:
         history = np.random.default_rng(0).integers(1, 3417, length)
-        recurrent = Recommender(zoo.create("mamba4rec_ml1m").eval(), tokens)
-        attention = Recommender(build("sasrec", 3417, length).eval(), tokens)
-        for user in (recurrent, attention):
-            for item in history:
-                user.update("u", str(item))
         ids, count = torch.from_numpy(history)[None], torch.tensor([length])
+        with tempfile.TemporaryDirectory() as folder:
+            model = zoo.create("mamba4rec_ml1m").eval()
+            memory = Recommender(model, tokens)
+            file = Recommender(model, tokens, SQLiteStore(Path(folder) / "users.sqlite"))
+            attention = Recommender(build(sasrec, 3417, length).eval(), tokens)
+            for user in (memory, file, attention):
+                for item in history:
+                    user.update("u", str(item))
 
-        def update(recommender: Recommender = recurrent) -> None:
-            recommender.update("u", "17")
-            recommender.recommend("u", 10)
+            def answer(recommender: Recommender) -> None:
+                recommender.update("u", "17")
+                recommender.recommend("u", 10)
 
-        def recompute(recommender: Recommender = recurrent, ids=ids, count=count) -> None:
-            with torch.no_grad():
-                recommender.model.scores(recommender.model(ids, count))
+            def recompute(model=model, ids=ids, count=count) -> None:
+                with torch.no_grad():
+                    model.scores(model(ids, count))[0].topk(10)
 
-        row = {
-            "update and answer": median_seconds(update, arguments.repeat),
-            "recompute the history": median_seconds(recompute, arguments.repeat),
-            "SASRec, update and answer": median_seconds(lambda: update(attention), arguments.repeat),  # noqa: B023
+            row = timed(
+                {
+                    "update": functools.partial(memory.update, "u", "17"),
+                    "update and answer": functools.partial(answer, memory),
+                    "update and answer, SQLite": functools.partial(answer, file),
+                    "recompute the history and answer": recompute,
+                    f"{sasrec}, update and answer": functools.partial(answer, attention),
+                },
+                arguments.repeat,
+            )
+            file.store.close()
+        ratios = {
+            f"{name} / update and answer": round(row[name] / row["update and answer"], 2)
+            for name in ("recompute the history and answer", f"{sasrec}, update and answer")
         }
-        found[str(length)] = row
+        found[str(length)] = {"events_a_second": {k: round(1 / v) for k, v in row.items()}, "ratios": ratios}
         print(f"history of {length} items: events a second")
         for name, seconds in row.items():
-            print(f"  {name:28} {1 / seconds:10.0f}")
-        print(f"  an update is {row['recompute the history'] / row['update and answer']:.1f} times a recomputation")
-    return {"seconds": found}
+            print(f"  {name:36} {1 / seconds:10.0f}")
+        print("  " + ", ".join(f"{k} {v}" for k, v in ratios.items()))
+    return {"model": "mamba4rec_ml1m", "items": 3416, "histories": found}
 
 
 def main() -> None:
@@ -198,7 +242,7 @@ def main() -> None:
     one.add_argument("--epochs", type=int, default=3)
     two = commands.add_parser("training", parents=[shared])
     two.add_argument("--lengths", nargs="+", type=int, default=[50, 200])
-    two.add_argument("--batch", type=int, default=256)
+    two.add_argument("--tokens", type=int, default=12800, help="items in a batch: batch = tokens / length")
     two.add_argument("--repeat", type=int, default=5)
     three = commands.add_parser("serving", parents=[shared])
     three.add_argument("--lengths", nargs="+", type=int, default=[50, 200, 1000])
