@@ -12,6 +12,7 @@ import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -150,3 +151,25 @@ def speak_all(utterances: list[Utterance], workers: int = 2):
     """Yield (utterance, samples), in order."""
     with ThreadPoolExecutor(workers) as pool:
         yield from zip(utterances, pool.map(speak, utterances), strict=True)
+
+
+def write_samples(folder: Path) -> None:
+    """The sample recordings of the package: three voices that were held out, three formats, and what they say."""
+    _, held = variants()
+    said = [
+        ("sample_1.wav", "open the door", "en-us", "f1", 180),
+        ("sample_2.flac", "call seven two nine four", "en-gb", "m2", 180),
+        ("sample_3.ogg", "set the timer to one five minutes", "en-gb-scotland", "david", 150),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, (name, text, accent, variant, speed) in enumerate(said):
+        assert variant in held
+        one = Utterance(text, accent, variant, speed, 50, 0, "pink" if i == 2 else "none", 30, -3, 0.1, 0.1, i)
+        soundfile.write(folder / name, speak(one), RATE)
+        lines.append(f"{name}\t{text}\n")
+    (folder / "transcripts.tsv").write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_samples(Path(__file__).parents[1] / "src" / "zoo_audio" / "examples")

@@ -82,8 +82,11 @@ def masked(features: torch.Tensor, draw: random.Random) -> torch.Tensor:
     return features
 
 
-def train(data: Spoken, tokenizer: Tokenizer, *, steps: int, rows: int, rate: float, seed: int) -> torch.nn.Module:
-    """AdamW with a warm-up and a cosine to zero, gradients clipped."""
+def train(
+    data: Spoken, tokenizer: Tokenizer, *, steps: int, rows: int, rate: float, seed: int, minutes: float = math.inf
+) -> torch.nn.Module:
+    """AdamW with a warm-up and a cosine to zero, gradients clipped. ``minutes``: a limit of time, towards which the
+    cosine then runs."""
     torch.manual_seed(seed)
     model = zoo.create("samba_asr_micro", vocab_size=len(tokenizer)).train()
     groups: dict[bool, list[torch.Tensor]] = {True: [], False: []}
@@ -93,24 +96,23 @@ def train(data: Spoken, tokenizer: Tokenizer, *, steps: int, rows: int, rate: fl
         [{"params": groups[True], "weight_decay": 0.01}, {"params": groups[False], "weight_decay": 0.0}],
         lr=rate, betas=(0.9, 0.98), fused=True,
     )  # fmt: skip
-    warm = max(steps // 20, 1)
-
-    def schedule(i: int) -> float:
-        return min((i + 1) / warm, 0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * max(i - warm, 0) / (steps - warm))))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    began, total = time.process_time(), 0.0
+    began, started, total = time.process_time(), time.monotonic(), 0.0
     for step, batch in zip(range(1, steps + 1), batches(data, tokenizer, rows, seed), strict=False):
+        progress = max(step / steps, (time.monotonic() - started) / (60 * minutes))
+        if progress >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(step / 200, 0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * progress)))
         loss = model.loss(*batch, ctc_weight=1.0, label_smoothing=0.0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        scheduler.step()
         total += loss.item()
         if step % 100 == 0:
             print(f"step {step}: loss {total / 100:.3f}, {time.process_time() - began:.0f} s", flush=True)
             total = 0.0
+    print(f"{step} steps", flush=True)
     return model.eval()
 
 
@@ -138,9 +140,10 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=PACKAGE / "demo" / "commands.tokenizer.json")
     parser.add_argument("--utterances", type=int, default=12000)
     parser.add_argument("--test", type=int, default=700)
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, whatever --steps is")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="espeak-ng processes at once")
@@ -157,8 +160,9 @@ def main() -> None:
         tokenizer = train_tokenizer([text for text, _ in data], 144, arguments.tokenizer)
         began = time.process_time()
         model = train(
-            data, tokenizer, steps=arguments.steps, rows=arguments.rows, rate=arguments.rate, seed=arguments.seed
-        )
+            data, tokenizer, steps=arguments.steps, rows=arguments.rows, rate=arguments.rate, seed=arguments.seed,
+            minutes=arguments.minutes,
+        )  # fmt: skip
         spent = time.process_time() - began
         state = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "head.weight"}
         save_file(state, arguments.out, metadata={"format": "pt"})

@@ -87,7 +87,8 @@ def ctc_beam(logits: Tensor, width: int = 8, *, blank: int = 0, symbols: int = 1
                     # The same token again needs a blank between.
                     before = p_blank if prefix and symbol == prefix[-1] else both
                     add((*prefix, symbol), never, before + value)
-        ranked = sorted(grown.items(), key=lambda item: -_add(*item[1]))
+        possible = [item for item in grown.items() if _add(*item[1]) > never]
+        ranked = sorted(possible, key=lambda item: -_add(*item[1]))
         beams = dict(ranked[:width])
     return [Hypothesis(list(prefix), align(log_probs, prefix, blank), _add(*p)) for prefix, p in beams.items()]
 

@@ -124,12 +124,12 @@ class Levels:
         if not full.any():
             self._run = 0
             return
-        # Lengths of the runs of full-scale samples, the first joined to the one that the piece before ended with.
         edges = np.flatnonzero(np.diff(np.concatenate([[0], full.view(np.int8), [0]])))
         for start, end in zip(edges[::2], edges[1::2], strict=True):
-            length = int(end - start) + (self._run if start == 0 else 0)
-            self.clipped += length if length >= CLIPPED else 0
-        self._run = int(edges[-1] - edges[-2]) if full[-1] else 0
+            before = self._run if start == 0 else 0  # of the run that the piece before ended with
+            length = int(end - start) + before
+            self.clipped += (length if length >= CLIPPED else 0) - (before if before >= CLIPPED else 0)
+        self._run = length if full[-1] else 0
 
     def notes(self) -> list[str]:
         """What a listener should know, in words."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from .files import Audio, open_audio
 from .mulaw import mu_law_decode, mu_law_encode
 from .pictures import waveform
 from .sashimi import SashimiLM
+from .sashimi_step import Stepper
 
 
 @dataclass
@@ -75,15 +76,23 @@ def stream(
         )
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    state = model.init_state(batch)
+    step = stepping(model, batch)
     token = torch.full((batch,), model.vocab_size // 2, device=device)
     if prompt is not None:
         for column in prompt.to(device).unbind(1):
-            model.step(token, state)
+            step(token)
             token = column
     while True:
-        token, value = pick(model.step(token, state), temperature, top_p, generator)
+        token, value = pick(step(token), temperature, top_p, generator)
         yield token, value
+
+
+def stepping(model: SashimiLM, batch: int) -> Callable[[Tensor], Tensor]:
+    """A function of the next tokens (batch,), with the state inside: unrolled on a CPU, layer by layer elsewhere."""
+    if next(model.parameters()).device.type == "cpu":
+        return Stepper(model, batch).step
+    state = model.init_state(batch)
+    return lambda tokens: model.step(tokens, state)
 
 
 @torch.inference_mode()
@@ -152,6 +161,12 @@ class AudioGeneration(Pipeline):
         longest_prompt: float = 2.0,
     ) -> None:  # fmt: skip
         super().__init__(model)
+        if not isinstance(model, SashimiLM):
+            raise ValueError(f"{self.name} is a {type(model).__name__}; audio generation needs a SashimiLM")
+        if model.vocab_size != 256:
+            raise ValueError(
+                f"{self.name} has {model.vocab_size} tokens; recordings are read as 256, 8-bit mu-law samples"
+            )
         self.lm: SashimiLM = model
         self.seconds, self.longest_prompt = seconds, longest_prompt
         self.sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
