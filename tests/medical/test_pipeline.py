@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import zoo
+from zoo_medical.montage import montage
 from zoo_medical.pipelines import MedicalSegmentation
-from zoo_medical.sliding_window import gaussian_weights, sliding_window, starts
 
 
 class Threshold(nn.Module):
@@ -50,11 +50,87 @@ def test_labels_lie_where_the_file_has_them(tmp_path):
 def test_another_spacing_and_back(tmp_path):
     data = volume(tmp_path / "scan.nii", affine=np.diag([1.0, 1.0, 3.0, 1.0]))
     pipeline = MedicalSegmentation(Threshold(), patch=(16, 16, 16), normalisation="none", spacing=(1, 1, 1))
-    assert pipeline.prepare(pipeline.read(tmp_path / "scan.nii")).shape == (1, 20, 30, 36)
+    assert pipeline.prepare(pipeline.read(tmp_path / "scan.nii")).shape == (
+        1,
+        20,
+        30,
+        34,
+    )  # between the first and the last voxel's middle
     answer = pipeline(tmp_path / "scan.nii")
     assert answer.labels.shape == data.shape
     overlap = 2 * (answer.labels * data).sum() / (answer.labels.sum() + data.sum())
     assert overlap > 0.9
+
+
+def test_windows_blend_to_what_one_window_says(tmp_path):
+    image = np.random.default_rng(0).normal(size=(21, 17, 9)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), tmp_path / "scan.nii")
+    for patch in ((8, 8, 8), (32, 32, 32)):  # smaller than the scan, and larger
+        pipeline = MedicalSegmentation(Threshold(), patch=patch, normalisation="none", overlap=0.5)
+        found = pipeline.forward(pipeline.prepare(pipeline.read(tmp_path / "scan.nii"))[None])
+        torch.testing.assert_close(found[0, 1], torch.from_numpy(image - 0.5) * 20, atol=1e-4, rtol=1e-4)
+
+
+class Ramp(nn.Module):
+    """Logits that grow along the first axis of the window: windows, weights and flips show in the result."""
+
+    in_chans = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ramp = torch.arange(float(x.shape[2])).view(1, 1, -1, 1, 1).expand(len(x), 1, *x.shape[2:])
+        return torch.cat([torch.zeros_like(ramp), ramp], dim=1)
+
+
+def test_windows_weigh_as_a_gaussian():
+    pipeline = MedicalSegmentation(Ramp(), patch=(8, 8, 8), overlap=0.5)
+    found = pipeline.forward(torch.zeros(1, 1, 12, 8, 8))[0, 1, :, 4, 4]
+    weight = np.exp(-0.5 * ((np.arange(8) - 3.5) / (0.125 * 8)) ** 2)
+    weight = np.maximum(weight, 1e-3)
+    place = np.arange(4, 8)  # seen by both windows: places 4..7 of the first, 0..3 of the second
+    expected = (weight[place] * place + weight[place - 4] * (place - 4)) / (weight[place] + weight[place - 4])
+    np.testing.assert_allclose(found[4:8].numpy(), expected, atol=0.02)
+    np.testing.assert_allclose(found[:4].numpy(), np.arange(4), atol=1e-4)
+
+
+def test_mirrors_average_over_all_flips():
+    everywhere = torch.zeros(1, 1, 8, 8, 8)
+    for mirror, expected in ((True, 3.5), ((0,), 3.5), ((1, 2), None)):
+        pipeline = MedicalSegmentation(Ramp(), patch=(8, 8, 8), mirror=mirror)
+        found = pipeline.forward(everywhere)[0, 1]
+        ramp = torch.arange(8.0).view(-1, 1, 1).expand(8, 8, 8)
+        torch.testing.assert_close(found, ramp if expected is None else torch.full((8, 8, 8), expected))
+    assert len(MedicalSegmentation(Ramp(), patch=(8, 8, 8), mirror=True).flips) == 8
+
+
+def test_other_axes_and_a_crop(tmp_path):
+    data = np.zeros((20, 24, 16), np.float32)
+    data[5:15, 6:20, 3:12] = np.random.default_rng(0).uniform(0.1, 0.4, (10, 14, 9))
+    data[8:12, 10:14, 5:9] = 1.0
+    nibabel.save(nibabel.Nifti1Image(data, np.diag([-1.0, -1.0, 2.0, 1.0])), tmp_path / "scan.nii")
+    pipeline = MedicalSegmentation(Threshold(), patch=(8, 8, 8), normalisation="none", orientation="SPL", crop=True)
+    ready = pipeline.prepare(pipeline.read(tmp_path / "scan.nii"))
+    assert ready.shape == (1, 9, 14, 10)  # slices first, as SimpleITK's arrays have them
+    torch.testing.assert_close(ready[0], torch.from_numpy(data[5:15, 6:20, 3:12]).permute(2, 1, 0))
+    answer = pipeline(tmp_path / "scan.nii")
+    assert np.array_equal(answer.labels, (data == 1.0).astype(np.uint8))
+
+
+def test_the_montage_has_square_voxels_a_legend_and_the_patients_right_on_the_left():
+    image = np.zeros((20, 10, 4), np.float32)
+    labels = np.zeros((20, 10, 4), np.uint8)
+    labels[15:, :, :] = 1  # at large x of RAS: the patient's right
+    picture = montage(image, labels, np.diag([1.0, 2.0, 5.0, 1.0]), {1: "organ: 1.0 ml"}, slices=1)
+    assert picture.size == (160, 160 + 2 * 14)
+    pixels = np.asarray(picture)
+    assert pixels[80, 10].tolist() == [115, 30, 30]
+    assert pixels[80, 150].tolist() == [0, 0, 0]
+    assert pixels[160:].max() > 100
+
+
+def test_options_that_make_no_sense():
+    for option, value in (("overlap", 1.0), ("mirror", (3,)), ("normalisation", "max"), ("spacing", (1.0,))):
+        with pytest.raises(zoo.errors.BadArgument, match=option):
+            MedicalSegmentation(Threshold(), **{"patch": (8, 8, 8), option: value})
 
 
 def test_two_dimensional_networks_read_slices(tmp_path):
@@ -64,33 +140,6 @@ def test_two_dimensional_networks_read_slices(tmp_path):
                        depths_decoder=[1] * 4, state=2, num_classes=3)  # fmt: skip
     answer = zoo.pipeline(model, patch=(32, 32), overlap=0.0)(tmp_path / "scan.nii.gz")
     assert answer.labels.shape == (20, 30, 12)
-
-
-def test_windows_blend_to_what_one_window_says():
-    torch.manual_seed(0)
-    image = torch.randn(2, 21, 17)
-    blended = sliding_window(image, lambda x: x * 3, (8, 8), overlap=0.5)
-    torch.testing.assert_close(blended, image * 3)
-    small = sliding_window(image[:, :5, :6], lambda x: x * 3, (8, 8))
-    torch.testing.assert_close(small, image[:, :5, :6] * 3)
-
-
-def test_mirrors_average_over_all_flips():
-    ramp = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8)
-    found = sliding_window(torch.zeros(1, 8, 8), lambda x: x + ramp, (8, 8), mirror=True)
-    torch.testing.assert_close(found, torch.full((1, 8, 8), 3.5))
-
-
-def test_windows_cover_everything():
-    for length, patch, overlap in ((100, 32, 0.5), (33, 32, 0.5), (64, 32, 0.0), (10, 32, 0.5)):
-        covered = np.zeros(max(length, patch), bool)
-        for start in starts(length, patch, overlap):
-            covered[start : start + patch] = True
-        assert covered[:length].all()
-    weights = gaussian_weights((9, 5))
-    assert weights.shape == (9, 5)
-    assert weights.argmax() == 22
-    assert (weights > 0).all()
 
 
 def test_wrong_channels(tmp_path):
@@ -105,6 +154,16 @@ def test_truncated_file(tmp_path):
     (tmp_path / "cut.nii").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="truncated"):
         MedicalSegmentation(Threshold(), patch=(8, 8, 8))(tmp_path / "cut.nii")
+
+
+def test_truncated_compressed_file(tmp_path):
+    volume(tmp_path / "scan.nii.gz")
+    whole = (tmp_path / "scan.nii.gz").read_bytes()
+    (tmp_path / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "words.nii.gz").write_text("these are words")
+    for name in ("cut.nii.gz", "words.nii.gz"):
+        with pytest.raises(ValueError, match="truncated or of another kind"):
+            MedicalSegmentation(Threshold(), patch=(8, 8, 8))(tmp_path / name)
 
 
 def test_anisotropic_volume(tmp_path):

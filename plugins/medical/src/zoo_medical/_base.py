@@ -94,8 +94,11 @@ def take(
     return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
 
 
-def check_input(system: str, x: Tensor, channels: int | Sequence[int], dims: int, multiple: int = 1) -> None:
-    """Raise ValueError unless x is (batch, channels, *size), with ``dims`` sides that are multiples of ``multiple``."""
+def check_input(system: str, x: Tensor, channels: int | Sequence[int], dims: int, multiple: int = 1) -> Tensor:
+    """x, as a plain tensor where it is MONAI's ``MetaTensor``: the operators know torch's own tensors only.
+
+    Raises ValueError unless x is (batch, channels, *size), with ``dims`` sides that are multiples of ``multiple``.
+    """
     allowed = [channels] if isinstance(channels, int) else list(channels)
     if x.dim() != dims + 2 or x.shape[1] not in allowed:
         axes = ", ".join(["height", "width"] if dims == 2 else ["x", "y", "z"])
@@ -108,3 +111,4 @@ def check_input(system: str, x: Tensor, channels: int | Sequence[int], dims: int
             f"{system}: the input has sides {tuple(x.shape[2:])}; each must be a multiple of {multiple}. Pad it, or "
             "use the pipeline, which does"
         )
+    return x.as_tensor() if hasattr(x, "as_tensor") else x

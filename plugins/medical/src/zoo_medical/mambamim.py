@@ -325,7 +325,7 @@ class Hybird(nn.Module):
         return second_direction("mae.", len(self.mae.blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        check_input("MambaMIM", x, self.in_chans, 3, STRIDE)
+        x = check_input("MambaMIM", x, self.in_chans, 3, STRIDE)
         x, skips = self.embeddings(x, Visible())
         return self.decoder(self.mae(x), skips)
 

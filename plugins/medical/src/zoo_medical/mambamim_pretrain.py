@@ -193,7 +193,7 @@ class MambaMIM(nn.Module):
     ) -> Tensor:
         """The decoder's output (batch, 1, S, S, S), in units of each cell's mean and deviation. ``parts`` receives the
         intermediates: the level's map, its interpolation, the inverse order, the number of walked tokens."""
-        check_input("MambaMIM", image, self.in_chans, 3, STRIDE)
+        image = check_input("MambaMIM", image, self.in_chans, 3, STRIDE)
         shape = (image.shape[0], 1, *(s // STRIDE for s in image.shape[2:]))
         if active.dtype != torch.bool or tuple(active.shape) != shape:
             raise ValueError(

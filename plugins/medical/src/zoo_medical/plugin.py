@@ -28,3 +28,13 @@ def zoo_adapters() -> Mapping[str, str]:
 @hookimpl
 def zoo_pipelines() -> Mapping[str, str]:
     return {"medical-segmentation": "zoo_medical.pipelines:MedicalSegmentation"}
+
+
+@hookimpl
+def zoo_validators() -> Mapping[str, str]:
+    return {"medical-segmentation": "zoo_medical.validation:validate_cases"}
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {"segment-volume": "zoo_medical.commands:segment_volume"}

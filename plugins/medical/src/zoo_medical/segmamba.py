@@ -183,7 +183,7 @@ class SegMamba(nn.Module):
         self.out = OutBlock(3, f[0], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_input("SegMamba", x, self.in_chans, 3, 16)
+        x = check_input("SegMamba", x, self.in_chans, 3, 16)
         maps = self.vit(x)
         y = self.decoder5(self.encoder5(maps[3]), self.encoder4(maps[2]))
         y = self.decoder4(y, self.encoder3(maps[1]))

@@ -102,7 +102,7 @@ class SwinUMamba(nn.Module):
         return () if self.deep_supervision else tuple(f"out_layers.{i}." for i in (1, 2, 3))
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        check_input("Swin-UMamba", x, self.in_chans, 2, 32)
+        x = check_input("Swin-UMamba", x, self.in_chans, 2, 32)
         maps = self.vssm_encoder(self.stem(x))
         y5 = self.decoder6(maps[4], self.encoder5(maps[3]))
         y4 = self.decoder5(y5, self.encoder4(maps[2]))
@@ -185,7 +185,7 @@ class SwinUMambaD(nn.Module):
         return () if self.deep_supervision else tuple(f"decoder.seg_layers.{i}." for i in (0, 1, 2))
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        check_input("Swin-UMamba-D", x, self.in_chans, 2, 32)
+        x = check_input("Swin-UMamba-D", x, self.in_chans, 2, 32)
         return self.decoder(self.vssm_encoder(x)[1:], self.deep_supervision)
 
 

@@ -315,7 +315,7 @@ class UMamba(nn.Module):
         return () if self.deep_supervision else tuple(f"decoder.seg_layers.{i}." for i in range(heads - 1))
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        check_input("U-Mamba", x, self.in_chans, self.dims)
+        x = check_input("U-Mamba", x, self.in_chans, self.dims)
         if any(s % r for s, r in zip(x.shape[2:], self.reduction, strict=True)):
             raise ValueError(
                 f"U-Mamba: the input has sides {tuple(x.shape[2:])}; they must be multiples of {self.reduction}, the "

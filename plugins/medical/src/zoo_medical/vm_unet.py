@@ -87,7 +87,7 @@ class VMUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 4 and x.shape[1] == 1 and self.in_chans == 3:
             x = x.expand(-1, 3, -1, -1)
-        check_input("VM-UNet", x, self.in_chans, 2, 32)
+        x = check_input("VM-UNet", x, self.in_chans, 2, 32)
         x = self.patch_embed(x)
         skips = []
         for layer in self.layers:

@@ -1,0 +1,77 @@
+"""The medical plugin's verb of the command line: ``zoo segment-volume``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zoo.cli import output
+
+
+@click.command()
+@click.argument("name")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder of the label maps.")
+@click.option("--pictures", is_flag=True, help="Draw a montage beside each label map.")
+@click.option("--channels-together", is_flag=True, help="INPUTS are the channels of one patient, in the model's order.")
+@click.option("--mirror/--no-mirror", default=None, help="Mean over all flips; default: as the weights' card says.")
+@click.option("--overlap", default=0.5, show_default=True, type=click.FloatRange(0, 1, max_open=True))
+@click.option("--series", help="Which series of a DICOM folder that holds several: UID or description.")
+@click.option("--keep-going", is_flag=True, help="Go on after an input that cannot be read.")
+@output.loading_options
+@output.as_json
+def segment_volume(
+    name: str,
+    inputs: tuple[str, ...],
+    out: str,
+    pictures: bool,
+    channels_together: bool,
+    mirror: bool | None,
+    overlap: float,
+    series: str | None,
+    keep_going: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Label every voxel of INPUTS (NIfTI files, folders of them, DICOM series) with the model NAME.
+
+    For research; not for clinical use.
+
+    \b
+        zoo segment-volume umamba_micro.phantoms scan.nii.gz --out labels --pictures
+        zoo segment-volume segmamba_brats.brats2023 t2w.nii.gz t2f.nii.gz t1n.nii.gz t1c.nii.gz \\
+            --channels-together --checkpoint final_model_0.9038.pt --out labels
+    """
+    import zoo
+    from zoo.pipelines import Failure
+
+    from .pipelines import Segmentation
+
+    arguments = output.loading(options) | {"mirror": mirror, "overlap": overlap, "series": series}
+    pipe = zoo.pipeline(name, "medical-segmentation", **arguments)
+    given: Any = [tuple(inputs)] if channels_together else list(inputs)
+    rows, failed = [], False
+    for number, result in enumerate(pipe.stream(given, keep_going=keep_going)):
+        row = result.to_dict()
+        failed = failed or isinstance(result, Failure)
+        if isinstance(result, Segmentation):
+            stem = Path(out) / label_name(result.source, number)
+            row["label_map"] = str(result.save(f"{stem}.nii.gz"))
+            if pictures:
+                row["picture"] = str(result.save_picture(f"{stem}.png"))
+        rows.append(row)
+        if not as_json:
+            click.echo(str(result) + (f"  -> {row['label_map']}" if "label_map" in row else ""))
+    if as_json:
+        output.emit(rows)
+    else:
+        click.echo("not for clinical use", err=True)
+    return 1 if failed else 0
+
+
+def label_name(source: str, number: int) -> str:
+    """The input's name without its ending; the number keeps inputs of equal names apart."""
+    stem = Path(source.partition(" + ")[0]).name.partition(".nii")[0] or "scan"
+    return f"{number:03d}_{stem}"

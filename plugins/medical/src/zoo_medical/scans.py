@@ -1,0 +1,99 @@
+"""Scans from the files people have: NIfTI files and folders of DICOM slices, all to voxels and an affine."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zoo import errors
+
+from . import dicom
+
+NIFTI = (".nii", ".nii.gz")
+
+
+@dataclass
+class Scan:
+    """One patient's image on the grid of its file."""
+
+    data: np.ndarray  #: (channels, i, j, k) float32, in the file's own axes
+    affine: np.ndarray  #: (4, 4), voxel to mm in RAS
+    #: how it was brought onto the network's grid: MONAI's record of it, by which label maps find the way back
+    steps: list[Any] = field(default_factory=list, repr=False)
+    grid: np.ndarray = field(default_factory=lambda: np.eye(4), repr=False)  #: affine of the network's grid
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """mm, of the file's axes."""
+        x, y, z = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
+        return float(x), float(y), float(z)
+
+
+def read_scan(source: str | Path | Sequence[str | Path], channels: Sequence[int], series: str | None = None) -> Scan:
+    """One file or DICOM folder, or one for each channel, all on one grid.
+
+    A NIfTI file has 3 axes, or 4 with the channels last. ``channels``: the numbers that the model takes. ``series``:
+    see :func:`zoo_medical.dicom.read_series`. Raises ``LocalFileMissing``, or ValueError that names the file
+    and what is wrong with it.
+    """
+    paths = [Path(source)] if isinstance(source, (str, Path)) else [Path(p) for p in source]
+    if not paths:
+        raise ValueError("no file was given; expected one scan, or one file for each channel")
+    parts: list[np.ndarray] = []
+    affine = np.eye(4)
+    for path in paths:
+        data, grid = _read(path, series)
+        if not np.isfinite(data).all():
+            raise ValueError(f"{path}: holds values that are not finite; repair the file first")
+        if not parts:
+            affine = grid
+        elif data.shape[1:] != parts[0].shape[1:] or not np.allclose(grid, affine, atol=1e-3):
+            raise ValueError(f"{path}: lies on another grid than {paths[0]}; resample the sequences to one grid first")
+        parts.append(data)
+    stacked = np.concatenate(parts)
+    if len(stacked) not in channels:
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: {len(stacked)} channels, the model takes "
+            f"{' or '.join(map(str, channels))}. Give one file for each channel as a tuple, or one file with a fourth "
+            "axis"
+        )
+    return Scan(stacked, affine)
+
+
+def _read(path: Path, series: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """(channels, i, j, k) and the affine."""
+    if path.is_dir():
+        voxels, affine = dicom.read_series(path, series)
+        return voxels[None], affine
+    if not path.is_file():
+        raise errors.LocalFileMissing(f"there is no file {str(path)!r}", path=str(path))
+    if dicom.is_dicom(path):
+        raise ValueError(f"{path}: is one slice of a DICOM series; give the folder that holds the series")
+    return _read_nifti(path)
+
+
+def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    import nibabel
+
+    bad = (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError,
+           nibabel.spatialimages.HeaderDataError)  # fmt: skip
+    try:
+        image = nibabel.load(str(path))
+        data = np.asarray(image.dataobj, dtype=np.float32)  # type: ignore[attr-defined]
+    except bad as error:
+        raise ValueError(
+            f"{path}: cannot be read as NIfTI; is the file truncated or of another kind? ({error})"
+        ) from error
+    affine = np.asarray(image.affine, dtype=np.float64)  # type: ignore[attr-defined]
+    if data.ndim not in (2, 3, 4):
+        raise ValueError(f"{path}: {data.ndim} axes of shape {data.shape}; expected 3, or 4 with the channels last")
+    if 0 in data.shape or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ValueError(f"{path}: shape {data.shape} with voxels of no volume; the header is broken")
+    if data.ndim == 2:
+        data = data[:, :, None]
+    return (data[None] if data.ndim == 3 else np.ascontiguousarray(np.moveaxis(data, 3, 0))), affine
