@@ -39,6 +39,68 @@ def test_farthest_points(kind, skip):
     assert torch.equal(geometry._sample_batch(points, 30, skip), found)
 
 
+@pytest.mark.parametrize("kind", ["random", "grid", "duplicates", "far", "same"])
+def test_fpsample_gives_the_definition(kind):
+    """Ties, duplicates and cancellation: the library's answer is the numpy loop's, index by index."""
+    pytest.importorskip("fpsample")
+    points = cloud("random", 257) + 1000 if kind == "far" else cloud(kind, 257)
+    points = torch.ones_like(points) if kind == "same" else points
+    for one in points.numpy():
+        for count in (1, 2, 100, 257):
+            assert np.array_equal(geometry._sample_cloud(one, count, False), geometry._sample_one(one, count, False))
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_answers_do_not_depend_on_installed_libraries(monkeypatch, missing):
+    points = cloud("grid", 200)
+    expected = farthest_point_sample(points, 50)
+    library = None if missing else pytest.importorskip("fpsample")
+    monkeypatch.setattr(geometry, "_library", lambda name: library if name == "fpsample" else None)
+    assert torch.equal(farthest_point_sample(points, 50), expected)
+
+
+def test_a_sequence_is_checked_step_by_step(monkeypatch):
+    points = cloud("grid", 120)
+    index = farthest_point_sample(points, 60)
+    for pairs in (1 << 24, 1000):  # all steps at once, and a few at a time
+        monkeypatch.setattr(geometry, "_PAIRS", pairs)
+        assert geometry.is_farthest_sequence(points, index)
+        for step in (0, 1, 30, 59):
+            wrong = index.clone()
+            wrong[1, step] = (wrong[1, step] + 1) % 120
+            assert not geometry.is_farthest_sequence(points, wrong)
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_torch_cluster_is_used_where_it_is_right(monkeypatch, honest):
+    """On devices other than a CPU: what the library answers is kept where it is the definition's."""
+    points = cloud("grid", 100)
+    expected = farthest_point_sample(points, 30)
+    calls = []
+
+    class Cluster:
+        @staticmethod
+        def fps(flat, owner, ratio, random_start):
+            assert not random_start
+            assert np.ceil(ratio * 100) == 30
+            assert torch.equal(owner, torch.arange(2).repeat_interleave(100))
+            calls.append(flat)
+            answer = expected.clone()
+            if not honest:
+                answer[:, 5] = answer[:, 4]
+            return (answer + torch.arange(2)[:, None] * 100).flatten()
+
+    found = geometry._sample_with_cluster(Cluster, points, 30)
+    assert geometry.is_farthest_sequence(points, found) == honest
+    assert len(calls) == 1
+
+
+def test_torch_cluster_itself():
+    cluster = pytest.importorskip("torch_cluster")
+    points = cloud("random", 200)
+    assert torch.equal(geometry._sample_with_cluster(cluster, points, 50), farthest_point_sample(points, 50))
+
+
 def neighbours_by_definition(query, points, k):
     distance = squared_distances(query, points)
     index = distance.argsort(dim=-1, stable=True)[..., :k]
@@ -91,6 +153,8 @@ def test_interpolation():
         (lambda p: farthest_point_sample(p[:, :0], 1), "empty"),
         (lambda p: nearest_neighbours(p, p, 11), "11 nearest neighbours are asked of 10 points"),
         (lambda p: nearest_neighbours(p.long(), p, 1), "floating"),
+        (lambda p: farthest_point_sample(p / 0, 2), "10 have NaN or infinite"),
+        (lambda p: nearest_neighbours(p, p * torch.nan, 1), "NaN"),
     ],
 )
 def test_errors(call, message):

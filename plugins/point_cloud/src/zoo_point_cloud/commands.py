@@ -1,4 +1,4 @@
-"""The point-cloud plugin's verb of the command line: ``zoo label-points``."""
+"""The point-cloud plugin's verbs of the command line: ``zoo label-points``, ``zoo pretrain-points``."""
 
 from __future__ import annotations
 
@@ -66,3 +66,65 @@ def label_points(
     if as_json:
         output.emit(rows)
     return 1 if failed else 0
+
+
+@click.command()
+@click.argument("name")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the weights.")
+@click.option("--steps", default=1000, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--points", default=1024, show_default=True, type=click.IntRange(min=1), help="Points of each cloud.")
+@click.option("--rate", default=1e-3, show_default=True, type=float)
+@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as embed_dim=96.")
+@click.option("--device", default="cpu", show_default=True)
+def pretrain_points(
+    name: str,
+    inputs: tuple[str, ...],
+    out: str,
+    steps: int,
+    batch_size: int,
+    points: int,
+    rate: float,
+    seed: int,
+    choices: tuple[str, ...],
+    device: str,
+) -> int:
+    """Pre-train NAME, a masked autoencoder, on INPUTS (clouds and folders without labels).
+
+    \b
+        zoo pretrain-points pointmamba_pretrain clouds/ --out pretrained --steps 5000 --device cuda
+    """
+    import torch
+
+    import zoo
+
+    from .files import EXTENSIONS
+    from .pointmamba import PointMambaMAE
+    from .pretraining import cloud_batches, pretrain
+
+    torch.manual_seed(seed)
+    model = zoo.create(name, **output.pairs(choices, "--set"))
+    if not isinstance(model, PointMambaMAE):
+        raise click.UsageError(
+            f"{name} is a {type(model).__name__}; expected a masked autoencoder (pointmamba_pretrain)"
+        )
+    files: list[Path] = []
+    for text in inputs:
+        path = Path(text)
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files += [f for f in found if f.suffix.lower() in EXTENSIONS]
+    if not files:
+        raise click.UsageError(f"no point clouds in {', '.join(inputs)}; expected {', '.join(EXTENSIONS)}")
+    recent: list[float] = []
+
+    def report(step: int, loss: float) -> None:
+        recent.append(loss)
+        if step % 100 == 0 or step == steps:
+            click.echo(f"step {step}: loss {sum(recent) / len(recent):.5f}")
+            recent.clear()
+
+    pretrain(model.to(device), cloud_batches(files, points, batch_size, seed), steps, rate=rate, report=report)
+    click.echo(f"{len(files)} clouds; weights in {zoo.save(model.cpu().eval(), out)}")
+    return 0

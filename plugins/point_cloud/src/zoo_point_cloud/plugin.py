@@ -34,4 +34,7 @@ def zoo_pipelines() -> Mapping[str, str]:
 
 @hookimpl
 def zoo_commands() -> Mapping[str, str]:
-    return {"label-points": "zoo_point_cloud.commands:label_points"}
+    return {
+        "label-points": "zoo_point_cloud.commands:label_points",
+        "pretrain-points": "zoo_point_cloud.commands:pretrain_points",
+    }
