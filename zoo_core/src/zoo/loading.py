@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo_registry import HubRepo, LocalPath, ModelCard, ModelName, Resolved, WeightsCard, errors, parse, resolve, store
 
-from . import building, checkpoints, conversion
+from . import building, checkpoints, conversion, placement
 from .adapting import adapt
 from .building import ZooInfo
 
@@ -44,6 +44,9 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    device_map: str | Mapping[str, int | str | torch.device] | None = None,
+    max_memory: Mapping[int | str | torch.device, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     subkey: str | None = None,
     revision: str | None = None,
@@ -68,8 +71,11 @@ def load(
     ``num_classes=10``, ``in_chans=4``, ``drop_path_rate=0.1``; what they change in the weights is logged and listed in
     ``model.zoo_info.changes``, and nothing else may differ.
 
-    ``device`` and ``dtype`` say where and as what the parameters shall be. ``revision``, ``cache_dir``, ``token``,
-    ``local_files_only`` and ``force_download`` are huggingface_hub's; ``verify`` computes the digest anew.
+    ``device`` and ``dtype`` say where and as what the parameters shall be. ``device_map`` instead of ``device`` spreads
+    a large model over accelerators, the CPU and a disk ("auto", or module names to devices), with ``max_memory`` for
+    each and ``offload_folder`` for the disk: see :func:`zoo.placement.place`; it needs accelerate. ``revision``,
+    ``cache_dir``, ``token``, ``local_files_only`` and ``force_download`` are huggingface_hub's; ``verify`` computes the
+    digest anew.
 
     The weights are mapped and assigned, never copied; loading is strict. Raises ``zoo.errors``: UnknownModel,
     NotOnHub, NotCached, HashMismatch, KeysDoNotMatch, UnsafeFile ... each says what to do.
@@ -81,6 +87,20 @@ def load(
         "force_download": force_download,
         "verify": verify,
     }
+    if device_map is None and not (max_memory is None and offload_folder is None):
+        raise errors.BadArgument(
+            "max_memory and offload_folder belong to device_map, which was not given",
+            argument="device_map",
+            accepted=["auto"],
+        )
+    if device_map is not None:
+        if device is not None:
+            raise errors.BadArgument(
+                f"both device={device!r} and device_map={device_map!r} were given; expected one of them",
+                argument="device_map",
+                accepted=[],
+            )
+        placement.needed()  # before anything is fetched
     located = locate(source, checkpoint=checkpoint, revision=revision, **access)
     base = {**located.card.config, **located.config}
     config = {**base, **overrides}
@@ -116,8 +136,12 @@ def load(
         folder_config=located.folder_config if weights is located.weights else {},
     )
     building.describe(model, info)
-    if device is not None or dtype is not None:
-        model = model.to(device=device, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if device_map is not None:
+        folder = None if offload_folder is None else Path(offload_folder)
+        return placement.place(model.eval(), device_map, max_memory=max_memory, offload_folder=folder, dtype=kind)
+    if device is not None or kind is not None:
+        model = model.to(device=device, dtype=kind)
     return model.eval()
 
 

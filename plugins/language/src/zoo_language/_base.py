@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zoo import placement
+
 from .state import LayerState, State
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        """Where token ids go."""
+        return placement.device_of(self)
 
     def init_state(self, batch: int = 1) -> State:
         """The state of ``batch`` empty texts."""

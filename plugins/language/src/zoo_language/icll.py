@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import placement
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Drop, Rename, Rules, Tied
 
@@ -111,7 +112,7 @@ class InContextLM(CausalLM):
         return x
 
     def head(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embedding.weight)
+        return placement.linear(hidden, self.embedding)
 
     def mix(self, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The last hidden states, and every mixer's output."""

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import placement
 from zoo.layers import Mamba, Mamba2, Mamba3, RMSNorm
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Rules, Tied
@@ -111,8 +112,7 @@ class MambaLM(CausalLM):
                     module.weight /= math.sqrt(self.n_layer)
 
     def head(self, hidden: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden, weight)
+        return placement.linear(hidden, self.embedding if self.lm_head is None else self.lm_head)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that the authors do not decay."""

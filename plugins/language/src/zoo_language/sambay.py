@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import placement
 from zoo.layers import GatedRMSNorm, Mamba, Mamba2, RMSNorm
 
 from ._base import CausalLM
@@ -316,8 +317,7 @@ class SambaY(CausalLM):
             nn.init.zeros_(self.lm_head.weight)
 
     def head(self, hidden: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden * self.logit_scale, weight)
+        return placement.linear(hidden * self.logit_scale, self.embedding if self.lm_head is None else self.lm_head)
 
     def backbone(self, input_ids: Tensor, *, state: State | None = None, lengths: Tensor | None = None) -> Tensor:
         self._check(input_ids, state, lengths)

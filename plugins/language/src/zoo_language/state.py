@@ -45,7 +45,7 @@ class State:
     def select(self, rows: int | Sequence[int] | Tensor) -> State:
         """The state of some of the texts, in the given order; a single row keeps its batch axis."""
         index = torch.as_tensor([rows] if isinstance(rows, int) else rows, device=self.position.device)
-        return self._map(lambda t: t.index_select(0, index))
+        return self._map(lambda t: t.index_select(0, index.to(t.device)))
 
     @staticmethod
     def stack(states: Sequence[State]) -> State:
