@@ -207,20 +207,41 @@ def serving(arguments: argparse.Namespace) -> dict:
                 with torch.no_grad():
                     model.scores(model(ids, count))[0].topk(10)
 
-            row = timed(
-                {
-                    "update": functools.partial(memory.update, "u", "17"),
-                    "update and answer": functools.partial(answer, memory),
-                    "update and answer, SQLite": functools.partial(answer, file),
-                    "recompute the history and answer": recompute,
-                    f"{sasrec}, update and answer": functools.partial(answer, attention),
-                },
-                arguments.repeat,
-            )
+            runs = {
+                "update": functools.partial(memory.update, "u", "17"),
+                "update and answer": functools.partial(answer, memory),
+                "update and answer, SQLite": functools.partial(answer, file),
+                "recompute the history and answer": recompute,
+                f"{sasrec}, update and answer": functools.partial(answer, attention),
+            }
+            row = {name: timed({name: run}, arguments.repeat)[name] for name, run in runs.items()}
+
+            crowd = 256
+            users = [f"u{i}" for i in range(crowd)]
+            events = [(user, "17", 0.0) for user in users]
+            for recommender in (memory, file):
+                recommender.update_many(events)
+            many_ids, many = ids.expand(crowd, -1), count.expand(crowd)
+
+            def vectors(model, ids=many_ids, count=many) -> None:
+                with torch.no_grad():
+                    model(ids, count)
+
+            runs = {
+                f"{crowd} users: update": functools.partial(memory.update_many, events),
+                f"{crowd} users: update, SQLite": functools.partial(file.update_many, events),
+                f"{crowd} users: recompute": functools.partial(vectors, model),
+                f"{crowd} users: {sasrec}": functools.partial(vectors, attention.model),
+            }
+            row |= {name: timed({name: run}, 3)[name] / crowd for name, run in runs.items()}
             file.store.close()
         ratios = {
             f"{name} / update and answer": round(row[name] / row["update and answer"], 2)
             for name in ("recompute the history and answer", f"{sasrec}, update and answer")
+        }
+        ratios |= {
+            f"{name} / update, {crowd} users": round(row[f"{crowd} users: {name}"] / row[f"{crowd} users: update"], 2)
+            for name in ("recompute", sasrec)
         }
         found[str(length)] = {"events_a_second": {k: round(1 / v) for k, v in row.items()}, "ratios": ratios}
         print(f"history of {length} items: events a second")

@@ -189,11 +189,11 @@ def test_a_change_that_fails_leaves_the_file_as_it_was(tmp_path):
     store = SQLiteStore(tmp_path / "users.sqlite")
     Recommender(network(), ITEMS, store).update("u", "i1", 5.0)
 
-    def fails(record):
+    def fails(records):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        store.change("u", fails)
+        store.change(["u"], fails)
     assert store.get("u").items.tolist() == [1]
     Recommender(network(), ITEMS, store).update("u", "i2", 6.0)  # and is not locked
 
@@ -203,3 +203,22 @@ def test_times_are_read_as_in_training():
     recommender.update("u", "i1", 200)
     recommender.update("u", "i2", 500)
     assert recommender.store.get("u").times.tolist() == [0.5, 2.0]
+
+
+@pytest.mark.parametrize("cls", [Mamba4Rec, SASRec])
+def test_many_updates_are_one_after_the_other(cls, store):
+    one, many = Recommender(network(cls), ITEMS), Recommender(network(cls), ITEMS, store)
+    rows = [*events(users=3), ("u1", "i2", 99.0), ("u1", "i3", 100.0), ("new", "i4", 0.0)]
+    for event in rows:
+        one.update(*event)
+    assert many.update_many(rows, batch_size=2) == len(rows)
+    for user in one.store.users():
+        assert many.store.get(user).items.tolist() == one.store.get(user).items.tolist()
+        np.testing.assert_allclose(many.scores(user)[1:], one.scores(user)[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_many_updates_with_an_unknown_item_change_nothing(store):
+    recommender = Recommender(network(), ITEMS, store)
+    with pytest.raises(UnknownItem, match="'other'"):
+        recommender.update_many([("u", "i1", 0.0), ("u", "other", 1.0)])
+    assert len(store) == 0

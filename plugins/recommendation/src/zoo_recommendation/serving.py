@@ -7,6 +7,7 @@ scores that the whole history would give (up to rounding).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -75,32 +76,54 @@ class Recommender:
 
     # -- what happens ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def update(self, user: str, item: str, time: float = 0.0) -> None:
         """``user`` took ``item`` at ``time`` (seconds). Constant cost for recurrent models.
 
         Raises UnknownItem, naming it, for an item that the model was not trained on; nothing is changed then.
         """
-        index = self.item_ids.get(str(item))
-        if index is None:
-            raise UnknownItem(
-                f"item {item!r} was not in the training data, so the model has no vector for it; "
-                "skip it, or train again with it"
+        self.update_many([(user, item, time)])
+
+    def update_many(self, events: Iterable[tuple[str, str, float]], batch_size: int = 1024) -> int:
+        """(user, item, time) events in their order, ``batch_size`` users stepping together; returns how many.
+
+        The result is that of :meth:`update` after :meth:`update`, many times as fast. Raises UnknownItem before
+        anything is changed.
+        """
+        rounds: list[list[tuple[str, int, float]]] = []  # the n-th holds each user's n-th event of these
+        seen: dict[str, int] = {}
+        for user, item, time in events:
+            index = self.item_ids.get(str(item))
+            if index is None:
+                raise UnknownItem(
+                    f"item {item!r} was not in the training data, so the model has no vector for it; "
+                    "skip it, or train again with it"
+                )
+            turn = seen[user] = seen.get(user, -1) + 1
+            if turn == len(rounds):
+                rounds.append([])
+            rounds[turn].append((user, index, float(scaled(time, self.time_scale))))
+        for events_of_round in rounds:
+            for first in range(0, len(events_of_round), batch_size):
+                users, items, times = zip(*events_of_round[first : first + batch_size], strict=True)
+                self.store.change(users, functools.partial(self._step, items, times))
+        return sum(len(r) for r in rounds)
+
+    @torch.no_grad()
+    def _step(self, items: Sequence[int], times: Sequence[float], records: list[UserRecord | None]) -> list[UserRecord]:
+        """One event for each of several users."""
+        before = [UserRecord(np.zeros(0, np.int32), np.zeros(0)) if r is None else r for r in records]
+        states: Sequence[np.ndarray | None] = [None] * len(before)
+        vectors: Sequence[np.ndarray | None] = states
+        if self.model.recurrent:
+            tensors = self._open([record.state for record in before])
+            vectors = list(self.model.step(torch.tensor(items), tensors).float().numpy())
+            states = list(self._close(tensors))
+        return [
+            UserRecord(
+                np.append(record.items, np.int32(item)).astype(np.int32), np.append(record.times, time), state, vector
             )
-        now = float(scaled(time, self.time_scale))
-
-        def add(record: UserRecord | None) -> UserRecord:
-            if record is None:
-                record = UserRecord(np.zeros(0, np.int32), np.zeros(0))
-            state, vector = record.state, record.vector
-            if self.model.recurrent:
-                tensors = self._open(state)
-                out = self.model.step(torch.tensor([index]), tensors)
-                state, vector = self._close(tensors), out[0].float().numpy()
-            items = np.append(record.items, np.int32(index)).astype(np.int32)
-            return UserRecord(items, np.append(record.times, now), state, vector)
-
-        self.store.change(user, add)
+            for record, item, time, state, vector in zip(before, items, times, states, vectors, strict=True)
+        ]
 
     @torch.no_grad()
     def load_histories(self, table: Interactions, batch_size: int = 256) -> None:
@@ -139,10 +162,7 @@ class Recommender:
             for layer, part in zip(state, piece, strict=True):
                 for key, value in part.items():
                     layer[key][active] = value
-        rows: list[np.ndarray | None] = []
-        for i in range(len(histories)):
-            rows.append(self._close([{k: v[i : i + 1] for k, v in layer.items()} for layer in state]))
-        return rows, list(vectors.numpy())
+        return list(self._close(state)), list(vectors.numpy())
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
@@ -220,28 +240,33 @@ class Recommender:
         best = np.argsort(-self.popularity[1:], kind="stable")[:k] + 1
         return self._named(best.tolist(), self.popularity[best].tolist())
 
-    # -- the state as a row of numbers -----------------------------------------------------------------------------
+    # -- states as rows of numbers ---------------------------------------------------------------------------------
 
-    def _open(self, row: np.ndarray | None) -> UserState:
-        if row is None:
-            return self.model.init_user(1)
-        state, position = [], 0
-        for layer in self._layout:
-            tensors = {}
-            for key, shape in layer.items():
-                count = int(np.prod(shape))
-                tensors[key] = torch.from_numpy(np.array(row[position : position + count])).view(1, *shape)
-                position += count
-            state.append(tensors)
-        if position != len(row):
+    def _open(self, rows: Sequence[np.ndarray | None]) -> UserState:
+        """States of several users from their rows; None is a user without history."""
+        state = self.model.init_user(len(rows))
+        known = [i for i, row in enumerate(rows) if row is not None]
+        if not known:
+            return state
+        size = sum(int(np.prod(shape)) for layer in self._layout for shape in layer.values())
+        wrong = next((row for row in rows if row is not None and len(row) != size), None)
+        if wrong is not None:
             raise ValueError(
-                f"a stored state has {len(row)} numbers, this model's has {position}: "
-                "the store belongs to another model"
+                f"a stored state has {len(wrong)} numbers, this model's has {size}: the store belongs to another model"
             )
+        stored = torch.from_numpy(np.stack([row for row in rows if row is not None]))
+        position = 0
+        for layer, shapes in zip(state, self._layout, strict=True):
+            for key, shape in shapes.items():
+                count = int(np.prod(shape))
+                layer[key][known] = stored[:, position : position + count].view(-1, *shape).to(layer[key].dtype)
+                position += count
         return state
 
     def _close(self, state: Sequence[Mapping[str, Tensor]]) -> np.ndarray:
-        return np.concatenate([v.float().reshape(-1).numpy() for layer in state for v in layer.values()])
+        """(users, numbers of a state) float32."""
+        parts = [v.float().reshape(v.shape[0], -1) for layer in state for v in layer.values()]
+        return torch.cat(parts, dim=1).numpy()
 
 
 def write_parquet(answers: Iterable[Answer], path: str | Path, *, rows: int = 65536) -> int:

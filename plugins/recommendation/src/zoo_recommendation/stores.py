@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,8 @@ class UserRecord:
     vector: np.ndarray | None = None  #: float32, the user vector after the last item
 
 
-#: What an event does to a user: the record before (None for a new user) to the record after.
-Change = Callable[[UserRecord | None], UserRecord]
+#: What events do to users: their records before (None for a new user) to their records after, in the same order.
+Change = Callable[[list[UserRecord | None]], list[UserRecord]]
 
 
 class Store(Protocol):
@@ -36,7 +36,7 @@ class Store(Protocol):
 
     def get(self, user: str) -> UserRecord | None: ...
     def put_many(self, records: Iterable[tuple[str, UserRecord]]) -> None: ...
-    def change(self, user: str, change: Change) -> None: ...
+    def change(self, users: Sequence[str], change: Change) -> None: ...
     def users(self) -> Iterator[str]: ...
     def __len__(self) -> int: ...
 
@@ -53,8 +53,8 @@ class MemoryStore:
     def put_many(self, records: Iterable[tuple[str, UserRecord]]) -> None:
         self._records.update(records)
 
-    def change(self, user: str, change: Change) -> None:
-        self._records[user] = change(self._records.get(user))
+    def change(self, users: Sequence[str], change: Change) -> None:
+        self.put_many(zip(users, change([self.get(user) for user in users]), strict=True))
 
     def users(self) -> Iterator[str]:
         return iter(self._records)
@@ -139,16 +139,17 @@ class SQLiteStore:
     def put_many(self, records: Iterable[tuple[str, UserRecord]]) -> None:
         """All of them or none."""
         with self._transaction():
-            self._connection.executemany(
-                "INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?)", (_row(user, record) for user, record in records)
-            )
+            self._write(records)
 
-    def change(self, user: str, change: Change) -> None:
+    def change(self, users: Sequence[str], change: Change) -> None:
         """Read, change, write; no other process writes in between. What ``change`` raises leaves the file as it was."""
         with self._transaction():
-            self._connection.execute(
-                "INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?)", _row(user, change(self.get(user)))
-            )
+            self._write(zip(users, change([self.get(user) for user in users]), strict=True))
+
+    def _write(self, records: Iterable[tuple[str, UserRecord]]) -> None:
+        self._connection.executemany(
+            "INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?)", (_row(user, record) for user, record in records)
+        )
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
