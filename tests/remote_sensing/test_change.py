@@ -8,7 +8,7 @@ import zoo
 from zoo_registry import errors
 from zoo_remote_sensing.encoder import forward_type
 from zoo_remote_sensing.losses import lovasz_softmax
-from zoo_remote_sensing.tiling import blended
+from zoo_remote_sensing.tiling import blended, starts, tile_side
 
 TINY = {"dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "decoder_dim": 8, "mlp_ratio": 1.0}
 
@@ -68,7 +68,16 @@ def test_tiles_of_a_pointwise_map_blend_to_the_whole(size, tile, overlap):
         covered[top : top + height, left : left + width] += 1
     assert torch.allclose(whole, image * 2, atol=1e-6)
     assert bool((covered == 1).all())
-    assert sizes == {(min(tile, size[0]), min(tile, size[1]))}
+    assert len(sizes) == 1
+    assert max(max(sizes)) <= tile
+
+
+def test_tiles_are_no_larger_than_they_must_be():
+    assert [tile_side(size, 512, 64) for size in (300, 512, 513, 960, 1024, 5000)] == [300, 512, 320, 512, 384, 480]
+    for size in range(65, 400, 7):
+        for overlap in (0, 8, 31):
+            wide, even = (starts(size, side, overlap) for side in (64, tile_side(size, 64, overlap)))
+            assert len(even) == len(wide)
 
 
 def test_seams_are_blended_linearly():

@@ -8,8 +8,8 @@ paper's (cross entropy + 0.75 Lovasz, AdamW), the rate falls along a cosine. Hel
 1000000 on). Nothing is chosen on them: they are measured once, after the last step, and the line of JSON that is
 printed is what the card says.
 
-``--samples FOLDER`` writes the GeoTIFF pairs of ``examples/change`` (seeds 2000000 on; needs the extra [geo]), and
-``--held-out FOLDER`` the held-out pairs as PNG files, as ``zoo validate`` reads them.
+``--samples FOLDER`` writes the GeoTIFF pairs of ``examples/change`` (seeds 2000000 on; needs the extra [geo]) and the
+pictures that ``zoo demo`` shows; ``--held-out FOLDER`` the held-out pairs as PNG files, as ``zoo validate`` reads them.
 """
 
 from __future__ import annotations
@@ -159,6 +159,18 @@ def write_samples(folder: Path, count: int = 2, size: int = 256) -> list[Path]:
     return written
 
 
+def write_demo_samples(folder: Path, count: int = 2, size: int = 160) -> list[Path]:
+    """Pairs of pictures for ``zoo demo``, which must run without the extra [geo]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for number in range(count):
+        for date, picture in zip(("before", "after"), scene_pair(SAMPLES_FROM + 100 + number, size), strict=False):
+            path = folder / f"scene_{number}_{date}.jpg"
+            Image.fromarray(picture).save(path, quality=90)
+            written.append(path)
+    return written
+
+
 def write_held_out(folder: Path, count: int = HELD_OUT) -> None:
     """The held-out pairs as ``T1``, ``T2`` and ``GT`` (0 and 255), the layout of ChangeMamba's data sets."""
     for name in ("T1", "T2", "GT"):
@@ -171,10 +183,10 @@ def write_held_out(folder: Path, count: int = HELD_OUT) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=96)
-    parser.add_argument("--scenes", type=int, default=600)
+    parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=int, default=100)
@@ -184,7 +196,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, help="write the held-out pairs into this folder, and end")
     options = parser.parse_args()
     if options.samples:
-        for path in write_samples(options.samples):
+        for path in [*write_samples(options.samples), *write_demo_samples(PACKAGE / "demo" / "samples")]:
             print(path)
         return
     if options.held_out:

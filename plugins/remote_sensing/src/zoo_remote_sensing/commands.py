@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -21,6 +22,7 @@ from zoo.cli import output
 @click.option("--bands", help="Bands that are red, green and blue, as 3,2,1; the first three otherwise.")
 @click.option("--value-range", nargs=2, type=float, help="The values that become black and white, where not uint8.")
 @click.option("--pixel-area", type=float, help="Square metres of a pixel, where the file does not say.")
+@click.option("--labels", type=click.Path(exists=True, dir_okay=False), help="Names of the classes, one a line.")
 @output.loading_options
 @output.as_json
 def change(
@@ -35,6 +37,7 @@ def change(
     bands: str | None,
     value_range: tuple[float, float] | None,
     pixel_area: float | None,
+    labels: str | None,
     as_json: bool,
     **options: Any,
 ) -> int:
@@ -51,6 +54,7 @@ def change(
     arguments = output.loading(options) | {
         "tile": tile, "overlap": overlap, "pixel_area": pixel_area, "value_range": value_range,
         "bands": None if bands is None else _numbers(bands),
+        "class_names": None if labels is None else Path(labels).read_text(encoding="utf-8").splitlines(),
     }  # fmt: skip
     pipe: Any = zoo.pipeline(name, **arguments)
     if not hasattr(pipe, "write"):

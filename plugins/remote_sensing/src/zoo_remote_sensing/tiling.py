@@ -14,12 +14,25 @@ from torch import Tensor
 Box = tuple[int, int, int, int]
 
 
-def starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along a side, the last one flush with the end."""
+def tile_side(size: int, tile: int, overlap: int, multiple: int = 32) -> int:
+    """The smallest side, a multiple of ``multiple``, that covers ``size`` with as few tiles as ``tile`` does.
+
+    Otherwise the last tile would repeat most of the one before it: 1024 pixels in tiles of 512 that overlap by 64 take
+    three, and three of 384 do as well.
+    """
     if size <= tile:
+        return size
+    count = -(-(size - overlap) // (tile - overlap))
+    needed = -(-(size + (count - 1) * overlap) // count)
+    return min(tile, -(-needed // multiple) * multiple)
+
+
+def starts(size: int, side: int, overlap: int) -> list[int]:
+    """Where tiles of ``side`` begin along a side of the scene, the last one flush with the end."""
+    if size <= side:
         return [0]
-    step = tile - overlap
-    return [*range(0, size - tile, step), size - tile]
+    step = side - overlap
+    return [*range(0, size - side, step), size - side]
 
 
 def ramp(size: int, overlap: int) -> Tensor:
@@ -31,9 +44,9 @@ def ramp(size: int, overlap: int) -> Tensor:
 
 def shares(size: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
     """(start, weights) of every tile along a side; at every pixel the weights of all tiles add up to one."""
-    side = min(size, tile)
+    side = tile_side(size, tile, overlap)
     weight, total = ramp(side, overlap), torch.zeros(size)
-    places = starts(size, tile, overlap)
+    places = starts(size, side, overlap)
     for start in places:
         total[start : start + side] += weight
     return [(start, weight / total[start : start + side]) for start in places]
@@ -44,8 +57,9 @@ def blended(
 ) -> Iterator[tuple[Box, dict[str, Tensor]]]:
     """``run`` on every tile of a scene; yields blocks that are complete, (box, maps (K, h, w) by name).
 
-    ``run`` gets a box and returns maps (K, h, w) of it. Blocks cover the scene once. What tiles of the next row will
-    add to waits in a temporary file, so that one tile is all that is in memory, however wide the scene is.
+    ``run`` gets a box of at most ``tile`` pixels a side and returns maps (K, h, w) of it. Blocks cover the scene once.
+    What tiles of the next row will add to waits in a temporary file, so that one tile is all that is in memory, however
+    wide the scene is.
     Raises ValueError unless 0 <= overlap < tile.
     """
     if not 0 <= overlap < tile:
