@@ -398,3 +398,28 @@ def test_a_band_limit_is_the_same_however_long_the_kernel_is_made():
 @pytest.mark.parametrize("name", zoo.testing.model_names(plugin="core"))
 class TestModels(zoo.testing.ModelTests):
     pass
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"mode": "dplr", "init": "legs"}, {"mode": "s4d", "init": "diag-lin"}, {"mode": "s4d", "init": "diag-inv"},
+        {"mode": "s4d", "init": "diag-real"}, {"mode": "s4d", "init": "diag-legs"},
+        {"mode": "s4d", "init": "diag-legs", "disc": "dss", "real_transform": "none", "B_init": "random"},
+    ],
+    ids=["s4", "s4d lin", "s4d inv", "s4d real", "s4d legs", "dss"],
+)  # fmt: skip
+def test_the_classifier_by_name(layer):
+    model = zoo.create(
+        "s4_sequence_classifier", d_input=2, num_classes=5, d_model=8, n_layers=2, layer={**layer, "d_state": 8}
+    )
+    x = torch.randn(3, 19, 2)
+    logits = model(x, torch.tensor([19, 7, 12]))
+    assert logits.shape == (3, 5)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        assert torch.allclose(model(x, torch.tensor([19, 7, 12]))[1], model(x[1:2, :7])[0], atol=1e-5) or (
+            layer.get("disc") == "dss"  # its kernel depends on the length
+        )

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import zoo
+from zoo_audio.files import write_audio
 from zoo_audio.generation import bits_per_sample
 from zoo_audio.mulaw import mu_law_encode
 
@@ -65,8 +66,9 @@ def tables(train: torch.Tensor, test: torch.Tensor) -> dict[str, float]:
     return {"frequencies": round(float(one), 3), "pairs": round(float(two), 3)}
 
 
-def train(data: torch.Tensor, *, steps: int, rows: int, rate: float, seed: int) -> torch.nn.Module:
-    """AdamW; the parameters of the state matrices at a quarter of the rate and without decay, as S4 is trained."""
+def train(data: torch.Tensor, *, steps: int, rows: int, rate: float, seed: int, minutes: float = math.inf):
+    """AdamW; the parameters of the state matrices at a quarter of the rate and without decay, as S4 is trained.
+    ``minutes``: a limit of time, towards which the schedule then runs."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = zoo.create("sashimi_micro").train()
@@ -76,12 +78,13 @@ def train(data: torch.Tensor, *, steps: int, rows: int, rate: float, seed: int) 
         [{"params": other, "lr": rate, "weight_decay": 0.01}, {"params": slow, "lr": rate / 4, "weight_decay": 0.0}],
         fused=True,
     )
-    warm = max(steps // 20, 1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm, 0.01 + 0.495 * (1 + math.cos(math.pi * max(i - warm, 0) / steps)))
-    )
-    began, total = time.process_time(), 0.0
+    began, started, total = time.process_time(), time.monotonic(), 0.0
     for step in range(1, steps + 1):
+        progress = max(step / steps, (time.monotonic() - started) / (60 * minutes))
+        if progress >= 1:
+            break
+        for group, peak in zip(optimizer.param_groups, (rate, rate / 4), strict=True):
+            group["lr"] = peak * min(step / 40, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
         ids = data[torch.randint(0, len(data), (rows,), generator=generator)]
         start = torch.full_like(ids[:, :1], 128)
         logits = model(torch.cat([start, ids[:, :-1]], dim=1))
@@ -90,12 +93,12 @@ def train(data: torch.Tensor, *, steps: int, rows: int, rate: float, seed: int) 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        scheduler.step()
         total += loss.item()
         if step % 50 == 0:
             spent = time.process_time() - began
             print(f"step {step}: {total / 50 / math.log(2):.3f} bits a sample, {spent:.0f} s", flush=True)
             total = 0.0
+    print(f"{step} steps", flush=True)
     return model.eval()
 
 
@@ -106,15 +109,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--rate", type=float, default=8e-3)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, whatever --steps is")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sample", action="store_true", help="write examples/pluck.wav, a note of the test, only")
     parser.add_argument("--only-score", action="store_true", help="measure the weights in --out, train nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.sample:
+        note = pluck(np.random.default_rng(arguments.seed + 1))[:1500]
+        write_audio(PACKAGE / "examples" / "pluck.wav", note, RATE)
+        return
     data, test = notes(arguments.notes, arguments.seed), notes(128, arguments.seed + 1)
     began = time.process_time()
     if not arguments.only_score:
-        model = train(data, steps=arguments.steps, rows=arguments.rows, rate=arguments.rate, seed=arguments.seed)
+        model = train(
+            data, steps=arguments.steps, rows=arguments.rows, rate=arguments.rate, seed=arguments.seed,
+            minutes=arguments.minutes,
+        )  # fmt: skip
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, arguments.out, metadata={"format": "pt"})
     spent = time.process_time() - began
     model = zoo.load("sashimi_micro", checkpoint=arguments.out)

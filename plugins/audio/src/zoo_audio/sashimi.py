@@ -199,7 +199,7 @@ class Sashimi(nn.Module):
             x = layer(x)
             _note(mids, f"after_c{i}", x)
         x = x + skips.pop()
-        for tier in self.u_layers:
+        for t, tier in enumerate(self.u_layers):
             for i, layer in enumerate(tier):  # type: ignore[arg-type]
                 x = layer(x)
                 if i == 0 and mids is not None and "after_first_uppool" not in mids:
@@ -210,6 +210,7 @@ class Sashimi(nn.Module):
                     skips.append(x)
             if not self.unet:
                 x = x + skips.pop()
+            _note(mids, f"after_u{t}", x)
         return self.norm(x)[:, :length]
 
     # -- one sample at a time ----------------------------------------------------------------------------------------

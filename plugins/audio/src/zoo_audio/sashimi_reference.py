@@ -181,13 +181,15 @@ def _standalone(config: Mapping[str, Any]) -> dict[str, Any]:
 def _modular(config: Mapping[str, Any], state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     known = {
         *_POOL, "unet", "cff", "prenorm", "dropout", "dropres", "layer", "center_layer", "residual", "norm",
-        "initializer", "transposed", "interp", "act_pool", "_name_", "l_max", "track_norms",
+        "initializer", "transposed", "pool_mode", "interp", "act_pool", "_name_", "l_max", "track_norms",
     }  # fmt: skip
     arguments.check_known(config, known, "SaShiMi")
     if config.get("interp"):
         raise ValueError(
             f"argument interp={config['interp']!r} is not supported: input at several rates is not described"
         )
+    if config.get("pool_mode", "linear") not in (None, "linear"):
+        raise ValueError(f"argument pool_mode={config['pool_mode']!r} is not supported; expected 'linear'")
     if config.get("center_layer") is not None:
         raise ValueError("argument center_layer is not supported: another layer at the coarsest rate is not described")
     residual = arguments._named(config.get("residual"), "residual")
@@ -208,10 +210,18 @@ def _modular(config: Mapping[str, Any], state: Mapping[str, Tensor], prefix: str
         "residual": residual is not None,
         "weight_norm": normed,
         "act_pool": config.get("act_pool"),
-        "center_ff": config.get("cff") if flat else None,
+        "center_ff": config.get("cff", _center_ff(state, prefix)) if flat else None,
         "dropout": dropout,
         "dropres": config.get("dropres", 0.0),
     }
+
+
+def _center_ff(state: Mapping[str, Tensor], prefix: str) -> float:
+    """How many times the width the feed-forward at the coarsest rate is; 0 where a state dict has none."""
+    weight = next(
+        (v for k, v in state.items() if k.startswith(f"{prefix}c_layers.") and k.endswith("ff.0.0.weight")), None
+    )
+    return 0 if weight is None else weight.shape[0] / weight.shape[1]
 
 
 def _check_ends(config: Mapping[str, Any]) -> None:
