@@ -9,6 +9,7 @@
 namespace ZK_NAMESPACE {
 
 constexpr int kChunk = 64;  // zoo_kernels.ops.selective_scan.CHUNK: steps between stored states
+constexpr int kAhead = 8;  // rows beyond a chunk that are known, to fetch them ahead of their use
 
 struct Strided {  // (batch, length, paths, ...), last axis contiguous
   const void *p;
@@ -39,7 +40,8 @@ template <class V, bool Plain> struct Column {
 struct ScanArgs {
   int64_t batch, length, steps, paths, channels, groups, states, softplus, threads, dual;  // dual: double precision
   Strided u, dt, B, C, z;
-  const void *A;     // (paths, states, channels), times log2 e
+  const void *A;     // (paths, channels, states) of the working type, with strides
+  int64_t A_k, A_c, A_n;
   const void *D;     // (paths, channels) or null
   const void *bias;  // (paths, channels) or null
   const int64_t *path;
@@ -56,7 +58,7 @@ struct ScanArgs {
 // The rows that one chunk of one path visits, in the order of the walk, and its rows of B and C in the working type.
 template <class T> struct Chunk {
   int64_t steps;
-  int64_t rows[kChunk];
+  int64_t rows[kChunk + kAhead];  // beyond the walk's end: its last row
   uint8_t drop_flags[kChunk];
   const uint8_t *drop;
 
@@ -64,8 +66,8 @@ template <class T> struct Chunk {
     int64_t first = chunk * kChunk;
     steps = min_of(kChunk, count - first);
     const int64_t *path = a.path ? a.path + b * a.path_b + k * a.path_k : nullptr;
-    for (int64_t t = 0; t < steps; ++t) {
-      int64_t position = a.reverse[k] ? count - 1 - first - t : first + t;
+    for (int64_t t = 0; t < steps + kAhead; ++t) {
+      int64_t i = min_of(first + t, count - 1), position = a.reverse[k] ? count - 1 - i : i;
       rows[t] = path ? path[position] : position;
     }
     drop = nullptr;
@@ -86,6 +88,15 @@ template <class V> inline void gather_states(typename V::T *out, const Strided &
     for (; n + V::W <= states; n += V::W) load_as<V>(at(row, n, x.dtype), x.dtype, V::W).store(out + n);
     for (; n < states; ++n) out[n] = read_as<typename V::T>(row, n, x.dtype);
   }
+}
+
+// A of one vector of channels, times log2 e: [states][W].
+template <class V> inline void load_A(const ScanArgs &a, int64_t k, int64_t c, int lanes, typename V::T *ZK_RESTRICT out) {
+  using T = typename V::T;
+  const T *from = static_cast<const T *>(a.A) + k * a.A_k + c * a.A_c;
+  constexpr T log2_e = T(1.4426950408889634);
+  for (int i = 0; i < V::W; ++i)
+    for (int64_t n = 0; n < a.states; ++n) out[n * V::W + i] = i < lanes ? from[i * a.A_c + n * a.A_n] * log2_e : T(0);
 }
 
 // Calls body(integral constant NB, n) for blocks of states: as many as `Most` at a time, then halves.

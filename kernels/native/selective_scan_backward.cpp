@@ -154,8 +154,8 @@ template <class V> struct Backward {
       for (int64_t v = 0; v < vectors; ++v) {
         int64_t c = first + v * W;
         int lanes = int(min_of(W, end - c));
+        load_A<V>(a, k, c, lanes, A + v * N * W);
         for (int64_t n = 0; n < N; ++n) {
-          V::load_n(static_cast<const T *>(a.A) + (k * N + n) * a.channels + c, lanes).store(A + (v * N + n) * W);
           V start = f.dfinal ? V::load_n(static_cast<const T *>(f.dfinal) + state0 + n * a.channels + c, lanes) : zero<V>();
           start.store(g + (v * N + n) * W);
           zero<V>().store(dA + (v * N + n) * W);

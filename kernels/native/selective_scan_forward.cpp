@@ -12,11 +12,30 @@ struct ForwardArgs {
   void *borders;      // (batch, paths, chunks, states, channels): the state before each chunk; or null
 };
 
+// The rows that the next stretch of steps will read and write, of one vector of channels. The walk asks for one step's
+// worth of them at each of its own steps: between, there is arithmetic enough to hide memory and the walks of page tables.
+struct Ahead {
+  static constexpr int kTensors = 4;  // u, dt, z, y
+  const char *p[kTensors];
+  int64_t stride[kTensors];  // bytes
+  const int64_t *rows;
+  ZK_INLINE Ahead(const Strided *const (&tensors)[kTensors], int64_t b, int64_t k, int64_t c, const int64_t *next) : rows(next) {
+    for (int i = 0; i < kTensors; ++i) {
+      p[i] = tensors[i]->row(b, 0, k, 0, c);
+      stride[i] = tensors[i]->l * size_of(tensors[i]->dtype);
+    }
+  }
+  ZK_INLINE void fetch(int64_t t) const {
+    ZK_UNROLL
+    for (int i = 0; i < kTensors; ++i) ZK_PREFETCH_L2(p[i] + rows[t] * stride[i]);
+  }
+};
+
 // One chunk of one vector of channels and NB states. A: [NB][W]; B, C: [steps][states]; y is added to.
 template <class V, int NB>
 ZK_INLINE void walk(const typename V::T *ZK_RESTRICT d, const typename V::T *ZK_RESTRICT dx, typename V::T *ZK_RESTRICT y,
                     const typename V::T *ZK_RESTRICT A, const typename V::T *ZK_RESTRICT B, const typename V::T *ZK_RESTRICT C,
-                    int64_t states, const uint8_t *drop, int64_t steps, typename V::T *ZK_RESTRICT state) {
+                    int64_t states, const uint8_t *drop, int64_t steps, typename V::T *ZK_RESTRICT state, const Ahead *ahead) {
   constexpr int W = V::W;
   V h[NB];
   ZK_UNROLL
@@ -26,6 +45,7 @@ ZK_INLINE void walk(const typename V::T *ZK_RESTRICT d, const typename V::T *ZK_
       ZK_UNROLL
       for (int n = 0; n < NB; ++n) h[n] = zero<V>();
     }
+    if (ahead) ahead->fetch(t);
     V dv = V::load(d + t * W), xv = V::load(dx + t * W);
     V sum = V::load(y + t * W), other = zero<V>();
     ZK_UNROLL
@@ -43,25 +63,21 @@ ZK_INLINE void walk(const typename V::T *ZK_RESTRICT d, const typename V::T *ZK_
 template <class V> struct Forward {
   using T = typename V::T;
   static constexpr int W = V::W;
-  // A chunk is worked off in stretches of kSteps steps over all channels of the block, so that the block can be wide:
-  // each page of memory is then visited few times. A tile is one vector of channels of a stretch, and a line more, for at
-  // multiples of 4096 bytes tiles would share cache sets.
-  static constexpr int64_t kSteps = 16, kTile = (kSteps + 1) * W;
-  // As many states at a time as the registers hold.
-#if defined(ZK_AVX512) || defined(ZK_NEON)
-  static constexpr int kMost = sizeof(T) == 4 ? 16 : 4;
-#else
-  static constexpr int kMost = sizeof(T) == 4 ? 8 : 4;
-#endif
+  // A chunk is worked off in stretches of kSteps steps over all channels of the block, so that the block can be wide and
+  // each page of memory is visited few times. A stretch's rows are on their way to the second level of cache while the one
+  // before it is worked on; the first level would not do, for the same columns of neighbouring rows share few sets of it.
+  static constexpr int64_t kSteps = 8, kTile = kSteps * W;
+  static_assert(kSteps <= kAhead, "the next stretch must be known");
+  static constexpr int kMost = sizeof(T) == 4 ? 8 : 4;  // states at a time: as many as the registers hold beside an exponential
 
   static void item(const ForwardArgs &f, const ChannelBlocks &blocks, int64_t b, int64_t i, int64_t *failed) {
     const ScanArgs &a = f.scan;
     int64_t N = a.states, first = blocks.first(i), end = blocks.end(i), group = blocks.group(i);
     int64_t vectors = ceil_div(end - first, W), count = a.count(b);
-    Scratch<T> memory(vectors * N * W * 2 + 2 * kChunk * N + 3 * kTile * vectors);
+    Scratch<T> memory(vectors * N * W * 2 + 2 * kChunk * N + 3 * kTile);
     if (!memory.data) { *failed = ZK_NO_MEMORY; return; }
-    T *h = memory.data, *A = h + vectors * N * W, *d = A + vectors * N * W, *dx = d + kTile * vectors, *y = dx + kTile * vectors;
-    T *B = y + kTile * vectors, *C = B + kChunk * N;
+    T *h = memory.data, *A = h + vectors * N * W, *d = A + vectors * N * W, *dx = d + kTile, *y = dx + kTile;
+    T *B = y + kTile, *C = B + kChunk * N;
     constexpr int64_t own = sizeof(T) == 4 ? ZK_F32 : ZK_F64;
     bool plain = (end - first) % W == 0 && a.u.dtype == own && a.dt.dtype == own && (!a.z.p || a.z.dtype == own) && f.y_dtype == own;
     FlushSubnormals flush;
@@ -70,13 +86,14 @@ template <class V> struct Forward {
       for (int64_t v = 0; v < vectors; ++v) {
         int64_t c = first + v * W;
         int lanes = int(min_of(W, end - c));
+        load_A<V>(a, k, c, lanes, A + v * N * W);
         for (int64_t n = 0; n < N; ++n) {
-          V::load_n(static_cast<const T *>(a.A) + (k * N + n) * a.channels + c, lanes).store(A + (v * N + n) * W);
           V start = zero<V>();
           if (a.init) start = V::load_n(static_cast<const T *>(a.init) + ((b * a.paths + k) * N + n) * a.channels + c, lanes);
           start.store(h + (v * N + n) * W);
         }
       }
+      const Strided out = {f.y, f.y_dtype, a.length * a.channels, a.channels, 0, 0};
       for (int64_t j = 0; j * kChunk < count; ++j) {
         chunk.set(a, b, k, j, count);
         gather_states<V>(B, a.B, chunk.rows, chunk.steps, b, k, group, N);
@@ -87,14 +104,17 @@ template <class V> struct Forward {
               V::load(h + (v * N + n) * W).store_n(static_cast<T *>(f.borders) + (((b * a.paths + k) * a.chunks() + j) * N + n) * a.channels + first + v * W, int(min_of(W, end - first - v * W)));
         for (int64_t t = 0; t < chunk.steps; t += kSteps) {
           const int64_t *rows = chunk.rows + t, steps = min_of(kSteps, chunk.steps - t);
-          plain ? prologue<true>(a, rows, steps, b, k, first, end, d, dx, y) : prologue<false>(a, rows, steps, b, k, first, end, d, dx, y);
-          for (int64_t v = 0; v < vectors; ++v)
+          for (int64_t v = 0; v < vectors; ++v) {
+            int64_t c = first + v * W;
+            plain ? prologue<true>(a, rows, steps, b, k, c, end, d, dx, y) : prologue<false>(a, rows, steps, b, k, c, end, d, dx, y);
+            Ahead ahead({&a.u, &a.dt, a.z.p ? &a.z : &out, &out}, b, k, c, rows + steps);
             each_block<kMost>(N, [&](auto block, int64_t n) {
-              int64_t tile = v * kTile, states = (v * N + n) * W;
-              walk<V, decltype(block)::value>(d + tile, dx + tile, y + tile, A + states, B + t * N + n, C + t * N + n, N,
-                                              chunk.drop ? chunk.drop + t : nullptr, steps, h + states);
+              int64_t states = (v * N + n) * W;
+              walk<V, decltype(block)::value>(d, dx, y, A + states, B + t * N + n, C + t * N + n, N,
+                                              chunk.drop ? chunk.drop + t : nullptr, steps, h + states, n ? nullptr : &ahead);
             });
-          plain ? epilogue<true>(f, rows, steps, b, k, first, end, y) : epilogue<false>(f, rows, steps, b, k, first, end, y);
+            plain ? epilogue<true>(f, rows, steps, b, k, c, end, y) : epilogue<false>(f, rows, steps, b, k, c, end, y);
+          }
         }
       }
       if (f.final_state)
@@ -104,40 +124,32 @@ template <class V> struct Forward {
     }
   }
 
-  // Rows are read, and below written, over the whole block of channels at once: neighbouring cache lines.
   template <bool Plain>
-  static void prologue(const ScanArgs &a, const int64_t *rows, int64_t steps, int64_t b, int64_t k, int64_t first, int64_t end, T *ZK_RESTRICT d, T *ZK_RESTRICT dx, T *ZK_RESTRICT y) {
-    const T *bias = a.bias ? static_cast<const T *>(a.bias) + k * a.channels : nullptr;
-    const T *D = a.D ? static_cast<const T *>(a.D) + k * a.channels : nullptr;
-    Column<V, Plain> u(a.u, b, k, first), dt(a.dt, b, k, first);
+  static ZK_INLINE void prologue(const ScanArgs &a, const int64_t *rows, int64_t steps, int64_t b, int64_t k, int64_t c, int64_t end, T *ZK_RESTRICT d, T *ZK_RESTRICT dx, T *ZK_RESTRICT y) {
+    int lanes = Plain ? W : int(min_of(W, end - c));
+    V bias = a.bias ? part<Plain>(static_cast<const T *>(a.bias) + k * a.channels + c, lanes) : zero<V>();
+    V D = a.D ? part<Plain>(static_cast<const T *>(a.D) + k * a.channels + c, lanes) : zero<V>();
+    Column<V, Plain> u(a.u, b, k, c), dt(a.dt, b, k, c);
     for (int64_t t = 0; t < steps; ++t) {
-      int64_t to = t * W;
-      for (int64_t c = first; c < end; c += W, to += kTile) {
-        int lanes = Plain ? W : int(min_of(W, end - c));
-        V x = u.get(rows[t], c - first, lanes), s = dt.get(rows[t], c - first, lanes);
-        if (bias) s = s + part<Plain>(bias + c, lanes);
-        if (a.softplus) s = softplus(s);
-        s.store(d + to);
-        (s * x).store(dx + to);
-        (D ? part<Plain>(D + c, lanes) * x : zero<V>()).store(y + to);
-      }
+      V x = u.get(rows[t], 0, lanes), s = dt.get(rows[t], 0, lanes) + bias;
+      if (a.softplus) s = softplus(s);
+      s.store(d + t * W);
+      (s * x).store(dx + t * W);
+      (a.D ? D * x : D).store(y + t * W);
     }
   }
   template <bool Plain> static ZK_INLINE V part(const T *p, int lanes) { return Plain ? V::load(p) : V::load_n(p, lanes); }
 
   template <bool Plain>
-  static void epilogue(const ForwardArgs &f, const int64_t *rows, int64_t steps, int64_t b, int64_t k, int64_t first, int64_t end, const T *ZK_RESTRICT y) {
+  static ZK_INLINE void epilogue(const ForwardArgs &f, const int64_t *rows, int64_t steps, int64_t b, int64_t k, int64_t c, int64_t end, const T *ZK_RESTRICT y) {
     const ScanArgs &a = f.scan;
-    Column<V, Plain> z(a.z, b, 0, first), out(at(f.y, b * a.length * a.channels + first, f.y_dtype), a.channels, f.y_dtype);
+    int lanes = Plain ? W : int(min_of(W, end - c));
+    Column<V, Plain> z(a.z, b, 0, c), out(at(f.y, b * a.length * a.channels + c, f.y_dtype), a.channels, f.y_dtype);
     for (int64_t t = 0; t < steps; ++t) {
-      const T *from = y + t * W;
-      for (int64_t c = first; c < end; c += W, from += kTile) {
-        int lanes = Plain ? W : int(min_of(W, end - c));
-        V sum = V::load(from);
-        if (z.p) sum = sum * silu(z.get(rows[t], c - first, lanes));
-        if (k) sum = sum + out.get(rows[t], c - first, lanes);
-        out.put(sum, rows[t], c - first, lanes);
-      }
+      V sum = V::load(y + t * W);
+      if (z.p) sum = sum * silu(z.get(rows[t], 0, lanes));
+      if (k) sum = sum + out.get(rows[t], 0, lanes);
+      out.put(sum, rows[t], 0, lanes);
     }
   }
 

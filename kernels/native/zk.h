@@ -32,11 +32,13 @@ static_assert(sizeof(void *) == 8, "64-bit platforms only");
 #define ZK_UNROLL
 #endif
 
-// Fetch the cache line at p ahead of its use; any address is allowed.
+// Fetch the cache line at p ahead of its use, into the first or the second level of cache; any address is allowed.
 #if defined(_MSC_VER) && !defined(__clang__)
 #define ZK_PREFETCH(p) ((void)(p))
+#define ZK_PREFETCH_L2(p) ((void)(p))
 #else
 #define ZK_PREFETCH(p) __builtin_prefetch(p)
+#define ZK_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
 #endif
 
 #if defined(_MSC_VER) && !defined(__clang__)

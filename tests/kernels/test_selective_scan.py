@@ -474,3 +474,32 @@ def test_path_memory_is_not_repeated(native) -> None:
 def test_wrong_arguments_are_named(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         zk.selective_scan(**{**arguments(), **change})
+
+
+def test_decays_are_exact_over_their_whole_range():
+    """One step from a state of 1 with no input gives the decay itself: exp(dt A) to a few units in the last place."""
+    x = torch.cat(
+        [-torch.logspace(-9, 2, 4000, dtype=torch.float64), torch.linspace(-80, 80, 4001, dtype=torch.float64)]
+    )
+    x = x.float()
+    one = torch.ones(1, 1, x.numel())
+    none = torch.zeros(1, 1, 1)
+    with zk.backend("native"):
+        y, _ = zk.selective_scan(0 * one, one, x[:, None], none, none + 1, initial_state=torch.ones(1, x.numel(), 1))
+    want = torch.exp(x.double())
+    kept = want > 1e-37  # below, results are flushed to 0
+    error = ((y[0, 0].double() - want).abs() / want)[kept]
+    # The rounding of x log2(e) in float32 costs |x| times a unit: part of the definition, not of the exponential.
+    assert float((error / (1 + x.double().abs()[kept])).max()) < 2.5e-7
+    # Near 1 what counts is how far the decay is from 1.
+    near = (x < 0) & (x > -0.01)
+    assert torch.allclose(y[0, 0][near].double(), want[near], rtol=0, atol=1.3e-7)
+
+
+def test_decays_at_infinity():
+    x = torch.tensor([-float("inf"), -1e30, -200.0, 0.0, 200.0, 1e30, float("inf"), float("nan")] * 3)
+    one = torch.ones(1, 1, x.numel())
+    none = torch.zeros(1, 1, 1)
+    with zk.backend("native"):
+        y, _ = zk.selective_scan(0 * one, one, x[:, None], none, none + 1, initial_state=torch.ones(1, x.numel(), 1))
+    assert torch.equal(y[0, 0].nan_to_num(7.0, 9.0), torch.exp(x).nan_to_num(7.0, 9.0))

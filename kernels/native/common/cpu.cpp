@@ -47,4 +47,4 @@ ZK_PUBLIC int64_t zk_isas() {
 ZK_PUBLIC const char *zk_sources() { return ZK_SOURCES; }
 
 // Raised whenever the layout of an argument array changes; zoo_kernels/_native.py expects the same number.
-ZK_PUBLIC int64_t zk_abi() { return 1; }
+ZK_PUBLIC int64_t zk_abi() { return 2; }

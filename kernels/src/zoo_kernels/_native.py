@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import build
 
-ABI = 1  # the library's zk_abi()
+ABI = 2  # the library's zk_abi()
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4}
 _BITS = {"baseline": 1, "avx2": 2, "avx512": 4, "neon": 8}
 
@@ -132,7 +132,7 @@ def strided(x: Tensor | None, axes: int = 4) -> tuple[int, ...]:
     if x is None:
         return (0,) * (2 + axes)
     strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)][:-1]
-    return (x.data_ptr(), DTYPES[x.dtype], *strides, *([0] * (axes - len(strides))))
+    return (x.data_ptr(), DTYPES[x.dtype], *strides, *(0,) * (axes - len(strides)))
 
 
 def rows(x: Tensor) -> Tensor:

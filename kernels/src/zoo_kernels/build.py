@@ -3,7 +3,8 @@
 Every source in ``native/`` is compiled once for each instruction set of the platform, with that set's flags and with
 ``ZK_ISA`` naming it; ``native/common/`` once, for the baseline. Which one runs is chosen at run time. The library links
 neither torch nor Python, so it serves every version of both. Needs setuptools, which knows the platform's C++ compiler
-(GCC, Clang or MSVC; the environment variables CXX, CXXFLAGS and LDFLAGS are honoured), and nothing else.
+(GCC, Clang or MSVC; the environment variables CXX, CXXFLAGS and LDFLAGS are honoured), and nothing else. Sources are
+compiled side by side, as many as there are processors or as MAX_JOBS says.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,18 @@ def digest(sources: Path = SOURCES) -> str:
     for path in sorted([*sources.glob("*.h"), *sources.glob("*.cpp"), *sources.glob("common/*.cpp")]):
         total.update(path.name.encode() + b"\0" + path.read_bytes())
     return total.hexdigest()[:16]
+
+
+def _changed(path: Path) -> float:
+    """When a source, or a header that it includes, was last changed; this file decides on flags and counts as one."""
+    found, todo = {Path(__file__)}, [path]
+    while todo:
+        current = todo.pop()
+        if current not in found:
+            found.add(current)
+            text = current.read_text(encoding="utf-8")
+            todo += [(current.parent / name).resolve() for name in re.findall(r'^#include "(.+)"', text, re.MULTILINE)]
+    return max(source.stat().st_mtime for source in found)
 
 
 def _machine() -> str:
@@ -118,30 +133,31 @@ def compile_library(target: Path, *, work: Path, sources: Path = SOURCES, flags:
             "-pthread",
         ]
     common += flags or []
-    jobs = [
-        (path, "common", [f'-DZK_SOURCES="{digest(sources)}"', "-DZK_ISA=common"])
-        for path in sources.glob("common/*.cpp")
-    ]
+    jobs = [("common/" + path.name, ".", ["-DZK_ISA=common"]) for path in sources.glob("common/*.cpp")]
     for isa, special in instruction_sets(msvc).items():
-        jobs += [(path, isa, [f"-DZK_ISA={isa}", *special]) for path in sources.glob("*.cpp")]
-    headers = max(path.stat().st_mtime for path in [*sources.glob("*.h"), Path(__file__)])
-    objects: list[str] = []
+        jobs += [(path.name, isa, [f"-DZK_ISA={isa}", *special]) for path in sources.glob("*.cpp")]
+    stamp = f'-DZK_SOURCES="{digest(sources)}"'
+
+    def compile_one(job: tuple[str, str, list[str]]) -> str:
+        name, folder, special = job
+        made = work / folder / Path(name).with_suffix(compiler.obj_extension)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        # Sources in common/ carry the digest of all sources, so they are never old enough to keep.
+        if folder == "." or not made.exists() or made.stat().st_mtime <= _changed(sources / name):
+            args = [a.replace("-D", "/D", 1) if msvc and a.startswith("-D") else a for a in [*special, stamp]]
+            compiler.compile([name], output_dir=str(work / folder), extra_preargs=[*common, *args])
+        return str(made)
+
+    here = os.getcwd()
     try:
-        for path, folder, special in sorted(jobs):
-            place = work / folder
-            place.mkdir(parents=True, exist_ok=True)
-            made = place / (path.stem + compiler.obj_extension)
-            fresh = made.exists() and made.stat().st_mtime > max(headers, path.stat().st_mtime)
-            if not fresh or folder == "common":
-                args = [a.replace("-D", "/D", 1) if msvc and a.startswith("-D") else a for a in special]
-                # Relative names keep distutils from mirroring the whole path below the output folder.
-                here = os.getcwd()
-                os.chdir(path.parent)
-                try:
-                    compiler.compile([path.name], output_dir=str(place), extra_preargs=[*common, *args])
-                finally:
-                    os.chdir(here)
-            objects.append(str(made))
+        if msvc:
+            compiler.initialize()  # before there are several threads
+        os.chdir(sources)  # relative names keep distutils from mirroring the whole path below the output folder
+        try:
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+                objects = list(pool.map(compile_one, sorted(jobs)))
+        finally:
+            os.chdir(here)
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh_library = work / f"{os.getpid()}-{target.name}"
         linker = [] if msvc else ["-pthread", *(flags or [])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from typing import Any
 
 import torch
@@ -26,12 +26,17 @@ def unsupported(
 
 
 def _own(x: Tensor | None, work: torch.dtype) -> Tensor | None:
-    return None if x is None else x.detach().to(work).contiguous()
+    return None if x is None else x.to(work).contiguous()
+
+
+@functools.cache
+def _flags(reverse: tuple[bool, ...]) -> Tensor:
+    return torch.tensor(reverse, dtype=torch.uint8)
 
 
 def _states_first(x: Tensor | None, work: torch.dtype) -> Tensor | None:
     """(..., channels, state) as (..., state, channels): neighbouring channels are what a vector holds."""
-    return None if x is None else x.detach().to(work).transpose(-1, -2).contiguous()
+    return None if x is None else x.to(work).transpose(-1, -2).contiguous()
 
 
 def _arguments(
@@ -42,19 +47,19 @@ def _arguments(
     K, channels, N = A.shape
     batch, length = u.shape[:2]
     steps = length if path is None else path.shape[-1]
-    u, dt, B, C = (native.rows(x.detach()) for x in (u, dt, B, C))
-    z = None if z is None else native.rows(z.detach())
-    A = A.detach().to(work).transpose(-1, -2).contiguous() * math.log2(math.e)
+    u, dt, B, C = (native.rows(x) for x in (u, dt, B, C))
+    z = None if z is None else native.rows(z)
+    A = A.to(work)
     D, dt_bias = _own(D, work), _own(dt_bias, work)
     init = _states_first(initial_state, work)
-    flags = torch.tensor(reverse, dtype=torch.uint8)
+    flags = _flags(tuple(reverse))
     path_b = 0 if path is None or path.shape[0] == 1 else path.stride(0)
     z_view = native.strided(z, 2)
     numbers = [
         batch, length, steps, K, channels, B.shape[3], N, int(dt_softplus), native.threads(),
         int(work == torch.float64),
         *native.strided(u), *native.strided(dt), *native.strided(B), *native.strided(C), *z_view, 0, 0,
-        native.pointer(A), native.pointer(D), native.pointer(dt_bias),
+        native.pointer(A), *A.stride(), native.pointer(D), native.pointer(dt_bias),
         native.pointer(path), path_b, 0 if path is None else path.stride(1),
         native.pointer(flags), native.pointer(resets), native.pointer(lengths), native.pointer(init),
     ]  # fmt: skip
@@ -102,7 +107,7 @@ def forward(
     )
     del alive
     if z is not None and K > 1:
-        y.mul_(torch.nn.functional.silu(z.detach().to(work)))
+        y.mul_(torch.nn.functional.silu(z.to(work)))
     out = torch.empty(0, dtype=work) if final is None else final.transpose(-1, -2).contiguous()
     return y.to(u.dtype), out, borders
 
