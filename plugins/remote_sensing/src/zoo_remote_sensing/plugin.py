@@ -50,3 +50,18 @@ def zoo_commands() -> Mapping[str, str]:
         "change": "zoo_remote_sensing.commands:change",
         "map-pixels": "zoo_remote_sensing.commands:map_pixels",
     }
+
+
+@hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [
+        {
+            "model": "changemamba_micro.scenes",
+            "file": "demo/samples/scene_0_before.jpg; demo/samples/scene_0_after.jpg",
+            "picture": "yes",
+        },
+        {
+            "model": "changemamba_micro.scenes",
+            "file": "demo/samples/scene_1_before.jpg; demo/samples/scene_1_after.jpg",
+        },
+    ]
