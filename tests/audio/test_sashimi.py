@@ -151,6 +151,22 @@ def test_state_dicts_return_to_the_original(file):
     assert adapter.build(golden.config, golden.state)  # without being told the class
 
 
+def test_version_3_checkpoints():
+    golden = zoo.reference.read_golden(GOLDEN / "sashimi__lm_modular.safetensors")
+    names = {"inv_dt": "log_dt", "A_real": "log_w_real", "A_imag": "w_imag", "l_kernel": "L"}
+    old = {}
+    for key, value in golden.state.items():
+        head, found, name = key.partition(".layer.layer.kernel.")
+        if found:
+            value = value[:, 0] if name == "inv_dt" else -value if name == "A_imag" else value
+            key = f"{head}.layer.kernel.kernel.{names.get(name, name)}"
+        old[key.replace(".layer.layer.D", ".layer.D")] = value
+    assert old.keys() != golden.state.keys()
+    model = SashimiAdapter().build(golden.config, old, source=golden.source)
+    with torch.no_grad():
+        assert torch.allclose(model(golden.inputs["tokens"]), golden.outputs["logits"], atol=1e-5)
+
+
 @pytest.mark.parametrize("file", ["standalone", "lm_modular"])
 def test_gradients_are_the_originals(file):
     zoo.testing.check_golden(GOLDEN / f"sashimi__{file}.safetensors", grad=True)

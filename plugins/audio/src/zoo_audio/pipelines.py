@@ -20,7 +20,7 @@ from .features import LogMel
 from .files import EXTENSIONS, SILENCE, Audio, open_audio
 from .pictures import waveform
 from .samba_asr import SambaASR
-from .streaming import Recogniser, Token, Transcript, Word, check_decoding, to_tokens, to_words
+from .streaming import Recogniser, Speed, Token, Transcript, Word, check_decoding, to_tokens, to_words
 from .text import Tokenizer
 
 #: Longest piece that a model which must see all of it at once reads, in seconds.
@@ -154,8 +154,6 @@ class SpeechRecognition(Pipeline):
         return Transcript(stream.text, stream.tokens, stream.words, notes, stream.speed)
 
     def _in_pieces(self, audio: Audio) -> Transcript:
-        from .streaming import Speed
-
         began = time.perf_counter()
         samples, levels = audio.whole(self.asr.sample_rate)
         tokens: list[Token] = []

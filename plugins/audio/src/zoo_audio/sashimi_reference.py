@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from zoo.layers.s4 import STEP_MODES, S4Kernel
 from zoo.reference import ReferenceAdapter, read_golden
 from zoo.rules import Rename, Rules, Squeeze
-from zoo.systems import _s4_arguments as arguments
-from zoo.systems.s4 import _V3
+from zoo.systems import s4_arguments as arguments
+from zoo.systems.s4 import VERSION_3
 
 from . import mulaw
 from .sashimi import Sashimi, SashimiLM
@@ -94,12 +94,17 @@ class SashimiAdapter(ReferenceAdapter):
         standalone = getattr(model, "standalone", None)
         if standalone is None:
             standalone = _is_standalone(state, "") and "encoder.weight" not in state
-        table = _V3 if any(".kernel.kernel." in key for key in state) else Rules()
         if isinstance(model, SashimiLM) or "encoder.0.weight" in state or "encoder.weight" in state:
-            return table + _LM + _flat_rules(state, model, "model.")
+            return _LM + _flat_rules(state, model, "model.")
         if standalone:
-            return table + _STANDALONE
-        return table + _flat_rules(state, model, "")
+            return _STANDALONE
+        return _flat_rules(state, model, "")
+
+    def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
+        """Keys of version 3 of the repository are read as well; :meth:`to_reference` writes those of version 4."""
+        if any(".kernel.kernel." in key for key in state):
+            state = VERSION_3.to_zoo(state)
+        return super().to_zoo(state, model=model)
 
     def replay(self, path: str | Path, *, grad: bool = False) -> dict[str, Tensor]:
         golden = read_golden(path)
@@ -192,7 +197,7 @@ def _modular(config: Mapping[str, Any], state: Mapping[str, Tensor], prefix: str
         raise ValueError(f"argument pool_mode={config['pool_mode']!r} is not supported; expected 'linear'")
     if config.get("center_layer") is not None:
         raise ValueError("argument center_layer is not supported: another layer at the coarsest rate is not described")
-    residual = arguments._named(config.get("residual"), "residual")
+    residual = arguments.named(config.get("residual"), "residual")
     if residual not in (None, "R"):
         raise ValueError(f"residual={residual!r} is not supported; expected None or 'R' (a plain sum)")
     dropout = config.get("dropout", 0.0)
@@ -203,8 +208,8 @@ def _modular(config: Mapping[str, Any], state: Mapping[str, Tensor], prefix: str
     return {
         **{k: config[k] for k in _POOL if k in config},
         "unet": config.get("unet", False) or flat,
-        "layer": {k: v for k, v in arguments._layer(layer).items() if k != "type"},
-        "norm": arguments._named(config.get("norm"), "norm"),
+        "layer": {k: v for k, v in arguments.layer_config(layer).items() if k != "type"},
+        "norm": arguments.named(config.get("norm"), "norm"),
         "scalar_norm": config.get("transposed", True),
         "prenorm": config.get("prenorm", True),
         "residual": residual is not None,

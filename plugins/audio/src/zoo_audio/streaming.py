@@ -13,7 +13,7 @@ from torch import Tensor
 from .decoding import CTCGreedy, Hypothesis, decode_greedy
 from .features import LogMel, LogMelStream
 from .files import SILENCE, Mono
-from .samba_asr import SambaASR
+from .samba_asr import SambaASR, sinusoids
 from .text import Tokenizer, words_of
 
 
@@ -134,8 +134,6 @@ class Recogniser:
     def _encode(self, features: Tensor, last: bool) -> Tensor:
         x = self.model.front.stream(features, self.front, last=last)
         if self.model.positions and x.shape[1]:
-            from .samba_asr import sinusoids
-
             x = x + sinusoids(self.read, x.shape[1], self.model.dim, x)
         self.read += x.shape[1]
         return self.model.enc(x, state=self.encoder) if x.shape[1] else x

@@ -21,10 +21,10 @@ from zoo.models.s5 import S5Classifier
 from zoo.reference import ReferenceAdapter, read_golden
 from zoo.rules import Concat, Rename, Rule, Rules, Scale, Squeeze, Tied, Transpose, Unsqueeze
 
-from . import _s4_arguments as arguments
+from . import s4_arguments as arguments
 
 #: Version 3 of the repository to version 4.
-_V3 = Rules(
+VERSION_3 = Rules(
     Rename("{p:*}.layer.kernel.kernel.log_dt", "{p}.layer.layer.kernel.inv_dt", Unsqueeze(-1)),
     Rename("{p:*}.layer.kernel.kernel.inv_w_real", "{p}.layer.layer.kernel.A_real"),
     Rename("{p:*}.layer.kernel.kernel.log_w_real", "{p}.layer.layer.kernel.A_real"),
@@ -163,7 +163,7 @@ class S4Adapter(ReferenceAdapter):
             two_sided = any(getattr(m, "bidirectional", False) for m in model.modules())
             split = two_sided and model.layers[0].seq.C_init != "complex_normal"  # type: ignore[union-attr]
             return _s5_rules(state, bool(split))
-        table = _V3 if any(".kernel.kernel." in key for key in state) else Rules()
+        table = VERSION_3 if any(".kernel.kernel." in key for key in state) else Rules()
         if isinstance(model, S4LanguageModel) or any(key.startswith("loss.") for key in state):
             return table + _LM
         if any(key.startswith("encoder.0.") for key in state):

@@ -120,7 +120,7 @@ def s4nd(config: Mapping[str, Any]) -> Config:
     }
 
 
-def _layer(config: Mapping[str, Any]) -> Config:
+def layer_config(config: Mapping[str, Any]) -> Config:
     kind = config.get("_name_", "s4")
     if kind == "s4":
         return {"type": "s4", **s4_block(config, standalone=False)}
@@ -137,7 +137,7 @@ def _layer(config: Mapping[str, Any]) -> Config:
     raise ValueError(f"layer _name_={kind!r} is not supported; expected 's4' or 'ffn'")
 
 
-def _named(value: Any, what: str) -> Any:
+def named(value: Any, what: str) -> Any:
     """A configuration given as a name or as a mapping with ``_name_``."""
     if isinstance(value, Mapping):
         rest = {k: v for k, v in value.items() if k != "_name_" and v not in (None, 1)}
@@ -156,7 +156,7 @@ def sequence_model(config: Mapping[str, Any]) -> Config:
     pool = config.get("pool")
     if pool is not None and not (isinstance(pool, Mapping) and pool.get("stride", 1) in (None, 1)):
         raise ValueError(f"pool={pool!r} is not supported; expected None (or stride 1)")
-    residual = _named(config.get("residual"), "residual")
+    residual = named(config.get("residual"), "residual")
     if residual not in (None, "R"):
         raise ValueError(f"residual={residual!r} is not supported; expected None or 'R' (a plain sum)")
     layer = config.get("layer") or [{}]
@@ -166,9 +166,9 @@ def sequence_model(config: Mapping[str, Any]) -> Config:
     return {
         "d_model": config["d_model"],
         "n_layers": config.get("n_layers", 1) * config.get("n_repeat", 1),
-        "layer": [_layer(one) for one in listed],
+        "layer": [layer_config(one) for one in listed],
         "prenorm": config.get("prenorm", True),
-        "norm": _named(config.get("norm"), "norm"),
+        "norm": named(config.get("norm"), "norm"),
         "transposed": config.get("transposed", False),
         "residual": residual is not None,
         "bidirectional": config.get("bidirectional", False),
