@@ -93,21 +93,19 @@ def forward(
     work = work_dtype(u, A)
     batch, length, _, channels = u.shape
     K, _, N = A.shape
-    # Several paths add to one output, in the working precision; the gate then multiplies the sum.
+    # Several paths add to one output, in the working precision, each multiplied by the gate as it is written.
     y_dtype = u.dtype if K == 1 else work
     new = torch.zeros if _partial(u, path, lengths) else torch.empty
     y = new(batch, length, channels, dtype=y_dtype)
     final = torch.empty(batch, K, N, channels, dtype=work) if return_final_state else None
     borders = empty_borders(u, A, path, save)
     numbers, alive = _arguments(
-        u, dt, A, B, C, D, z if K == 1 else None, dt_bias, dt_softplus, path, reverse, initial_state, resets, lengths
+        u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, resets, lengths
     )
     native.function("selective_scan_forward")(
         *numbers, y.data_ptr(), native.DTYPES[y_dtype], native.pointer(final), borders.data_ptr() if save else 0
     )
     del alive
-    if z is not None and K > 1:
-        y.mul_(torch.nn.functional.silu(z.to(work)))
     out = torch.empty(0, dtype=work) if final is None else final.transpose(-1, -2).contiguous()
     return y.to(u.dtype), out, borders
 
