@@ -11,6 +11,7 @@ from zoo_recommendation import baselines
 from zoo_recommendation.baselines import GRU4Rec, SASRec
 from zoo_recommendation.protocol import Ranking, prepare, split
 from zoo_recommendation.recbole_models import RecBoleModel, installed
+from zoo_recommendation.training import evaluate, train_epoch
 
 from . import recbole_data
 
@@ -40,6 +41,19 @@ def test_order_of_the_test_samples():
     test = split(table, 10)[2]
     assert [table.user_tokens[u] for u in test.user[:20]] == RECORDED["test_user_names"]
     assert [table.item_tokens[i] for i in test.target[:20]] == RECORDED["test_item_names"]
+
+
+def test_three_epochs_of_training():
+    """RecBole's Trainer from recorded weights, without dropout and shuffling: our losses and scores are its own."""
+    recorded = RECORDED["training"]
+    parts = split(prepare(*recbole_data.interactions(), core=5), 10)
+    model = SASRec(RECORDED["items"], hidden_size=4, num_layers=1, max_length=10, inner_size=8, dropout=0.0)
+    model.load_state_dict(weights("training"))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    losses = [train_epoch(model, optimizer, parts[0], 256, None) for _ in range(3)]
+    assert losses == pytest.approx(recorded["losses"], rel=1e-5)
+    for part, metrics in ((parts[1], recorded["valid"]), (parts[2], recorded["test"])):
+        assert evaluate(model, part, (5, 10, 20)) == pytest.approx(metrics, abs=1e-9)
 
 
 def weights(name):

@@ -81,3 +81,23 @@ def simulate(users: int, seed: int, shortest: int = 12, longest: int = 60) -> tu
             columns[1].append(label[item - 1])
             columns[2].append(now)
     return columns
+
+
+def main() -> None:
+    """``python serials.py interactions.csv --users 300``: a table to try ``zoo train`` on."""
+    import argparse
+    import csv
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("out")
+    parser.add_argument("--users", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    with open(arguments.out, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user", "item", "timestamp"])
+        writer.writerows(zip(*simulate(arguments.users, arguments.seed), strict=True))
+
+
+if __name__ == "__main__":
+    main()

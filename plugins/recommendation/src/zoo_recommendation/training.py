@@ -79,10 +79,11 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     samples: Samples,
     batch_size: int,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
-    """One pass over the shuffled samples; returns the sum of the batch losses (as RecBole prints it)."""
+    """One pass over the samples, shuffled by ``generator`` (None: in their order); returns the sum of the batch losses,
+    as RecBole prints it."""
     model.train()
     device = next(model.parameters()).device
     total, done = 0.0, 0
