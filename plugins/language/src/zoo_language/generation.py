@@ -99,6 +99,7 @@ def generate(
     decode: Callable[[list[int]], str] | None = None,
     state: State | None = None,
     decoder: Decoder | None = None,
+    cuda_graphs: bool = False,
     on_token: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Text], State]:
     """Continue texts. Returns the texts and the state after the last token that was read.
@@ -106,7 +107,8 @@ def generate(
     prompts: token ids, one list a text; with ``state`` (one text a prompt) they continue what it has read and may be
     empty. stop_strings need ``decode`` (ids to text). decoder: what reads the tokens of a single text
     (:meth:`CausalLM.fast_decoder`); by itself a float32 model on a CPU decodes fused where it can.
-    on_token(row, token) is called as tokens come.
+    cuda_graphs: on a CUDA device, record a step for each batch size and replay it; elsewhere a message says that it
+    does not apply. on_token(row, token) is called as tokens come.
     """
     result: dict[str, Any] = {}
     for row, token in stream(
@@ -119,6 +121,7 @@ def generate(
         decode=decode,
         state=state,
         decoder=decoder,
+        cuda_graphs=cuda_graphs,
         result=result,
     ):
         if on_token is not None:
@@ -138,10 +141,12 @@ def stream(
     decode: Callable[[list[int]], str] | None = None,
     state: State | None = None,
     decoder: Decoder | None = None,
+    cuda_graphs: bool = False,
     result: dict[str, Any] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Like :func:`generate`, but yields (row, token) as tokens come; ``result`` receives ``texts`` and ``state``."""
     from .decode import decoder_for
+    from .graphs import graph_decoder_for
 
     _check(model, prompts, max_new_tokens, stop_strings, decode, state)
     rows = len(prompts)
@@ -161,6 +166,7 @@ def stream(
     alive = list(range(rows))  # rows of the batch that still grow; ``current`` holds their states in this order
     current, parked = state, {}
     fast = decoder_for(model) if decoder is None else decoder
+    graphed = graph_decoder_for(model) if cuda_graphs else None
     for _ in range(max_new_tokens):
         logits = current.logits
         assert logits is not None
@@ -185,7 +191,10 @@ def stream(
             if not alive:
                 break
             current = current.select(stay)
-        if fast is not None and len(alive) == 1:
+        if graphed is not None:
+            current = graphed.adopt(current)
+            graphed.step(torch.tensor(chosen, device=device), current)
+        elif fast is not None and len(alive) == 1:
             fast.step(chosen[0], current)
         else:
             model.step(torch.tensor(chosen, device=device), current)
