@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import zoo
+from zoo_medical.label_sets import LABEL_SETS
 from zoo_medical.montage import montage
 from zoo_medical.pipelines import MedicalSegmentation
 
@@ -127,8 +128,25 @@ def test_the_montage_has_square_voxels_a_legend_and_the_patients_right_on_the_le
     assert pixels[160:].max() > 100
 
 
+def test_labels_have_names(tmp_path):
+    volume(tmp_path / "scan.nii")
+    for names, expected in (("brats2023", "necrotic tumour core"), (["nothing", "lump"], "lump"), (None, "label 1")):
+        pipeline = MedicalSegmentation(Threshold(), patch=(8, 8, 8), normalisation="none", label_set=names)
+        answer = pipeline(tmp_path / "scan.nii")
+        assert list(answer.volumes_ml) == [expected]
+        assert answer.to_dict()["warning"] == "not for clinical use"
+    assert pipeline.named_labels("btcv")[6] == "liver"
+    assert all(labels[0] == "background" and len(set(labels)) == len(labels) for labels in LABEL_SETS.values())
+
+
 def test_options_that_make_no_sense():
-    for option, value in (("overlap", 1.0), ("mirror", (3,)), ("normalisation", "max"), ("spacing", (1.0,))):
+    for option, value in (
+        ("label_set", "organs"),
+        ("overlap", 1.0),
+        ("mirror", (3,)),
+        ("normalisation", "max"),
+        ("spacing", (1.0,)),
+    ):
         with pytest.raises(zoo.errors.BadArgument, match=option):
             MedicalSegmentation(Threshold(), **{"patch": (8, 8, 8), option: value})
 

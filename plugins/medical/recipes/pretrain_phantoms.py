@@ -128,12 +128,12 @@ def summary(runs: list[dict]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--unlabelled", type=int, default=60, help="phantoms to pre-train on")
-    parser.add_argument("--pretraining-steps", type=int, default=300)
+    parser.add_argument("--unlabelled", type=int, default=40, help="phantoms to pre-train on")
+    parser.add_argument("--pretraining-steps", type=int, default=150)
     parser.add_argument("--few", type=int, default=3, help="labelled phantoms to fine-tune on")
-    parser.add_argument("--steps", type=int, default=150, help="of fine-tuning, and of training from scratch")
+    parser.add_argument("--steps", type=int, default=80, help="of fine-tuning, and of training from scratch")
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--unseen", type=int, default=12, help="phantoms to measure on")
+    parser.add_argument("--unseen", type=int, default=10, help="phantoms to measure on")
     parser.add_argument("--out", type=Path)
     o = parser.parse_args()
     settings = {k: v for k, v in vars(o).items() if k not in ("out", "seeds")}

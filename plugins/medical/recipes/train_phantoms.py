@@ -60,7 +60,7 @@ def augmented(image: Tensor, label: Tensor, generator: torch.Generator) -> tuple
         shift = [round(uniform(-3, 3)) for _ in range(3)]
         one, truth = moved(one, shift), moved(truth, shift)
         one = one.clamp(min=0) ** uniform(0.8, 1.25) * uniform(0.8, 1.2)
-        one = one + uniform(0, 0.1) * torch.randn(one.shape, generator=generator)
+        one = one + uniform(0, 0.05) * torch.randn(one.shape, generator=generator)
         images.append(torch.as_tensor(NormalizeIntensity(channel_wise=True)(one)))
         labels.append(truth)
     return torch.stack(images), torch.stack(labels)
@@ -147,7 +147,7 @@ def measure(weights: str, checkpoint: Path | None = None) -> dict[str, dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="umamba_micro")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--phantoms", type=int, default=60, help="number of training phantoms")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rate", type=float, default=5e-3)

@@ -22,7 +22,7 @@ _ORGANS = (
     ("left twin", (-20.0, -12.0, -12.0), (9.0, 8.0, 14.0), 1.75),
     ("right twin", (20.0, -12.0, -16.0), (9.0, 8.0, 14.0), 1.75),
     ("round organ", (-18.0, 7.0, 15.0), (12.0, 11.0, 11.0), 1.3),
-    ("tube", (0.0, -15.0, 0.0), (7.0, 7.0, 36.0), 0.6),
+    ("tube", (0.0, -15.0, 0.0), (9.0, 8.0, 36.0), 0.45),
 )
 _BODY = (45.0, 36.0, 60.0)
 
@@ -47,7 +47,7 @@ def phantom(
     seed: int,
     shape: tuple[int, int, int] = (48, 48, 48),
     spacing: tuple[float, float, float] = (2.0, 2.0, 2.0),
-    noise: float = 0.12,
+    noise: float = 0.08,
     fine: int = 2,
 ) -> Phantom:
     """The phantom ``seed`` on a grid of ``shape`` voxels of ``spacing`` mm.

@@ -18,6 +18,7 @@ from zoo import errors
 from zoo.pipelines import Pipeline, Result
 
 from . import dicom
+from .label_sets import LABEL_SETS, label_names
 from .scans import NIFTI, Scan, read_scan
 
 
@@ -74,7 +75,8 @@ class MedicalSegmentation(Pipeline):
     of a window (the card's input). ``overlap`` of windows. ``mirror``: mean over all flips of all axes, or of the given
     ones, as (0, 1). ``normalisation``: "z-score" a channel, "none", or (low, high) of intensities mapped to 0..1.
     ``anisotropy``: the largest ratio of spacings that is accepted without ``spacing``. ``series``: which one of a
-    DICOM folder with several. ``window_batch``: windows at a time. Two-dimensional networks read axial slices.
+    DICOM folder with several. ``window_batch``: windows at a time. ``label_set``: names of the labels, background
+    first, or of a set of :data:`zoo_medical.label_sets.LABEL_SETS`. Two-dimensional networks read axial slices.
     """
 
     task = "medical-segmentation"
@@ -93,8 +95,10 @@ class MedicalSegmentation(Pipeline):
         anisotropy: float = 8.0,
         series: str | None = None,
         window_batch: int = 1,
+        label_set: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__(model)
+        self.label_set = None if label_set is None else label_names(label_set)
         card = self.info.card if self.info is not None else None
         shape = list((card.input.get("shape") if card is not None else None) or [])
         own = getattr(model, "input_size", None) or ([model.img_size] * 3 if hasattr(model, "img_size") else None)
@@ -123,7 +127,7 @@ class MedicalSegmentation(Pipeline):
         """From the file's grid to the network's; invertible."""
         from monai.transforms import Compose, CropForeground, Orientation, Spacing
 
-        steps: list[Any] = [] if self.orientation is None else [Orientation(axcodes=self.orientation)]
+        steps: list[Any] = [] if self.orientation is None else [Orientation(axcodes=self.orientation, labels=None)]
         if self.spacing is not None:
             steps.append(Spacing(pixdim=self.spacing, mode="bilinear", padding_mode="border"))
         if self.crop:
@@ -137,6 +141,9 @@ class MedicalSegmentation(Pipeline):
             if folder.is_dir() and not any(self._wanted(f) for f in folder.rglob("*")) and dicom.holds_dicom(folder):
                 return [folder], True
         return super()._found(one)
+
+    def named_labels(self, name: str) -> list[str] | None:
+        return list(LABEL_SETS[name]) if name in LABEL_SETS else None
 
     def read(self, source: Any) -> Scan:
         scan = read_scan(source, self.channels, self.series)
@@ -180,7 +187,7 @@ class MedicalSegmentation(Pipeline):
     def finish(self, output: Tensor, sample: Scan) -> Segmentation:
         labels = self._back(output, sample)
         millilitres = abs(float(np.linalg.det(sample.affine[:3, :3]))) / 1000
-        known = self.labels() or []
+        known = self.label_set or self.labels() or []
         values, counts = np.unique(labels[labels > 0], return_counts=True)
         names = {int(v): known[int(v)] if int(v) < len(known) else f"label {int(v)}" for v in values}
         volumes = {names[int(v)]: float(n) * millilitres for v, n in zip(values, counts, strict=True)}
