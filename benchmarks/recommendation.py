@@ -81,7 +81,8 @@ def quality(arguments: argparse.Namespace) -> dict:
         for seed in arguments.seeds:
             torch.manual_seed(seed)
             model = build(name, table.n_items, 50)
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(arguments.runs or temporary) / f"{name}_{seed}"
                 settings = Settings(epochs=arguments.epochs, batch_size=512, patience=arguments.epochs, seed=seed)
                 history = fit(model, parts[0], parts[1], folder, settings, on_epoch=lambda row: print(row, flush=True))
             run = {"best_epoch": history.best_epoch, "test": evaluate(model, parts[2]), "epochs": history.epochs}
@@ -261,6 +262,7 @@ def main() -> None:
     one.add_argument("--models", nargs="+", default=["tim4rec", "sasrec", "mamba4rec"])
     one.add_argument("--seeds", nargs="+", type=int, default=[2020, 2021, 2022])
     one.add_argument("--epochs", type=int, default=3)
+    one.add_argument("--runs", help="folder that keeps the runs: the same command goes on after an interruption")
     two = commands.add_parser("training", parents=[shared])
     two.add_argument("--lengths", nargs="+", type=int, default=[50, 200])
     two.add_argument("--tokens", type=int, default=12800, help="items in a batch: batch = tokens / length")

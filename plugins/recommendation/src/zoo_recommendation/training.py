@@ -217,6 +217,7 @@ def plot(history: History, path: str | Path) -> Path:
     """The learning curve as a picture: training loss and the validation metrics by epoch, the best one marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -228,7 +229,9 @@ def plot(history: History, path: str | Path) -> Path:
         right.plot(epochs, [row[name] for row in history.epochs], label=name)
     right.axvline(history.best_epoch, color="grey", linestyle=":", label=f"best: epoch {history.best_epoch}")
     right.set(xlabel="epoch", title="validation, full ranking", ylim=(0, None))
-    right.legend(frameon=False)
+    right.legend(framealpha=0.8, edgecolor="none")
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     path = Path(path)
     figure.savefig(path, dpi=120)
     return path
