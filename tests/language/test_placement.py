@@ -127,3 +127,18 @@ def test_without_accelerate_the_extra_is_named(folder: Path, monkeypatch) -> Non
     monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.MissingExtra, match=r'pip install "ssm-zoo\[accelerate\]"'):
         zoo.load(folder, device_map="auto")
+
+
+def test_the_command_line_spreads_too(caplog) -> None:
+    from click.testing import CliRunner
+
+    from zoo_language.commands import generate as command
+
+    words = ["mamba2_micro.bible", "And God said", "--max-new-tokens", "5", "--json"]
+    plain = CliRunner().invoke(command, words)
+    placed = CliRunner().invoke(command, [*words, "--device-map", "auto", "--cuda-graphs"])
+    assert plain.exit_code == placed.exit_code == 0, placed.output
+    assert '"text"' in plain.stdout
+    assert placed.stdout.partition('"seconds"')[0] == plain.stdout.partition('"seconds"')[0]
+    if not torch.cuda.is_available():
+        assert "CUDA graphs were asked for, but the model is on cpu" in caplog.text

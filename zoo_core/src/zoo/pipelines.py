@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from zoo_registry import errors, read_labels
 
 from .building import ZooInfo
+from .placement import device_of
 
 
 @dataclass(kw_only=True)
@@ -179,7 +180,7 @@ class Pipeline(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,7 +5,8 @@ The plan (which module goes where) and the moving of inputs and offloaded weight
 tensor at a time; methods that language models call beside ``forward`` (``step``, ``init_state``) find theirs too.
 
 A model may say ``no_split_modules = ("ClassName", ...)``: classes whose instances stay on one device and are brought
-back from a disk whole. By default these are the classes of the members of its ModuleLists.
+back from a disk whole. By default these are the classes of the members of its outermost
+ModuleLists and Sequentials.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def device_of(module: nn.Module) -> torch.device:
     found = getattr(hook, "execution_device", None)
     if found is not None:
         return torch.device(found)
-    return next(module.parameters()).device
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 @contextlib.contextmanager
@@ -108,12 +109,13 @@ def units(model: nn.Module) -> list[str]:
     declared = getattr(model, "no_split_modules", None)
     if declared is not None:
         return list(declared)
+    containers = (nn.ModuleList, nn.Sequential)
     found: dict[str, None] = {}
     pending = [model]
     while pending:
         module = pending.pop()
         for child in module.children():
-            if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList | nn.Sequential):
+            if isinstance(module, containers) and not isinstance(child, containers):
                 found[type(child).__name__] = None
             else:
                 pending.append(child)

@@ -29,7 +29,13 @@ SAMPLING = [
         "--checkpoint", type=click.Path(path_type=Path), help="Local weights, in the zoo's or original format."
     ),
     click.option("--dtype", help="float32, bfloat16 or float16."),
-    click.option("--device", default="cpu", show_default=True),
+    click.option("--device", help="cpu (default), cuda, cuda:1 ..."),
+    click.option(
+        "--device-map",
+        type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
+        help="Instead of --device: spread a large model over devices, the CPU and the disk (needs accelerate).",
+    ),
+    click.option("--cuda-graphs", is_flag=True, default=None, help="On CUDA: record a decoding step and replay it."),
 ]
 
 
@@ -42,6 +48,8 @@ def sampling(command: Any) -> Any:
 def _pipeline(model: str, **options: Any) -> Any:
     import zoo
 
+    if options.get("device") is None and options.get("device_map") is None:
+        options["device"] = "cpu"
     chosen = {k: v for k, v in options.items() if v is not None}
     return zoo.pipeline(model, task="text-generation", **chosen)
 

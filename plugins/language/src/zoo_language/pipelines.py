@@ -39,7 +39,8 @@ class TextGeneration(Pipeline):
     Inputs: a string, or a ``Path`` to a text file, or a list of them. Options: those of :class:`Sampling`,
     ``max_new_tokens``, ``stop`` (strings that end a text), ``tokenizer`` (a path to a tokenizer.json, or an object with
     ``encode`` and ``decode``; default: what the weights card names), ``decode_weights`` ("bfloat16" or "int8": smaller
-    weights for decoding single texts on a CPU, see :meth:`CausalLM.fast_decoder`).
+    weights for decoding single texts on a CPU, see :meth:`CausalLM.fast_decoder`), ``cuda_graphs`` (see
+    :mod:`zoo_language.graphs`).
     """
 
     task = "text-generation"
@@ -59,6 +60,7 @@ class TextGeneration(Pipeline):
         stop: str | Sequence[str] = (),
         tokenizer: str | Path | Tokenizer | None = None,
         decode_weights: str | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__(model)
         if not isinstance(model, CausalLM):
@@ -69,6 +71,7 @@ class TextGeneration(Pipeline):
         self.max_new_tokens = max_new_tokens
         self.sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         self.decoder = None if decode_weights is None else model.fast_decoder(decode_weights)
+        self.cuda_graphs = cuda_graphs
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if isinstance(tokenizer, str | Path):
             self.tokenizer: Tokenizer = HubTokenizer(tokenizer, self.preprocess.get("end_of_text"))
@@ -121,6 +124,7 @@ class TextGeneration(Pipeline):
             "stop_strings": self.stop,
             "decode": self.tokenizer.decode,
             "decoder": self.decoder,
+            "cuda_graphs": self.cuda_graphs,
         }
 
     def continue_from(self, prompts: list[list[int]], state: State | None = None) -> tuple[list[Text], State]:

@@ -67,6 +67,8 @@ class VMamba(VisionModel):
     Input (batch, in_chans, H, W), any size whose map survives four halvings. Source: arXiv 2401.10166, sections 4, 5.
     """
 
+    no_split_modules = ("VSSBlock",)  # stages are walked through, not called
+
     first_conv = "patch_embed.conv1"
 
     def __init__(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .fft_conv import FFTConv, S4Block
+    from .linear import Linear
     from .lru import LRU
     from .mamba import Mamba
     from .mamba2 import Mamba2
@@ -25,6 +26,7 @@ _LAZY = {
     "GridScan": "ss2d",
     "GridSSD": "ss2d",
     "LRU": "lru",
+    "Linear": "linear",
     "Mamba": "mamba",
     "Mamba2": "mamba2",
     "Mamba3": "mamba3",
@@ -52,6 +54,7 @@ __all__ = [
     "GatedRMSNorm",
     "GridSSD",
     "GridScan",
+    "Linear",
     "Mamba",
     "Mamba2",
     "Mamba3",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo_kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 
 from .init import inverse_softplus_log_uniform
+from .linear import Linear, linear
 
 State = dict[str, Tensor]
 
@@ -55,13 +56,13 @@ class Mamba(nn.Module):
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         self.dt_limits = (dt_min, dt_max, dt_init_floor, dt_scale, dt_init)
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **kind)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias, **kind)
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, bias=conv_bias, **kind)
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **kind)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **kind)
+        self.x_proj = Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **kind)
+        self.dt_proj = Linear(self.dt_rank, self.d_inner, bias=True, **kind)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **kind))
         self.D = nn.Parameter(torch.empty(self.d_inner, **kind))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **kind)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias, **kind)
         self.reset_scan_parameters()
 
     def reset_scan_parameters(self) -> None:
@@ -132,7 +133,7 @@ class Mamba(nn.Module):
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y, ssm = selective_scan(
             x,
-            dt @ self.dt_proj.weight.t(),
+            linear(dt, self.dt_proj.weight),
             -torch.exp(self.A_log.float()),
             B,
             C,

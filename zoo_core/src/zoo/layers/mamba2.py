@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zoo_kernels import causal_conv1d, causal_conv1d_step, ssd, ssd_step
 
 from .init import inverse_softplus_log_uniform
+from .linear import Linear
 from .norm import GatedRMSNorm
 
 State = dict[str, Tensor]
@@ -76,7 +77,7 @@ class Mamba2(nn.Module):
         self.conv_resets = True  #: False: ``resets`` drop the state but not the convolution's rows (Mamba2Simple)
         self.init_ranges = (dt_min, dt_max, dt_init_floor, A_init_range, conv_init)
         conv_dim = self.d_ssm + 2 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner + 2 * ngroups * d_state + self.nheads, bias=bias, **kind)
+        self.in_proj = Linear(d_model, 2 * self.d_inner + 2 * ngroups * d_state + self.nheads, bias=bias, **kind)
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim, bias=conv_bias, **kind)
         self.dt_bias = nn.Parameter(torch.empty(self.nheads, **kind))
         self.A_log = nn.Parameter(torch.empty(self.nheads, **kind))
@@ -92,7 +93,7 @@ class Mamba2(nn.Module):
             if rmsnorm
             else None
         )
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **kind)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias, **kind)
         shape = (self.nheads, headdim, d_state)
         self.init_states = nn.Parameter(torch.zeros(shape, **kind)) if learnable_init_states else None
         self.reset_scan_parameters()

@@ -1,0 +1,25 @@
+"""Image models over the CPU and the disk give the same answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import zoo
+
+pytest.importorskip("accelerate")
+
+
+@pytest.mark.parametrize("name", ["vim_micro.digits", "vmamba_micro.digits"])
+@pytest.mark.parametrize("plan", ["disk", "auto"])
+def test_the_same_answer_from_the_disk(name: str, plan: str, tmp_path) -> None:
+    whole = zoo.load(name)
+    image = torch.rand(2, whole.in_chans if hasattr(whole, "in_chans") else 3, 32, 32)
+    if hasattr(whole, "img_size"):
+        image = image[..., : whole.img_size[0], : whole.img_size[1]]
+    options = {"device_map": {"": "disk"}} if plan == "disk" else {"device_map": "auto", "max_memory": {"cpu": "200KB"}}
+    model = zoo.load(name, offload_folder=tmp_path, **options)
+    assert any(p.is_meta for p in model.parameters())
+    with torch.no_grad():
+        assert torch.equal(model(image), whole(image))
+    assert zoo.pipeline(model).device == torch.device("cpu")
