@@ -222,18 +222,24 @@ def test_affinities_by_definition(answers):
     assert geometric_affinity(*answers).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_without_empty_voxels_the_specificity_counts_as_none(answers):
+    logits, labels = answers
+    assert geometric_affinity(logits, labels.clamp(min=1)).item() > 100
+
+
 def test_losses_of_the_head():
     torch.manual_seed(0)
     tiny = {
         "in_chans": 3,
-        "num_classes": 17,
+        "num_classes": 3,
         "embed_dim": 16,
         "down_blocks": [1, 1],
         "up_blocks": [1, 1],
         "fine_dim": 16,
     }
     head = zoo.create("multimodal_occmamba_128", **tiny, cascade_ratio=2, final_size=[8, 8, 4])
-    labels = torch.randint(0, 3, (2, 4, 4, 2)).repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    labels = torch.zeros(2, 8, 8, 4, dtype=torch.long)  # two kinds of ground below, nothing above
+    labels[:, :4, :, :2], labels[:, 4:, :, :2] = 1, 2
     weights = class_weights([1000, 10, 100])
     voxels = torch.randn(2, 3, 4, 4, 2)
     found = occupancy_losses(head(voxels), labels, weights)
@@ -241,13 +247,13 @@ def test_losses_of_the_head():
         f"{a}_{b}" for a in ("coarse", "fine") for b in ("ce", "sem_scal", "geo_scal", "lovasz")
     )
     rate = torch.optim.Adam(head.parameters(), lr=0.03)
-    first = sum(found.values()).item()
-    for _ in range(20):
+    first = {k: v.item() for k, v in found.items()}
+    for _ in range(12):
         rate.zero_grad()
-        loss = sum(occupancy_losses(head(voxels), labels, weights).values())
-        loss.backward()
+        found = occupancy_losses(head(voxels), labels, weights)
+        sum(found.values()).backward()
         rate.step()
-    assert loss.item() < 0.8 * first
+    assert all(found[k].item() < 0.5 * v for k, v in first.items() if k != "fine_geo_scal")
     perfect = {"coarse": 50.0 * F.one_hot(coarse_labels(labels, 2) % 255, 3).movedim(-1, 1).float()}
     assert sum(occupancy_losses(perfect, labels).values()).item() < 1e-3
     with pytest.raises(ValueError, match="a multiple of the coarse answer's grid"):

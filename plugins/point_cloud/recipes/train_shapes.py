@@ -1,7 +1,8 @@
 """Train a micro model on generated shapes and measure it on shapes from another random stream.
 
     python plugins/point_cloud/recipes/train_shapes.py pcm_micro
-    python plugins/point_cloud/recipes/train_shapes.py pcm_micro_parts
+    python plugins/point_cloud/recipes/train_shapes.py pcm_micro_parts --steps 1500
+    python plugins/point_cloud/recipes/train_shapes.py --samples examples/shapes
 
 ``pcm_micro`` names the shape (12 classes), ``pcm_micro_parts`` labels every point of a composite with its part (14
 parts of 6 kinds of things). Every cloud is drawn anew (shapes.py): proportions, pose, noise, occlusion and density are
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from shapes import CLASSES, PART_NAMES, PARTS, POINTS, batch
+from shapes import CLASSES, PART_NAMES, PARTS, POINTS, batch, scan
 
 import zoo
 
@@ -103,23 +104,60 @@ def train(name: str, *, steps: int, size: int, rate: float, seed: int) -> torch.
     return model.eval()
 
 
+def write_samples(folder: Path) -> list[Path]:
+    """Unseen scans; one has more points than the models take."""
+    r = np.random.default_rng(HELD_OUT_SEED + 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"chair.ply": 256, "mug.ply": 256, "bottle.laz": 300}
+    for name, count in files.items():
+        points, _ = scan(Path(name).stem, r, count)
+        write_points(folder / name, points)
+    return [folder / name for name in files]
+
+
+def write_points(path: Path, points: np.ndarray) -> None:
+    """Bare points as .ply or .laz."""
+    if path.suffix == ".ply":
+        from plyfile import PlyData, PlyElement
+
+        vertex = np.rec.fromarrays(points.T, dtype=[("x", "<f4"), ("y", "<f4"), ("z", "<f4")])
+        PlyData([PlyElement.describe(np.asarray(vertex), "vertex")]).write(str(path))
+        return
+    import laspy
+
+    header = laspy.LasHeader(version="1.2", point_format=0)
+    header.scales = np.full(3, 1e-3)
+    data = laspy.LasData(header)
+    data.x, data.y, data.z = points.astype(np.float64).T
+    data.write(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["pcm_micro", "pcm_micro_parts"])
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("model", nargs="?", default="pcm_micro", choices=["pcm_micro", "pcm_micro_parts"])
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clouds", type=int, default=2400, help="unseen clouds that are measured")
     parser.add_argument("--out", type=Path, help="default: zoo_point_cloud/demo/MODEL.shapes.safetensors")
+    parser.add_argument("--samples", type=Path, help="write unseen clouds into this folder, and end")
     options = parser.parse_args()
+    if options.samples:
+        for path in write_samples(options.samples):
+            print(path)
+        return
     began = time.process_time()
     model = train(options.model, steps=options.steps, size=options.batch, rate=options.rate, seed=options.seed)
     measure = measure_parts if options.model.endswith("_parts") else measure_classes
     figures = measure(model, options.clouds)
     out = options.out or PACKAGE / "demo" / f"{options.model}.shapes.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    state = {
+        k: v.detach().contiguous()
+        for k, v in model.state_dict().items()
+        if not k.endswith(".num_batches_tracked")  # of the training alone
+    }
     save_file(state, str(out), metadata={"format": "pt", "architecture": options.model})
     print(
         json.dumps(

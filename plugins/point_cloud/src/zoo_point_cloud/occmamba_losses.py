@@ -64,7 +64,8 @@ def _toward_one(value: Tensor) -> Tensor:
 
 
 def geometric_affinity(logits: Tensor, labels: Tensor, empty: int = 0) -> Tensor:
-    """Precision, recall and specificity of being occupied, as cross entropies against 1."""
+    """Precision, recall and specificity of being occupied, as cross entropies against 1. As published, what has no case
+    to be measured on (no empty voxel at all) counts as 0, a cross entropy of 100 that no gradient can change."""
     logits, labels = _rows(logits, labels)
     free = logits.softmax(-1)[:, empty]
     occupied, truth = 1 - free, (labels != empty).to(logits.dtype)

@@ -38,3 +38,11 @@ def zoo_commands() -> Mapping[str, str]:
         "label-points": "zoo_point_cloud.commands:label_points",
         "pretrain-points": "zoo_point_cloud.commands:pretrain_points",
     }
+
+
+@hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [
+        {"model": "pcm_micro.shapes", "file": "demo/samples/chair.ply", "picture": "yes"},
+        {"model": "pcm_micro_parts.shapes", "file": "demo/samples/chair.ply", "picture": "yes"},
+    ]
