@@ -76,6 +76,8 @@ def test_change_command_on_the_examples(tmp_path):
     assert json.loads(run.output)["changed_pixels"] == found["changed_pixels"]
     run = CliRunner().invoke(change, [NAME, pair[0], str(EXAMPLES / "scene_1_after.tif")])
     assert "different grids" in str(run.exception)
+    run = CliRunner().invoke(change, ["morpmamba_houston", *pair])
+    assert "morpmamba_houston is for pixel-classification" in run.output
 
 
 def test_validate_on_the_examples(tmp_path):

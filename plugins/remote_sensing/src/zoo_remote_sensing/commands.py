@@ -9,6 +9,8 @@ import click
 
 from zoo.cli import output
 
+CHANGE_TASKS = ("binary-change-detection", "semantic-change-detection", "damage-assessment")
+
 
 @click.command()
 @click.argument("name")
@@ -50,15 +52,17 @@ def change(
         zoo change changemamba_scd_tiny before.png after.png --checkpoint mine.pth --json
     """
     import zoo
+    from zoo.loading import card_of
 
     arguments = output.loading(options) | {
         "tile": tile, "overlap": overlap, "pixel_area": pixel_area, "value_range": value_range,
         "bands": None if bands is None else _numbers(bands),
         "class_names": None if labels is None else Path(labels).read_text(encoding="utf-8").splitlines(),
     }  # fmt: skip
+    task = card_of(name).task
+    if task not in CHANGE_TASKS:
+        raise click.UsageError(f"{name} is for {task}; expected a model for {', '.join(CHANGE_TASKS)}")
     pipe: Any = zoo.pipeline(name, **arguments)
-    if not hasattr(pipe, "write"):
-        raise click.UsageError(f"{name} is for {pipe.task}; expected a change detection or damage model")
     found = pipe.write((before, after), path, picture=picture, summary=summary)
     if as_json:
         output.emit(found.to_dict())
