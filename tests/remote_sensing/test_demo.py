@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,13 @@ def test_map_pixels_command(tmp_path):
     run = CliRunner().invoke(map_pixels, words, standalone_mode=False)
     assert run.exception is None, run.output
     assert sum(json.loads(run.output)["counts"].values()) == 30
+
+
+def test_documentation_snippet(tmp_path, monkeypatch):
+    pytest.importorskip("rasterio")
+    text = (ROOT / "docs" / "remote_sensing.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/remote_sensing.md", "exec"), {})
+    assert {p.name for p in tmp_path.iterdir()} == {"examples", "change.tif", "change.png", "change.json"}
