@@ -31,9 +31,13 @@ template <class V> struct SsdForward : Ssd<V> {
       if (a.init) transpose<V>(a.headdim, N, static_cast<const T *>(a.init) + (it.b * a.heads + it.first + h) * a.headdim * N, N, to, P);
     }
     for (int64_t i = 0; i < N * kRows; ++i) kT[i] = T(0);
-    Chunk chunk;
+    Chunk chunk, next;
+    next.n = 0;
+    if (count) next.set(a, it.b, 0, count);
     for (int64_t start = 0; start < count; start += kRows) {
-      chunk.set(a, it.b, start, count);
+      chunk = next;
+      next.n = 0;
+      if (start + kRows < count) next.set(a, it.b, start + kRows, count);
       Base::gather(q, Np, a.q, chunk, it.b, it.g, N);
       Base::gather(k, Np, a.k, chunk, it.b, it.g, N);
       transpose<V>(chunk.n, N, k, Np, kT, kRows);
@@ -43,6 +47,7 @@ template <class V> struct SsdForward : Ssd<V> {
         Base::gather_scalars(weight, a.weight, chunk, it.b, it.first + h, T(1), false);
         Base::carries(chunk, factor, carry, end);
         inputs(f, chunk, it.b, it.first + h, P, weight, end, u, ue, y);
+        ahead(f, next, it.b, it.first + h);
         step(a, chunk, N, P, Np, q, k, G, M, factor, carry, u, ue, y, S + h * N * P);
         for (int64_t t = 0; t < chunk.n; ++t) {
           char *to = at(f.y, ((it.b * a.length + chunk.rows[t]) * a.heads + it.first + h) * a.headdim, f.y_dtype);
@@ -52,6 +57,18 @@ template <class V> struct SsdForward : Ssd<V> {
     }
     for (int64_t h = 0; h < heads; ++h)
       transpose<V>(N, a.headdim, S + h * N * P, P, static_cast<T *>(f.final_state) + (it.b * a.heads + it.first + h) * a.headdim * N, N);
+  }
+
+  // The rows that this head reads and writes in the next chunk are on their way while the products of this one are taken:
+  // along a path no processor foresees them.
+  static void ahead(const SsdForwardArgs &f, const Chunk &next, int64_t b, int64_t h) {
+    const SsdArgs &a = f.scan;
+    for (int64_t t = 0; t < next.n; ++t) {
+      const char *from = a.v.row(b, next.rows[t], h);
+      const char *to = at(static_cast<const void *>(f.y), ((b * a.length + next.rows[t]) * a.heads + h) * a.headdim, f.y_dtype);
+      for (int64_t i = 0; i < a.headdim * size_of(a.v.dtype); i += 64) ZK_PREFETCH_L2(from + i);
+      for (int64_t i = 0; i < a.headdim * size_of(f.y_dtype); i += 64) ZK_PREFETCH_L2(to + i);
+    }
   }
 
   // u = w v, ue = u decayed to the chunk's end, y = D v.

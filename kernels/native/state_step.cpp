@@ -87,7 +87,7 @@ template <class V> struct StateStep {
 };
 
 // Few small states are not worth waking threads for.
-ZK_INLINE int64_t useful(int64_t threads, int64_t bytes) { return bytes < 1 << 20 ? 1 : threads; }
+ZK_INLINE int64_t useful(int64_t threads, int64_t bytes) { return bytes < 1 << 19 ? 1 : threads; }
 
 } // namespace ZK_NAMESPACE
 
