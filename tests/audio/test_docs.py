@@ -21,7 +21,7 @@ def test_the_snippets_run(page, tmp_path, monkeypatch):
     (tmp_path / "plugins" / "audio" / "src" / "zoo_audio" / "examples").symlink_to(examples)
     audio, rate = soundfile.read(examples / "sample_1.wav", dtype="float32")
     for name in ("a.wav", "b.mp3", "call.wav", "note.wav"):
-        soundfile.write(name, audio, rate)
+        soundfile.write(name, audio if name != "note.wav" else audio[4000:4200], rate)
 
     def microphone():
         yield from np.array_split(np.repeat(audio, 3), 9)  # 48 kHz

@@ -83,12 +83,23 @@ def masked(features: torch.Tensor, draw: random.Random) -> torch.Tensor:
 
 
 def train(
-    data: Spoken, tokenizer: Tokenizer, *, steps: int, rows: int, rate: float, seed: int, minutes: float = math.inf
+    data: Spoken,
+    tokenizer: Tokenizer,
+    *,
+    steps: int,
+    rows: int,
+    rate: float,
+    seed: int,
+    minutes: float = math.inf,
+    start: Path | None = None,
 ) -> torch.nn.Module:
     """AdamW with a warm-up and a cosine to zero, gradients clipped. ``minutes``: a limit of time, towards which the
-    cosine then runs."""
+    cosine then runs; ``start``: weights to go on from."""
     torch.manual_seed(seed)
-    model = zoo.create("samba_asr_micro", vocab_size=len(tokenizer)).train()
+    if start is None:
+        model = zoo.create("samba_asr_micro", vocab_size=len(tokenizer)).train()
+    else:
+        model = zoo.load("samba_asr_micro", checkpoint=start, dtype=torch.float32).train()
     groups: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for key, parameter in model.named_parameters():
         groups[parameter.dim() > 1 and not key.endswith("A_log")].append(parameter)
@@ -148,6 +159,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="espeak-ng processes at once")
     parser.add_argument("--cache", type=Path, help="a folder that keeps the features between runs")
+    parser.add_argument("--start", type=Path, help="go on from these weights, for a second run at a lower --rate")
     parser.add_argument("--only-score", action="store_true", help="measure the weights in --out, train nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -161,7 +173,7 @@ def main() -> None:
         began = time.process_time()
         model = train(
             data, tokenizer, steps=arguments.steps, rows=arguments.rows, rate=arguments.rate, seed=arguments.seed,
-            minutes=arguments.minutes,
+            minutes=arguments.minutes, start=arguments.start,
         )  # fmt: skip
         spent = time.process_time() - began
         state = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "head.weight"}

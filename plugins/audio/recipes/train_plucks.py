@@ -105,7 +105,7 @@ def train(data: torch.Tensor, *, steps: int, rows: int, rate: float, seed: int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PACKAGE / "demo" / "sashimi_micro.plucks.safetensors")
-    parser.add_argument("--notes", type=int, default=2000)
+    parser.add_argument("--notes", type=int, default=600)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--rate", type=float, default=6e-3)

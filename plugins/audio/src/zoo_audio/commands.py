@@ -191,7 +191,7 @@ def generate_audio(
     """Generate sound with NAME, a SaShiMi, and write it with a picture of its waveform.
 
     \b
-        zoo generate-audio sashimi_micro --seconds 0.5 --count 2 --out notes.wav
+        zoo generate-audio sashimi_sc09 --seconds 0.5 --count 2 --out digits.wav
     """
     import zoo
 

@@ -34,3 +34,12 @@ def zoo_commands() -> Mapping[str, str]:
         "validate-speech": "zoo_audio.commands:validate_speech",
         "generate-audio": "zoo_audio.commands:generate_audio",
     }
+
+
+@hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [
+        {"model": "samba_asr_micro.commands", "file": "examples/sample_1.wav", "picture": "yes"},
+        {"model": "samba_asr_micro.commands", "file": "examples/sample_2.flac"},
+        {"model": "samba_asr_micro.commands", "file": "examples/sample_3.ogg"},
+    ]
