@@ -8,6 +8,7 @@ import zoo
 from zoo_registry import errors
 from zoo_remote_sensing.encoder import forward_type
 from zoo_remote_sensing.losses import lovasz_softmax
+from zoo_remote_sensing.palettes import colours, label_set
 from zoo_remote_sensing.tiling import blended, starts, tile_side
 
 TINY = {"dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "decoder_dim": 8, "mlp_ratio": 1.0}
@@ -103,3 +104,22 @@ def test_pair_of_pictures_to_a_map(semantic, tmp_path):
     assert found.save_picture(tmp_path / "map.png").stat().st_size > 0
     with pytest.raises(errors.BadArgument, match="64 x 40 and 40 x 40"):
         pipe((before, after[:, :40]))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("second", 7), ("landsat_scd", 5), ("xbd", 5), ("uc_merced", 21), ("aid", 30), ("nwpu_resisc45", 45)],
+)
+def test_label_sets_are_complete(name, count):
+    names = label_set(name)
+    assert len(set(names)) == count
+    assert len(set(colours(names))) == count
+    assert names[0] in {"background", "unchanged", "harbor", "Port", "river"}  # the first of the models' outputs
+
+
+def test_models_answer_in_the_names_of_their_data_sets():
+    small = {"dims": [16, 16, 16, 24], "depths": [1] * 4, "mlp_ratio": 1.0}
+    landsat = zoo.pipeline(zoo.create("mamba_fcs_scd_landsat", **small)).layers
+    assert landsat["after"] == ["unchanged", "farmland", "desert", "building", "water"]
+    damage = zoo.pipeline(zoo.create("changemamba_bda_tiny", **small | {"decoder_dim": 8})).layers
+    assert damage["after"][4] == "destroyed"
