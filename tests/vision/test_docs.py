@@ -1,0 +1,42 @@
+"""docs/vision.md: its Python runs, and its commands on the bundled checkpoints do."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from zoo.cli import run
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/vision.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    (tmp_path / "examples").mkdir()
+    shutil.copytree(ROOT / "examples/digits", tmp_path / "examples/digits")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("index", range(PAGE.count("```python\n")))
+def test_snippets_run(index: int, checkout: Path) -> None:
+    snippet = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[index]
+    if "onnx" in snippet:
+        pytest.importorskip("onnxscript")
+    exec(compile(snippet, "vision.md", "exec"), {})
+    if "onnx" in snippet:
+        assert (checkout / "digits.onnx").exists()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "_micro." in c])
+def test_commands_run(command: str, checkout: Path) -> None:
+    words = shlex.split(command)
+    assert words[0] == "zoo"
+    assert run(words[1:]) == 0
+    for name in ("answers.csv", "digits.npy"):
+        assert name not in command or (checkout / name).exists()
+    assert "--save-picture" not in command or list((checkout / "drawn").glob("*.png"))
