@@ -9,12 +9,14 @@ figure is the best round's, and the spread is the median's distance from it. Bef
 agree with itself on the reference operators (relative error below 1e-3 in float32); that reference run is also the
 peer "reference scan". timm's peers run in the same rounds. The share of the scan is the time inside the scan and short
 convolution operators (gates included) of one profiled forward pass. Memory is the growth of a new process's peak over
-what it holds once the model is built (CPU), or the peak that the allocator reports (CUDA).
+what it holds once the model is built (CPU), or the peak that the allocator reports (CUDA). ``--json`` adds to a file
+that holds other models or batch sizes already, so that a long run can be made in pieces; each piece has its own peers.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -35,6 +37,7 @@ from zoo.layers.ss2d import DepthwiseConv2d
 
 OURS = ["vim_tiny", "vmamba_tiny", "mambavision_tiny", "efficientvim_m1"]
 PEERS = ["convnext_tiny", "deit_small_patch16_224", "mambaout_tiny"]
+REFERENCE = " (reference scan)"
 SCANS = (
     "zoo_kernels::selective_scan",
     "zoo_kernels::causal_conv1d",
@@ -106,10 +109,11 @@ def has_scan(model: torch.nn.Module) -> bool:
     return any(name.endswith(("A_log", "Alogs")) for name, _ in model.named_parameters())
 
 
-def memory(name: str, batch: int, options: argparse.Namespace, *, ours: bool) -> float:
+def memory(name: str, batch: int, options: argparse.Namespace, *, ours: bool, reference: bool = False) -> float:
     """Megabytes that one forward pass adds to a process holding the model, measured in a new process (CPU)."""
     words = [sys.executable, __file__, "--memory-child", name, "--batch", str(batch), "--size", str(options.size)]
     words += ["--threads", str(options.threads), "--dtype", options.dtype] + (["--ours"] if ours else [])
+    words += ["--reference-child"] if reference else []
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
@@ -117,8 +121,10 @@ def memory(name: str, batch: int, options: argparse.Namespace, *, ours: bool) ->
 def memory_child(options: argparse.Namespace) -> None:
     model = build(options.memory_child, options.size, "cpu", getattr(torch, options.dtype), ours=options.ours)
     x = torch.randn(options.batch[0], 3, options.size, options.size, dtype=getattr(torch, options.dtype))
-    with torch.inference_mode():
-        model(x[:1, :, : min(options.size, 224), : min(options.size, 224)])  # libraries and their buffers
+    with torch.inference_mode(), zoo_kernels.backend("reference" if options.reference_child else "auto"):
+        if not options.reference_child:  # it is slow, and what its small operators set up is small
+            model(x[:1, :, : min(options.size, 224), : min(options.size, 224)])  # libraries and their buffers
+        _give_back()
         before = _resident()
         _reset_peak()
         model(x)
@@ -141,6 +147,13 @@ def _resident() -> float:
 
 def _peak() -> float:
     return _status("VmHWM")
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, so that the next pass has to ask for all that it needs (glibc only)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _reset_peak() -> None:
@@ -179,8 +192,8 @@ def measure(batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
                 with zoo_kernels.backend("reference"):
                     return model(x)
 
-            calls[f"{name} (reference scan)"] = reference
-            facts[f"{name} (reference scan)"] = {}
+            calls[name + REFERENCE] = reference
+            facts[name + REFERENCE] = {}
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         for name, call in calls.items():
@@ -196,9 +209,10 @@ def measure(batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         best = min(found)
         row = {"model": name, "batch": batch, "images_per_second": batch / best, "milliseconds": 1e3 * best}
         row |= {"spread": statistics.median(found) / best - 1} | facts[name]
-        if "reference" not in name and not options.no_memory:
+        if not options.no_memory:
+            plain = name.removesuffix(REFERENCE)
             row["peak_mb"] = _cuda_peak(calls[name]) if device != "cpu" else memory(
-                name, batch, options, ours=name in options.models
+                plain, batch, options, ours=plain in options.models, reference=plain != name
             )  # fmt: skip
         rows.append(row)
     return rows
@@ -239,6 +253,17 @@ def show(rows: list[dict[str, Any]], peer: str) -> None:
         )
 
 
+def write(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Add this run to the file. A run stays whole: its rows are comparable with each other."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    if old and old["machine"] != about:
+        raise SystemExit(f"{path} holds results of another machine or setting: {old['machine']}; give another file")
+    command = "python benchmarks/models.py " + " ".join(sys.argv[1:])
+    runs = [run for run in old.get("runs", []) if run["command"] != command]
+    runs.append({"command": command, "rows": rows})
+    path.write_text(json.dumps({"machine": about, "runs": runs}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=OURS)
@@ -254,6 +279,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     parser.add_argument("--memory-child", help=argparse.SUPPRESS)
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--reference-child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory_child:
@@ -267,7 +293,7 @@ def main() -> None:
     show(rows, options.peers[0] if options.peers else "")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": about, "command": sys.argv[1:], "rows": rows}, indent=1) + "\n")
+        write(options.json, about, rows)
 
 
 if __name__ == "__main__":
