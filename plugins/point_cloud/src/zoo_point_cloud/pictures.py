@@ -36,6 +36,7 @@ def three_views(
     if colors is None:
         height = unit[:, 2:3]
         colors = (np.concatenate([40 + 200 * height, 90 + 90 * height, 220 - 180 * height], axis=1)).astype(np.uint8)
+    dot = 2 if len(points) > 2000 else 4  # pixels
     rows = (len(legend) + 2) // 3
     sheet = Image.new("RGB", (3 * SIDE, 24 + SIDE + 18 * rows + 4), "white")
     draw = ImageDraw.Draw(sheet)
@@ -45,8 +46,8 @@ def three_views(
         order = np.argsort(unit[:, eye] * sign, kind="stable")
         column = (8 + unit[order, right] * (SIDE - 18)).astype(int)
         row = (8 + (1 - unit[order, up]) * (SIDE - 18)).astype(int)
-        for dr in (0, 1):
-            for dc in (0, 1):
+        for dr in range(dot):
+            for dc in range(dot):
                 canvas[row + dr, column + dc] = colors[order]
         sheet.paste(Image.fromarray(canvas), (k * SIDE, 24))
         draw.text((k * SIDE + 8, 28), name, fill="gray")
