@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=PACKAGE / "demo" / "commands.tokenizer.json")
     parser.add_argument("--utterances", type=int, default=12000)
     parser.add_argument("--test", type=int, default=700)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=4694)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, whatever --steps is")
