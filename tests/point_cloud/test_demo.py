@@ -4,7 +4,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import laspy
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,9 @@ import torch
 import zoo
 from zoo.cli import run
 from zoo_point_cloud.files import read_cloud
+
+laspy = pytest.importorskip("laspy")
+trimesh = pytest.importorskip("trimesh")
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "examples" / "shapes"

@@ -2,13 +2,14 @@
 
 import struct
 
-import laspy
 import numpy as np
 import pytest
-import trimesh
 
 from zoo_point_cloud.files import Cloud, read_cloud, write_labels
 from zoo_point_cloud.pcd import unpack_lzf
+
+laspy = pytest.importorskip("laspy")
+trimesh = pytest.importorskip("trimesh")
 
 
 @pytest.fixture
