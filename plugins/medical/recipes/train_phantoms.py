@@ -117,6 +117,17 @@ def nifti(made: Phantom, path: Path, *, exchanged: bool = False) -> None:
     nibabel.save(image, path)
 
 
+def write_samples(folder: Path) -> None:
+    """A held-out phantom and its labels as a scanner would write them: 8 bits, axes to the left and the back."""
+    made = phantom(1, (40, 34, 26), (2.5, 2.5, 4.0))
+    grey = np.clip(np.round(made.image * 64), 0, 255).astype(np.uint8)
+    for kind, voxels in (("images", grey), ("labels", made.labels)):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        image = nibabel.Nifti1Image(voxels, made.affine).as_reoriented(np.array([[0, -1], [1, -1], [2, 1]]))
+        image.header.set_xyzt_units("mm")
+        nibabel.save(image, folder / kind / "phantom_1.nii.gz")
+
+
 def measure(weights: str, checkpoint: Path | None = None) -> dict[str, dict[str, float]]:
     """Dice of each label, mean over the held-out phantoms, on the training grid and on another one."""
     options = {} if checkpoint is None else {"checkpoint": str(checkpoint)}
@@ -154,7 +165,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="default: zoo_medical/demo/MODEL.phantoms.safetensors")
     parser.add_argument("--evaluate", action="store_true", help="measure the weights of --out, do not train")
+    parser.add_argument(
+        "--samples", type=Path, help="write a held-out phantom and its labels into this folder, and end"
+    )
     options = parser.parse_args()
+    if options.samples:
+        write_samples(options.samples)
+        return
     out = options.out or PACKAGE / "demo" / f"{options.model}.phantoms.safetensors"
     began = time.process_time()
     if not options.evaluate:

@@ -38,3 +38,8 @@ def zoo_validators() -> Mapping[str, str]:
 @hookimpl
 def zoo_commands() -> Mapping[str, str]:
     return {"segment-volume": "zoo_medical.commands:segment_volume"}
+
+
+@hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [{"model": "umamba_micro.phantoms", "file": "demo/samples/phantom_0.nii.gz", "picture": "yes"}]
