@@ -9,7 +9,8 @@ import torch
 from click.testing import CliRunner
 
 import zoo
-from zoo_audio.commands import generate_audio, transcribe, validate_speech
+from zoo.cli.validate import validate
+from zoo_audio.commands import generate_audio, transcribe
 from zoo_audio.metrics import error_rates
 from zoo_audio.pipelines import SpeechRecognition, quiet_cuts
 from zoo_audio.samba_asr import SambaASR
@@ -264,12 +265,12 @@ def test_validate_speech(tmp_path):
         lines.append(f"{i}.wav\t{text}")
     (tmp_path / "list.tsv").write_text("\n".join(lines))
     for given in (tmp_path, tmp_path / "list.tsv"):
-        found = json.loads(run(validate_speech, "samba_asr_micro", given, "--json").stdout)
-        assert found["wer"] <= 2 / 15
-        assert found["files"] == len(lines)
+        found = json.loads(run(validate, "samba_asr_micro", given, "--json").stdout)
+        assert found["metrics"]["WER"] <= 2 / 15
+        assert found["samples"] == len(lines)
     (tmp_path / "1.txt").unlink()
     with pytest.raises(ValueError, match=r"no text beside it; expected 1\.txt"):
-        run(validate_speech, "samba_asr_micro", tmp_path)
+        run(validate, "samba_asr_micro", tmp_path)
 
 
 def test_generate_audio(tmp_path):

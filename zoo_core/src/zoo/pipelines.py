@@ -303,7 +303,7 @@ class Pipeline(ABC):
             )
         if progress is None:
             progress = len(sources) > 4 and sys.stderr.isatty()
-        with _bar(progress, len(sources), self.name) as advance:
+        with progress_bar(progress, len(sources), self.name) as advance:
             batch: list[_Sample] = []
             for source in sources:
                 sample = _Sample(source, describe_source(source))
@@ -435,7 +435,7 @@ def _is_file(text: str) -> bool:
         return False
 
 
-class _bar:
+class progress_bar:
     """A progress bar on stderr, or nothing."""
 
     def __init__(self, show: bool, total: int, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The audio plugin's verbs of the command line: ``zoo transcribe``, ``zoo validate-speech``, ``zoo generate-audio``."""
+"""The audio plugin's verbs of the command line: ``zoo transcribe``, ``zoo generate-audio``."""
 
 from __future__ import annotations
 
@@ -108,69 +108,6 @@ def _streamed(pipe: Any, inputs: list[str], piece: float, as_json: bool) -> int:
     if as_json:
         output.emit(found)
     return 0
-
-
-@click.command("validate-speech")
-@click.argument("name")
-@click.argument("manifest", type=click.Path(exists=True))
-@decoding_options
-@output.loading_options
-@output.as_json
-def validate_speech(
-    name: str, manifest: str, decoding: str | None, beam: int, tokenizer: str | None, as_json: bool, **options: Any
-) -> int:
-    """Word and character error rate of NAME on MANIFEST.
-
-    MANIFEST is a file of lines "AUDIO FILE<tab>WHAT IS SAID" (paths relative to it), or a folder of audio files, each
-    with its text beside it (a.wav, a.txt).
-    """
-    from .metrics import error_rates
-
-    pairs = read_manifest(Path(manifest))
-    pipe = _pipeline(name, options, decoding=decoding, beam=beam, tokenizer=tokenizer)
-    answers = pipe([path for path, _ in pairs])
-    rates = error_rates([text for _, text in pairs], [a.text for a in answers])
-    seconds, spent = sum(a.seconds for a in answers), sum(a.seconds * a.real_time_factor for a in answers)
-    figures = {
-        "model": pipe.name, "files": len(pairs), **rates.to_dict(), "seconds": seconds,
-        "real_time_factor": spent / seconds if seconds else None,
-    }  # fmt: skip
-    if as_json:
-        output.emit(figures)
-    else:
-        click.echo(
-            f"{len(pairs)} files, {rates.words} words: word error rate {rates.wer:.2%} ({rates.substitutions} wrong, "
-            f"{rates.deletions} missing, {rates.insertions} too many), character error rate {rates.cer:.2%}"
-        )
-    return 0
-
-
-def read_manifest(path: Path) -> list[tuple[Path, str]]:
-    """(audio file, text) pairs. Raises BadArgument for lines without a tab, files without a text, and none at all."""
-    from zoo_registry import errors
-
-    from .files import EXTENSIONS
-
-    def bad(message: str) -> Exception:
-        return errors.BadArgument(message, argument="manifest", accepted=[])
-
-    if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.name.lower().endswith(EXTENSIONS))
-        lacking = [f.name for f in files if not f.with_suffix(".txt").is_file()]
-        if lacking:
-            raise bad(f"{lacking[0]} in {path} has no text beside it; expected {Path(lacking[0]).stem}.txt")
-        pairs = [(f, f.with_suffix(".txt").read_text(encoding="utf-8").strip()) for f in files]
-    else:
-        pairs = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                file, tab, text = line.partition("\t")
-                if not tab:
-                    raise bad(f"line {number} of {path} has no tab; expected an audio file, a tab, and what is said")
-                pairs.append((path.parent / file, text))
-    if not pairs:
-        raise bad(f"{path} names no audio file; expected one of {', '.join(EXTENSIONS)}")
-    return pairs
 
 
 @click.command("generate-audio")

@@ -28,10 +28,14 @@ def zoo_pipelines() -> Mapping[str, str]:
 
 
 @hookimpl
+def zoo_validators() -> Mapping[str, str]:
+    return {"speech-recognition": "zoo_audio.validation:validate_speech"}
+
+
+@hookimpl
 def zoo_commands() -> Mapping[str, str]:
     return {
         "transcribe": "zoo_audio.commands:transcribe",
-        "validate-speech": "zoo_audio.commands:validate_speech",
         "generate-audio": "zoo_audio.commands:generate_audio",
     }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import errors
-from zoo.pipelines import _bar
+from zoo.pipelines import progress_bar
 from zoo.validation import Measured
 
 from .pipelines import MedicalSegmentation
@@ -45,7 +45,7 @@ def validate_cases(
     names = pipe.labels() or []
     rows: list[list[dict[str, float]]] = []
     began = time.perf_counter()
-    with _bar(progress and sys.stderr.isatty(), len(cases), pipe.name) as advance:
+    with progress_bar(progress and sys.stderr.isatty(), len(cases), pipe.name) as advance:
         for images, truth in cases:
             answer = pipe(images)
             rows.append(compare(answer.labels, _truth(truth, answer.labels, classes), answer.spacing, classes))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from zoo.pipelines import _bar
+from zoo.pipelines import progress_bar
 from zoo.validation import Measured
 from zoo_registry import errors
 
@@ -64,7 +64,7 @@ def validate_interactions(
     samples = Samples(table, np.maximum(start, end - window), end, window)
     ranking = Ranking((10, 20))
     began = time.perf_counter()
-    with _bar(progress and sys.stderr.isatty(), len(samples), pipe.name) as advance, torch.inference_mode():
+    with progress_bar(progress and sys.stderr.isatty(), len(samples), pipe.name) as advance, torch.inference_mode():
         for batch in samples.batches(batch_size):
             user = pipe.recommender(batch["item_seq"], batch["item_seq_len"], batch["times"])
             ranking.add(pipe.recommender.scores(user).float(), batch["target"])

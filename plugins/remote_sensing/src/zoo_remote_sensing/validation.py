@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from zoo.pipelines import _bar
+from zoo.pipelines import progress_bar
 from zoo.validation import Measured
 
 from . import metrics
@@ -98,7 +98,7 @@ def _run(
     pipe: ChangeDetection, samples: Sequence[tuple[str, Any]], progress: bool
 ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
     """(the sample's files, the model's likeliest classes for its first two) one after the other."""
-    with _bar(progress and sys.stderr.isatty(), len(samples), pipe.name) as advance:
+    with progress_bar(progress and sys.stderr.isatty(), len(samples), pipe.name) as advance:
         for name, files in samples:
             pair = pipe.read((files[0], files[1]))
             maps: dict[str, np.ndarray] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.pipelines import _bar
+from zoo.pipelines import progress_bar
 from zoo.validation import Measured
 from zoo_registry import errors
 
@@ -57,7 +57,7 @@ def validate_folder(
     seen = right1 = right5 = 0
     outputs = 0
     began = time.perf_counter()
-    with _bar(progress and sys.stderr.isatty(), len(data), pipe.name) as advance, torch.inference_mode():
+    with progress_bar(progress and sys.stderr.isatty(), len(data), pipe.name) as advance, torch.inference_mode():
         for images, targets in loader:
             logits = pipe.model(pipe._to_model(images)).float().cpu()
             outputs = logits.shape[-1]
