@@ -1,7 +1,8 @@
 """Train samba_asr_micro on commands and digit strings spoken by espeak-ng, and measure it on voices it never heard.
 
     apt-get install espeak-ng
-    python plugins/audio/recipes/train_commands.py
+    python plugins/audio/recipes/train_commands.py --cache speech
+    python plugins/audio/recipes/train_commands.py --cache speech --steps 14347 --seed 1 --start FIRST --out SECOND
 
 All speech is made here (``speech.py``): eight accents times the variants of espeak-ng, speeds 120 to 220 words a
 minute, pitches, pauses, white and pink noise at 10 to 40 dB, levels down to -20 dB. Every seventh variant is held out
@@ -159,7 +160,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="espeak-ng processes at once")
     parser.add_argument("--cache", type=Path, help="a folder that keeps the features between runs")
-    parser.add_argument("--start", type=Path, help="go on from these weights, for a second run at a lower --rate")
+    parser.add_argument("--start", type=Path, help="go on from these weights, for a second run")
     parser.add_argument("--only-score", action="store_true", help="measure the weights in --out, train nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

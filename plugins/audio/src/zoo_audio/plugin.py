@@ -46,4 +46,5 @@ def zoo_demos() -> Iterable[Mapping[str, str]]:
         {"model": "samba_asr_micro.commands", "file": "examples/sample_1.wav", "picture": "yes"},
         {"model": "samba_asr_micro.commands", "file": "examples/sample_2.flac"},
         {"model": "samba_asr_micro.commands", "file": "examples/sample_3.ogg"},
+        {"model": "sashimi_micro.plucks", "file": "examples/pluck.wav", "picture": "yes"},
     ]
