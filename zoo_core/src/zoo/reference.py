@@ -12,6 +12,7 @@ trained with the original code, and how parity with the original is tested::
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import re
 import sys
@@ -101,7 +102,8 @@ class ReferenceAdapter(ABC):
         """Outputs (and the intermediate tensors the system's golden files name) by name, without ``out/``.
 
         Intermediates are returned under ``mid/<name>`` keys; outputs under their bare names. ``call`` is the
-        golden file's description of what was called, for files that need it.
+        golden file's description of what was called, for files that need it. An adapter that can compute more than
+        it should by default takes ``wanted`` as well, the names to compute; :meth:`replay` passes those of the file.
         """
 
     def replay(self, path: str | Path, *, grad: bool = False) -> dict[str, Tensor]:
@@ -111,9 +113,11 @@ class ReferenceAdapter(ABC):
         """
         golden = read_golden(path)
         model = self.build(golden.config, golden.state, source=golden.source)
-        context = torch.enable_grad() if grad else torch.no_grad()
-        with context:
-            found = self.run(model, golden.inputs, call=golden.call)
+        more: dict[str, Any] = {}
+        if "wanted" in inspect.signature(self.run).parameters:
+            more["wanted"] = [*golden.outputs, *(f"mid/{k}" for k in golden.mids)]
+        with torch.enable_grad() if grad else torch.no_grad():
+            found = self.run(model, golden.inputs, call=golden.call, **more)
             named = {k if k.startswith(("mid/", "out/")) else f"out/{k}": v for k, v in found.items()}
             if grad:
                 self.loss(golden, named).backward()

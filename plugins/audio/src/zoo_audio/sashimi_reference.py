@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.layers.s4 import STEP_MODES, S4Kernel
-from zoo.reference import ReferenceAdapter, read_golden
+from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Rules, Squeeze
 from zoo.systems import s4_arguments as arguments
 from zoo.systems.s4 import VERSION_3
@@ -105,19 +104,6 @@ class SashimiAdapter(ReferenceAdapter):
         if any(".kernel.kernel." in key for key in state):
             state = VERSION_3.to_zoo(state)
         return super().to_zoo(state, model=model)
-
-    def replay(self, path: str | Path, *, grad: bool = False) -> dict[str, Tensor]:
-        golden = read_golden(path)
-        model = self.build(golden.config, golden.state, source=golden.source)
-        wanted = [*golden.outputs, *(f"mid/{k}" for k in golden.mids)]
-        with torch.enable_grad() if grad else torch.no_grad():
-            found = self.run(model, golden.inputs, call=golden.call, wanted=wanted)
-            named = {k if k.startswith("mid/") else f"out/{k}": v for k, v in found.items()}
-            if grad:
-                self.loss(golden, named).backward()
-                gradients = self.gradients(model)
-                named.update({f"grad/{k}": gradients[k] for k in golden.grads if k in gradients})
-        return {k: v.detach() for k, v in named.items()}
 
     def run(
         self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None, wanted: Iterable[str] | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from zoo.layers.s4d import S4D
 from zoo.layers.s4nd import S4ND
 from zoo.models.s4 import RetrievalDecoder, S4LanguageModel, SequenceDecoder, SequenceModel
 from zoo.models.s5 import S5Classifier
-from zoo.reference import ReferenceAdapter, read_golden
+from zoo.reference import ReferenceAdapter
 from zoo.rules import Concat, Rename, Rule, Rules, Scale, Squeeze, Tied, Transpose, Unsqueeze
 
 from . import s4_arguments as arguments
@@ -171,19 +170,6 @@ class S4Adapter(ReferenceAdapter):
         return table
 
     # -- running ---------------------------------------------------------------------------------------------------
-
-    def replay(self, path: str | Path, *, grad: bool = False) -> dict[str, Tensor]:
-        golden = read_golden(path)
-        model = self.build(golden.config, golden.state, source=golden.source)
-        wanted = [*golden.outputs, *(f"mid/{k}" for k in golden.mids)]
-        with torch.enable_grad() if grad else torch.no_grad():
-            found = self.run(model, golden.inputs, call=golden.call, wanted=wanted)
-            named = {k if k.startswith("mid/") else f"out/{k}": v for k, v in found.items()}
-            if grad:
-                self.loss(golden, named).backward()
-                gradients = self.gradients(model)
-                named.update({f"grad/{k}": gradients[k] for k in golden.grads if k in gradients})
-        return {k: v.detach() for k, v in named.items()}
 
     def run(
         self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None, wanted: Iterable[str] | None = None

@@ -4,13 +4,11 @@ systems' own code give them; the orders themselves are :mod:`zoo_kernels.paths`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from zoo.reference import ReferenceAdapter, read_golden
+from zoo.reference import ReferenceAdapter
 from zoo_kernels import paths
 
 #: Orders of a plane: one row without a directions axis for those in _SINGLE.
@@ -86,9 +84,3 @@ class ScanOrdersAdapter(ReferenceAdapter):
     ) -> dict[str, Tensor]:
         assert isinstance(model, ScanOrders)
         return {name: model(name) for name in (model.names() if wanted is None else wanted)}
-
-    def replay(self, path: str | Path, *, grad: bool = False) -> dict[str, Tensor]:
-        golden = read_golden(path)
-        model = self.build(golden.config, golden.state, source=golden.source)
-        with torch.no_grad():
-            return {f"out/{name}": order for name, order in self.run(model, {}, wanted=golden.outputs).items()}
