@@ -11,6 +11,7 @@ from zoo.cli import output
 
 
 def decoding_options(command: Any) -> Any:
+    """The options of every verb that writes text: beam, head, tokenizer."""
     heads = click.Choice(["ctc", "decoder"])
     own = click.Path(exists=True, dir_okay=False)
     for option in (

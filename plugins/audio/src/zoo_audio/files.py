@@ -171,6 +171,7 @@ def open_audio(source: Any, rate: float | None = None) -> Audio:
 
 
 def unreadable(path: Path, error: Exception) -> Exception:
+    """The error for a file that libsndfile refused, with its reason."""
     reason = str(error).rpartition(": ")[2].rstrip(".") or "unknown format"
     return errors.BadArgument(
         f"{path} cannot be read as audio ({reason}); expected an intact file of one of {', '.join(EXTENSIONS)}",

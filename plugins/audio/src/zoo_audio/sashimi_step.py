@@ -57,6 +57,7 @@ class Stepper:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
+        """Token ids (batch,) int64 of one sample to the logits (batch, vocab_size) of the next."""
         x: Tensor | None = self.embedding[tokens]
         skips = [x]
         for part in self.down:
@@ -89,6 +90,7 @@ class Stepper:
 
 
 def linear(layer: nn.Linear) -> Step:
+    """``layer`` as one call on (batch, in_features), its weight transposed once."""
     weight, bias = layer.weight.detach().t().contiguous(), layer.bias.detach()
     return lambda x: torch.addmm(bias, x, weight)
 
@@ -145,6 +147,7 @@ def block(layer: SequenceBlock, batch: int) -> Step:
 
 
 def output(layer: nn.Module) -> Step | None:
+    """What follows S4: the linear map with GLU as two calls, or the layer itself."""
     if isinstance(layer, nn.Sequential) and isinstance(layer[1], nn.GLU):
         wide = linear(layer[0])  # type: ignore[arg-type]
         return lambda y: F.glu(wide(y), -1)

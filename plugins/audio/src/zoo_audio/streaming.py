@@ -27,6 +27,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Word:
+    """One word of the text, and when it is heard (None: the decoder wrote it and there is no CTC head to place it)."""
+
     text: str
     start: float | None  #: seconds, when its first piece is recognised
     end: float | None  #: seconds, when its last piece is

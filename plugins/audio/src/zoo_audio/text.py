@@ -28,6 +28,7 @@ class Tokenizer:
         return self._fast.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` after :func:`normalise`, without the special ones."""
         return self._fast.encode(normalise(text), add_special_tokens=False).ids
 
     def piece(self, token: int) -> str:
@@ -36,6 +37,7 @@ class Tokenizer:
         return "" if text in SPECIAL else text
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``; special ones are left out."""
         return "".join(self.piece(i) for i in ids).replace(MARK, " ").strip()
 
 

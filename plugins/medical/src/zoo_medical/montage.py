@@ -51,6 +51,7 @@ def montage(
 
 
 def colour(value: int) -> tuple[int, int, int]:
+    """Red, green and blue (0 to 255) of label ``value``, 1 or more; colours repeat after the last."""
     return COLOURS[(value - 1) % len(COLOURS)]
 
 

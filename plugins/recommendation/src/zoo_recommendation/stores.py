@@ -34,10 +34,19 @@ Change = Callable[[list[UserRecord | None]], list[UserRecord]]
 class Store(Protocol):
     """What :class:`zoo_recommendation.serving.Recommender` needs of a place for users."""
 
-    def get(self, user: str) -> UserRecord | None: ...
-    def put_many(self, records: Iterable[tuple[str, UserRecord]]) -> None: ...
-    def change(self, users: Sequence[str], change: Change) -> None: ...
-    def users(self) -> Iterator[str]: ...
+    def get(self, user: str) -> UserRecord | None:
+        """The user's record, None for one who is not in the store."""
+
+    def put_many(self, records: Iterable[tuple[str, UserRecord]]) -> None:
+        """Write records, in place of earlier ones of the same users."""
+
+    def change(self, users: Sequence[str], change: Change) -> None:
+        """Read these users' records, change them and write them back; nobody else writes them in between."""
+
+    def users(self) -> Iterator[str]:
+        """The ids of all users."""
+        ...
+
     def __len__(self) -> int: ...
 
 

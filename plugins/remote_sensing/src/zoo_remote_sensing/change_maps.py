@@ -143,6 +143,7 @@ class Tally:
 
 
 def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int, int, int]]:
+    """(top, left, height, width) in pixels of the squares of ``side`` that cover a scene without overlap."""
     for top in range(0, height, side):
         for left in range(0, width, side):
             yield top, left, min(side, height - top), min(side, width - left)

@@ -29,6 +29,7 @@ CACHE_MB = 64
 
 
 def bad_input(message: str, argument: str = "inputs") -> errors.BadArgument:
+    """A ``BadArgument`` about a file that was given."""
     return errors.BadArgument(message, argument=argument, accepted=[])
 
 
