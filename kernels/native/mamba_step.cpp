@@ -1,8 +1,9 @@
 // One token through a whole stack of Mamba or Mamba-2 blocks, for decoding one text on a CPU.
 //
-// A step reads every weight once and does little else, so what counts is that nothing comes between two reads: a block is
-// three or four rounds of the thread pool, the norms, the convolution, the recurrence and the gates run where their operands
-// are still in registers or in the first cache, and the state is updated where it lies. Weights are float32, bfloat16,
+// A step reads every weight once and does little else, so what counts is that nothing comes between two reads: the stack is
+// one visit to the threads, three or four stages a block; norms and output gates are computed by every thread for itself,
+// the convolution, the recurrence and the gates run where their operands are still in registers or in the first cache, and
+// the state is updated where it lies. Weights are float32, bfloat16,
 // float16, or int8 with one factor a row; everything else is float32.
 
 #include "vec.h"
@@ -80,14 +81,10 @@ template <class V> struct Stack {
     default: return rows_of<ZK_I8>(m, features, x, first, end, y);
     }
   }
-  // Rows in a work item: about 64 KB of weights, a multiple of 16 (a whole vector of every width).
-  static int64_t span(const Matrix &m, int64_t features) {
-    int64_t each = 65536 / (features * size_of(m.dtype) + 1);
-    return (each + 16) / 16 * 16;
-  }
-  template <class F> static void over_rows(int64_t threads, const Matrix &m, int64_t features, int64_t out, const F &work) {
-    int64_t each = span(m, features);
-    parallel(out <= each ? 1 : threads, ceil_div(out, each), [&](int64_t i) { work(i * each, min_of((i + 1) * each, out)); });
+  // Rows in a work item: about 48 KB of weights, a multiple of 16 (a whole vector of every width) where there are many.
+  static int64_t span(const Matrix &m, int64_t features, int64_t out) {
+    int64_t each = 49152 / (features * size_of(m.dtype) + 1) + 1;
+    return out < 512 ? min_of(each, 4) : (each + 15) / 16 * 16;
   }
 
   // -- norms --------------------------------------------------------------------------------------------------------------
@@ -104,19 +101,21 @@ template <class V> struct Stack {
       put(y + c, load(x + c, n) * scale * load(weight + c, n), n);
     }
   }
-  // Mamba-2's output norm and gate, in place.
-  static void gate(const Layer &l, float *y, const float *z) {
-    auto times_gate = [&] {
+  // Mamba-2's output norm and gate: from y to out.
+  static void gate(const Layer &l, const float *y, const float *z, float *out) {
+    auto times_gate = [&](const float *from) {
       for (int64_t c = 0; c < l.inner; c += W) {
         int n = int(min_of(W, l.inner - c));
-        put(y + c, load(y + c, n) * silu(load(z + c, n)), n);
+        put(out + c, load(from + c, n) * silu(load(z + c, n)), n);
       }
     };
-    if (!l.norm_before_gate || !l.gate_norm) times_gate();
+    bool first = !l.norm_before_gate || !l.gate_norm;
+    if (first) times_gate(y);
     if (!l.gate_norm) return;
     int64_t size = l.inner / l.groups;
-    for (int64_t g = 0; g < l.groups; ++g) rms(y + g * size, l.gate_norm + g * size, l.gate_eps, size, y + g * size);
-    if (l.norm_before_gate) times_gate();
+    for (int64_t g = 0; g < l.groups; ++g)
+      rms((first ? out : y) + g * size, l.gate_norm + g * size, l.gate_eps, size, out + g * size);
+    if (l.norm_before_gate) times_gate(out);
   }
 
   // -- the recurrent parts ------------------------------------------------------------------------------------------------
@@ -196,52 +195,99 @@ template <class V> struct Stack {
     }
   }
 
-  // -- blocks -------------------------------------------------------------------------------------------------------------
+  // -- the stack ----------------------------------------------------------------------------------------------------------
 
-  // p: the projections; y: the scan's output; h: the normed stream.
-  static void mamba(const StackArgs &a, const Layer &l, const float *h, float *p, float *r, float *y) {
-    int64_t E = l.inner;
-    over_rows(a.threads, l.in, a.dim, 2 * E, [&](int64_t first, int64_t end) {
-      rows(l.in, a.dim, h, first, end, p);
-      if (first < E) convolve(l, E, p, first, min_of(end, E));
-    });
-    over_rows(a.threads, l.xproj, E, l.rank + 2 * l.states, [&](int64_t first, int64_t end) { rows(l.xproj, E, p, first, end, r); });
-    int64_t each = ceil_div(ceil_div(E, 4 * a.threads), 16) * 16;
-    parallel(a.threads, ceil_div(E, each), [&](int64_t i) { scan(l, r, y, p, p + E, y, i * each, min_of((i + 1) * each, E)); });
+  static constexpr int64_t kStages = 4;     // a block: projections in, Mamba's dt, B and C, the recurrence, the projection out
+  static constexpr int64_t kChannels = 64;  // of a work item of Mamba's recurrence
+
+  static int64_t pad(int64_t n) { return (n + 15) / 16 * 16; }
+  static int64_t projected(const Layer &l) {
+    return l.kind == 1 ? 2 * l.inner : 2 * l.inner + 2 * l.groups * l.states + l.heads;
   }
-  static void mamba2(const StackArgs &a, const Layer &l, const float *h, float *p, float *y) {
+
+  // What a thread keeps for itself: the normed stream or the gated output that the stage starts from.
+  struct Own {
+    int64_t stage;
+    float *vector;
+  };
+
+  // Work item i of a stage of block l, for the rows or channels that it stands for.
+  static void item(const StackArgs &a, int64_t stage, int64_t i, float *x, float *rest, Own &own) {
+    const Layer &l = a.layer[stage / kStages];
     int64_t E = l.inner, N = l.groups * l.states, channels = E + 2 * N;
-    over_rows(a.threads, l.in, a.dim, E + channels + l.heads, [&](int64_t first, int64_t end) {
-      rows(l.in, a.dim, h, first, end, p);
-      int64_t c = first < E ? 0 : first - E, stop = min_of(end - E, channels);
-      if (c < stop) convolve(l, channels, p + E, c, stop);
-    });
-    const float *x = p + E;
-    parallel(a.threads, l.heads, [&](int64_t i) { head(l, x, x + E, x + E + N, p[E + channels + i], y, i); });
-    gate(l, y, p);
+    float *y = rest, *r = y + pad(E), *p = r + pad(l.rank + 2 * l.states);
+    bool fresh = own.stage != stage;
+    own.stage = stage;
+    auto range = [&](int64_t each, int64_t out, auto work) { work(i * each, min_of((i + 1) * each, out)); };
+    switch (stage % kStages) {
+    case 0: {
+      if (fresh) rms(x, l.norm, l.norm_eps, a.dim, own.vector);
+      int64_t out = projected(l);
+      return range(span(l.in, a.dim, out), out, [&](int64_t first, int64_t end) {
+        rows(l.in, a.dim, own.vector, first, end, p);
+        int64_t skip = l.kind == 1 ? 0 : E, count = l.kind == 1 ? E : channels;  // of the projections, what is convolved
+        int64_t c = first < skip ? 0 : first - skip, stop = min_of(end - skip, count);
+        if (c < stop) convolve(l, count, p + skip, c, stop);
+      });
+    }
+    case 1: {  // Mamba only
+      int64_t out = l.rank + 2 * l.states;
+      return range(span(l.xproj, E, out), out, [&](int64_t first, int64_t end) { rows(l.xproj, E, p, first, end, r); });
+    }
+    case 2:
+      if (l.kind == 1) return range(kChannels, E, [&](int64_t first, int64_t end) { scan(l, r, y, p, p + E, y, first, end); });
+      return head(l, p + E, p + 2 * E, p + 2 * E + N, p[E + channels + i], y, i);
+    default: {
+      const float *from = y;
+      if (l.kind == 2) {
+        if (fresh) gate(l, y, p, own.vector);
+        from = own.vector;
+      }
+      return range(span(l.out, E, a.dim), a.dim, [&](int64_t first, int64_t end) {
+        float o[256];
+        for (int64_t c = first; c < end; c += 256) {
+          int64_t stop = min_of(c + 256, end);
+          rows(l.out, E, from, c, stop, o - c);
+          for (int64_t k = c; k < stop; ++k) x[k] += o[k - c];
+        }
+      });
+    }
+    }
   }
 
   static int64_t step(const StackArgs &a) {
-    float *x = a.work, *h = x + (a.dim + 15) / 16 * 16, *o = h + (a.dim + 15) / 16 * 16, *rest = o + (a.dim + 15) / 16 * 16;
+    float *x = a.work, *rest = x + pad(a.dim);
+    int64_t stages = a.layers * kStages + 1, threads = min_of(a.threads > 1 ? a.threads : 1, 64), room = pad(a.dim);
+    for (int64_t i = 0; i < a.layers; ++i)
+      if (room < pad(a.layer[i].inner)) room = pad(a.layer[i].inner);
+    Scratch<int64_t> counts(stages);
+    Scratch<Own> own(threads);
+    Scratch<float> vectors(threads * room);
+    if (!counts.data || !own.data || !vectors.data) return ZK_NO_MEMORY;
+    for (int64_t t = 0; t < threads; ++t) own.data[t] = {-1, vectors.data + t * room};
+    for (int64_t i = 0; i < a.layers; ++i) {
+      const Layer &l = a.layer[i];
+      int64_t *count = counts.data + i * kStages, few = l.rank + 2 * l.states;
+      count[0] = ceil_div(projected(l), span(l.in, a.dim, projected(l)));
+      count[1] = l.kind == 1 ? ceil_div(few, span(l.xproj, l.inner, few)) : 0;
+      count[2] = l.kind == 1 ? ceil_div(l.inner, kChannels) : l.heads;
+      count[3] = ceil_div(a.dim, span(l.out, l.inner, a.dim));
+    }
+    int64_t each = span(a.head, a.dim, a.vocabulary);
+    counts.data[stages - 1] = ceil_div(a.vocabulary, each);
+
     const char *token = at(a.embedding, a.token * a.dim, a.embedding_dtype);
     for (int64_t c = 0; c < a.dim; c += W) {
       int n = int(min_of(W, a.dim - c));
       put(x + c, load_as<V>(at(token, c, a.embedding_dtype), a.embedding_dtype, n), n);
     }
-    for (int64_t i = 0; i < a.layers; ++i) {
-      const Layer &l = a.layer[i];
-      float *y = rest, *r = y + (l.inner + 15) / 16 * 16, *p = r + (l.rank + 2 * l.states + 15) / 16 * 16;
-      rms(x, l.norm, l.norm_eps, a.dim, h);
-      if (l.kind == 1) mamba(a, l, h, p, r, y);
-      else mamba2(a, l, h, p, y);
-      over_rows(a.threads, l.out, l.inner, a.dim, [&](int64_t first, int64_t end) {
-        rows(l.out, l.inner, y, first, end, o);
-        for (int64_t c = first; c < end; ++c) x[c] += o[c];
-      });
-    }
-    rms(x, a.norm, a.eps, a.dim, h);
-    over_rows(a.threads, a.head, a.dim, a.vocabulary, [&](int64_t first, int64_t end) { rows(a.head, a.dim, h, first, end, a.logits); });
-    return ZK_OK;
+    return in_stages(threads, stages, counts.data, [&](int64_t stage, int64_t i, int64_t member) {
+      Own &mine = own.data[member];
+      if (stage + 1 < stages) return item(a, stage, i, x, rest, mine);
+      if (mine.stage != stage) rms(x, a.norm, a.eps, a.dim, mine.vector);
+      mine.stage = stage;
+      rows(a.head, a.dim, mine.vector, i * each, min_of((i + 1) * each, a.vocabulary), a.logits);
+    });
   }
 };
 

@@ -56,12 +56,21 @@ enum zk_status : int64_t { ZK_OK = 0, ZK_NO_MEMORY = 1 };
 extern "C" {
 // Calls work(context, i) for every i in 0 .. count - 1, each once, on up to `threads` threads. See common/pool.cpp.
 void zk_parallel(int64_t threads, int64_t count, void (*work)(void *, int64_t), void *context);
+// Calls work(context, s, i, member) for every stage s and every i in 0 .. counts[s] - 1, a stage after the whole of the one
+// before, on one team of threads from the first to the last: much cheaper than zk_parallel for each stage. `member` is a
+// number below `threads` that two calls at the same time never share. Returns ZK_OK or ZK_NO_MEMORY.
+int64_t zk_stages(int64_t threads, int64_t stages, const int64_t *counts, void (*work)(void *, int64_t, int64_t, int64_t), void *context);
 }
 
 namespace ZK_NAMESPACE {
 
 template <class F> inline void parallel(int64_t threads, int64_t count, const F &work) {
   zk_parallel(threads, count, [](void *context, int64_t i) { (*static_cast<const F *>(context))(i); }, const_cast<F *>(&work));
+}
+
+template <class F> inline int64_t in_stages(int64_t threads, int64_t stages, const int64_t *counts, const F &work) {
+  auto one = [](void *context, int64_t s, int64_t i, int64_t member) { (*static_cast<const F *>(context))(s, i, member); };
+  return zk_stages(threads, stages, counts, one, const_cast<F *>(&work));
 }
 
 // Scratch memory, aligned to 64 bytes, freed at the end of its block; `data` is null if there was none left.

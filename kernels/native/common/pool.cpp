@@ -17,7 +17,9 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <thread>
+#include <vector>
 
 #if !defined(_WIN32)
 #include <pthread.h>
@@ -117,17 +119,84 @@ Parallel openmp() {
 #endif
 }
 
-struct Shared {
+// One index counter of its own, alone on its cache line.
+struct alignas(64) Range {
   std::atomic<int64_t> next{0};
-  int64_t count;
+  int64_t end = 0;
+};
+
+// The indices 0 .. count - 1 in as many consecutive ranges as there are threads. A thread works through one of them, so
+// that what it reads from memory is one long stream (two threads that take turns at pieces of 64 KB read at two thirds
+// of the rate), and then helps with those that are left. Nobody waits for a thread that never came.
+struct Ranges {
+  Range *range;
+  int parts;
+  void set(Range *memory, int number, int64_t count) {
+    range = memory;
+    parts = number;
+    for (int p = 0; p < parts; ++p) {
+      range[p].next.store(count / parts * p + count % parts * p / parts, std::memory_order_relaxed);
+      range[p].end = count / parts * (p + 1) + count % parts * (p + 1) / parts;
+    }
+  }
+  template <class F> int64_t drain(int first, const F &work) {
+    int64_t done = 0;
+    for (int k = 0; k < parts; ++k) {
+      Range &r = range[(first + k) % parts];
+      if (r.next.load(std::memory_order_relaxed) >= r.end) continue;
+      for (int64_t i; (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.end; ++done) work(i);
+    }
+    return done;
+  }
+};
+
+// Work for a team of threads: run(context, member) once for each member, on different threads if they come, on one after
+// another if not.
+void team(int members, void (*run)(void *, int), void *context);
+
+struct Loop {
+  Ranges ranges;
   void (*work)(void *, int64_t);
   void *context;
 };
 
-void take(void *p) {
-  Shared &job = *static_cast<Shared *>(p);
+struct Program {
+  int64_t stages;
+  Ranges *ranges;             // of each stage
+  const int64_t *counts;
+  std::atomic<int64_t> *done; // indices of each stage
+  void (*work)(void *, int64_t, int64_t, int64_t);
+  void *context;
+};
+
+void loop(void *p, int member) {
+  Loop &job = *static_cast<Loop *>(p);
+  job.ranges.drain(member, [&](int64_t i) { job.work(job.context, i); });
+}
+
+void program(void *p, int member) {
+  Program &job = *static_cast<Program *>(p);
+  for (int64_t s = 0; s < job.stages; ++s) {
+    int64_t mine = job.ranges[s].drain(member, [&](int64_t i) { job.work(job.context, s, i, member); });
+    if (mine) job.done[s].fetch_add(mine, std::memory_order_acq_rel);
+    for (int spins = 0; job.done[s].load(std::memory_order_acquire) != job.counts[s]; ++spins) {
+      if (spins < kSpins) ZK_PAUSE();
+      else std::this_thread::yield();
+    }
+  }
+}
+
+struct Team {
+  std::atomic<int> arrived{0};
+  int members;
+  void (*run)(void *, int);
+  void *context;
+};
+
+void join(void *p) {
+  Team &job = *static_cast<Team *>(p);
   inside = true;
-  for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.work(job.context, i);
+  for (int m; (m = job.arrived.fetch_add(1, std::memory_order_relaxed)) < job.members;) job.run(job.context, m);
   inside = false;
 }
 
@@ -140,26 +209,11 @@ Pool *get() {
   return pool;
 }
 
-} // namespace
-
-ZK_PUBLIC void zk_parallel(int64_t threads, int64_t count, void (*work)(void *, int64_t), void *context) {
-  if (threads > count) threads = count;
-  if (threads > kMaxWorkers) threads = kMaxWorkers;
-  if (count >= int64_t(0xffffffff)) threads = 1;
-  if (threads > 1 && !inside && openmp() && !forked.load(std::memory_order_relaxed)) {
-    Shared job;
-    job.count = count;
-    job.work = work;
-    job.context = context;
-    openmp()(take, &job, unsigned(threads), 0);
-    return;
-  }
-  Pool *pool = threads > 1 && !inside ? get() : nullptr;
-  if (!pool || !pool->user.try_lock()) {
-    for (int64_t i = 0; i < count; ++i) work(context, i);
-    return;
-  }
-  int helpers = int(threads) - 1;
+// The pool's part of team(): false if it is in use.
+bool pooled(int members, void (*run)(void *, int64_t), void *context) {
+  Pool *pool = get();
+  if (!pool->user.try_lock()) return false;
+  int helpers = members - 1;
   uint64_t ticket = pool->ticket.load(std::memory_order_relaxed);
   while (pool->workers < helpers) {
     try {
@@ -173,8 +227,8 @@ ZK_PUBLIC void zk_parallel(int64_t threads, int64_t count, void (*work)(void *, 
   uint32_t job = uint32_t((ticket >> 16) + 1);
   pool->next.store(uint64_t(job) << 32 | 0xffffffffu, std::memory_order_relaxed);  // nothing to claim while this changes
   std::atomic_thread_fence(std::memory_order_release);
-  pool->count.store(count, std::memory_order_relaxed);
-  pool->work.store(work, std::memory_order_relaxed);
+  pool->count.store(members, std::memory_order_relaxed);
+  pool->work.store(run, std::memory_order_relaxed);
   pool->context.store(context, std::memory_order_relaxed);
   pool->done.store(0, std::memory_order_relaxed);
   pool->next.store(uint64_t(job) << 32, std::memory_order_release);
@@ -186,10 +240,68 @@ ZK_PUBLIC void zk_parallel(int64_t threads, int64_t count, void (*work)(void *, 
   inside = true;
   pool->drain(job);
   inside = false;
-  for (int i = 0; i < kSpins && pool->done.load(std::memory_order_acquire) != count; ++i) ZK_PAUSE();
-  if (pool->done.load(std::memory_order_acquire) != count) {
+  for (int i = 0; i < kSpins && pool->done.load(std::memory_order_acquire) != members; ++i) ZK_PAUSE();
+  if (pool->done.load(std::memory_order_acquire) != members) {
     std::unique_lock<std::mutex> lock(pool->sleep);
-    pool->finished.wait(lock, [&] { return pool->done.load(std::memory_order_acquire) == count; });
+    pool->finished.wait(lock, [&] { return pool->done.load(std::memory_order_acquire) == members; });
   }
   pool->user.unlock();
+  return true;
+}
+
+void team(int members, void (*run)(void *, int), void *context) {
+  Team job;
+  job.members = members;
+  job.run = run;
+  job.context = context;
+  if (members > 1 && !inside) {
+    if (openmp() && !forked.load(std::memory_order_relaxed)) return openmp()(join, &job, unsigned(members), 0);
+    auto one = [](void *p, int64_t m) { static_cast<Team *>(p)->run(static_cast<Team *>(p)->context, int(m)); };
+    if (pooled(members, one, &job)) return;
+  }
+  for (int m = 0; m < members; ++m) run(context, m);
+}
+
+constexpr int kMaxParts = 64;  // ranges; further threads share one
+
+} // namespace
+
+ZK_PUBLIC void zk_parallel(int64_t threads, int64_t count, void (*work)(void *, int64_t), void *context) {
+  if (threads > count) threads = count;
+  if (threads > kMaxWorkers) threads = kMaxWorkers;
+  if (threads <= 1 || inside) {
+    for (int64_t i = 0; i < count; ++i) work(context, i);
+    return;
+  }
+  Range ranges[kMaxParts];
+  Loop job;
+  job.ranges.set(ranges, int(threads < kMaxParts ? threads : kMaxParts), count);
+  job.work = work;
+  job.context = context;
+  team(int(threads), loop, &job);
+}
+
+ZK_PUBLIC int64_t zk_stages(int64_t threads, int64_t stages, const int64_t *counts, void (*work)(void *, int64_t, int64_t, int64_t),
+                            void *context) {
+  if (threads > kMaxParts) threads = kMaxParts;
+  if (threads <= 1 || inside) {
+    for (int64_t s = 0; s < stages; ++s)
+      for (int64_t i = 0; i < counts[s]; ++i) work(context, s, i, 0);
+    return ZK_OK;
+  }
+  try {
+    const size_t number = size_t(stages), parts = size_t(threads);
+    std::vector<Range> memory(number * parts);
+    std::vector<Ranges> ranges(number);
+    std::vector<std::atomic<int64_t>> done(number);
+    for (size_t s = 0; s < number; ++s) {
+      ranges[s].set(memory.data() + s * parts, int(parts), counts[s]);
+      done[s].store(0, std::memory_order_relaxed);
+    }
+    Program job{stages, ranges.data(), counts, done.data(), work, context};
+    team(int(threads), program, &job);
+  } catch (const std::bad_alloc &) {
+    return ZK_NO_MEMORY;
+  }
+  return ZK_OK;
 }

@@ -45,7 +45,7 @@ class Program:
         self.layers = (ctypes.c_int64 * len(numbers))(*numbers)
         dim = stack.norm.shape[0]
         rooms = [(b.inner, b.rank + 2 * b.states, b.in_proj.weight.shape[0]) for b in stack.blocks]
-        room = 3 * _up(dim) + max((sum(map(_up, sizes)) for sizes in rooms), default=0)
+        room = _up(dim) + max((sum(map(_up, sizes)) for sizes in rooms), default=0)
         self.work = torch.empty(room + 16)
         self.vocabulary = stack.head.weight.shape[0]
         self.fixed = (
