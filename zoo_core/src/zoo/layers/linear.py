@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from zoo_kernels import _backends
+
+from . import linear_training
+
 ROWS, WEIGHTS = 8, 1 << 16  # below, calling is what takes the time
 
 
@@ -32,9 +36,16 @@ def onednn_is_faster() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: (..., in) times (out, in) to (..., out), the same numbers to rounding."""
-    if _plain(x, weight, bias) and onednn_is_faster():
+    if _plain(x, weight, bias) and _wanted():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if linear_training.serves(x, weight, bias) and _wanted():
+        return linear_training.product(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _wanted() -> bool:
+    """Whether oneDNN is to serve: forcing the reference back end takes torch's own product too."""
+    return onednn_is_faster() and _backends.forced() != "reference"
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
