@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .s4nd import S4ND
     from .s5 import S5, S5Layer
     from .ss2d import SS2D, GridScan, GridSSD
-    from .vss import ConvDownsample, PatchEmbed, PatchMerging, VSSBlock
+    from .vss import ConvDownsample, Mlp, PatchEmbed, PatchMerging, VSSBlock
 
 _LAZY = {
     "ConvDownsample": "vss",
@@ -30,6 +30,7 @@ _LAZY = {
     "Mamba": "mamba",
     "Mamba2": "mamba2",
     "Mamba3": "mamba3",
+    "Mlp": "vss",
     "PatchEmbed": "vss",
     "PatchMerging": "vss",
     "PathScan": "path_scan",
@@ -58,6 +59,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mamba3",
+    "Mlp",
     "PatchEmbed",
     "PatchMerging",
     "PathScan",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo_kernels import kernel_spectrum, long_conv
 
 from .conv_kernels import EMAKernel, FreeKernel
+from .linear import Linear
 from .s4 import S4Kernel
 from .s4d import S4DKernel
 from .ssm_kernel import ConvolutionKernel
@@ -64,7 +65,7 @@ class ActivatedLinear(nn.Sequential):
 
     def __init__(self, d_input: int, d_output: int, act: str | None, *, device=None, dtype=None) -> None:
         width = 2 * d_output if act == "glu" else d_output
-        super().__init__(nn.Linear(d_input, width, device=device, dtype=dtype), activation(act))
+        super().__init__(Linear(d_input, width, device=device, dtype=dtype), activation(act))
 
 
 class FFTConv(nn.Module):

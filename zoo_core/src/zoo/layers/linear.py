@@ -1,20 +1,39 @@
-"""``nn.Linear`` whose matrix product is taken from the faster of torch's two CPU libraries."""
+"""Linear layers for inference on a CPU: from the faster of torch's two libraries, with what follows them fused.
+
+Order of reading: which library serves, the function (:func:`linear`), modules (:class:`Linear`, :func:`call`).
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
-from zoo_kernels import _backends
 
 from . import linear_training
+from .inference import results_only, untouched
 
-ROWS, WEIGHTS = 8, 1 << 16  # below, calling is what takes the time
+#: rows, and products of two numbers, below which calling is what takes the time
+ROWS, PRODUCTS = 8, 1 << 21
+#: name -> (oneDNN's name, its algorithm, torch's function)
+ACTIVATIONS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
+    "gelu": ("gelu", "none", F.gelu),
+    "gelu_tanh": ("gelu", "tanh", functools.partial(F.gelu, approximate="tanh")),
+    "relu": ("relu", "", F.relu),
+    "silu": ("swish", "", F.silu),
+    "sigmoid": ("sigmoid", "", torch.sigmoid),
+    "tanh": ("tanh", "", torch.tanh),
+}
+
+
+# -- which library
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @functools.cache
@@ -25,49 +44,63 @@ def onednn_is_faster() -> bool:
     """
     info = Path("/proc/cpuinfo")
     return (
-        torch.backends.mkldnn.is_available()
+        _has_onednn()
         and torch.backends.mkl.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and info.exists()
         and "AuthenticAMD" in info.read_text(errors="replace")
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``: (..., in) times (out, in) to (..., out), the same numbers to rounding."""
-    if _plain(x, weight, bias) and _wanted():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    if linear_training.serves(x, weight, bias) and _wanted():
-        return linear_training.product(x, weight, bias)
-    return F.linear(x, weight, bias)
+@functools.cache
+def onednn_has_bfloat16() -> bool:
+    """Whether bfloat16 products are oneDNN's anyway on this processor, so that fusing changes no library."""
+    return _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _wanted() -> bool:
-    """Whether oneDNN is to serve: forcing the reference back end takes torch's own product too."""
-    return onednn_is_faster() and _backends.forced() != "reference"
-
-
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether this is a large float32 product on the CPU that nothing but its result is wanted of.
-
-    The operator has no gradient, no batching rule and no place in a traced program.
-    """
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> bool:
+    """Whether oneDNN serves: a large product in inference (the operator has no gradient and no place in a trace)."""
+    dtype = x.dtype
     return (
-        weight.numel() >= WEIGHTS
-        and type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
+        (dtype == torch.float32 or dtype == torch.bfloat16)
+        and weight.dtype == dtype
         and x.numel() >= ROWS * x.shape[-1]
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and (bias is None or (bias.dtype == torch.float32 and not (torch.is_grad_enabled() and bias.requires_grad)))
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch.is_autocast_enabled("cpu")
-        and not _get_current_dispatch_mode_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and x.numel() * weight.shape[0] >= PRODUCTS
+        and (bias is None or bias.dtype == dtype)
+        and (add is None or add.dtype == dtype)
+        and results_only(x, weight, bias, add)
+        and (onednn_is_faster() if dtype == torch.float32 else onednn_has_bfloat16())
     )
+
+
+# -- the function
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, act: str | None = None, add: Tensor | None = None
+) -> Tensor:
+    """``act(F.linear(x, weight, bias))`` or ``F.linear(x, weight, bias) + add``, the same numbers to rounding.
+
+    x: (..., in); weight: (out, in); bias: (out,); act: a name of :data:`ACTIVATIONS`; add: (..., out), a residual.
+    Raises ValueError for another ``act``, and where ``act`` and ``add`` are both given.
+    """
+    if act is not None and act not in ACTIVATIONS:
+        raise ValueError(f"act is {act!r}; expected one of {', '.join(ACTIVATIONS)}, or None")
+    if act is not None and add is not None:
+        raise ValueError("act and add are both given; expected one of them, for which comes first would be unclear")
+    if _onednn(x, weight, bias, add):
+        if add is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, add.contiguous(), weight, bias, "add")
+        name, algorithm, _ = ACTIVATIONS[act] if act else ("none", "", None)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+    learns = linear_training.serves(x, weight, bias) and onednn_is_faster()
+    y = linear_training.product(x, weight, bias) if learns else F.linear(x, weight, bias)
+    if add is not None:
+        return y + add
+    return ACTIVATIONS[act][2](y) if act else y
+
+
+# -- modules
 
 
 class Linear(nn.Linear):
@@ -75,3 +108,28 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The name in :data:`ACTIVATIONS` of torch's own activation module, None for any other module."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return {nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}.get(type(module))  # type: ignore[call-overload]
+
+
+def call(layer: nn.Module, x: Tensor, *, act: nn.Module | None = None, add: Tensor | None = None) -> Tensor:
+    """``act(layer(x)) + add``, by :func:`linear` where these are torch's own modules and nothing but the result is
+    wanted; else the modules are called, whatever they are (adapters, quantised layers) and whoever watches them."""
+    watched = (layer,) if act is None else (layer, act)
+    name = None if act is None else activation_name(act)
+    if (
+        type(layer) in (nn.Linear, Linear)
+        and (act is None or (name is not None and add is None))
+        and results_only(x, layer.weight)
+        and untouched(*watched)
+    ):
+        return linear(x, layer.weight, layer.bias, act=name, add=add)  # type: ignore[arg-type]
+    y = layer(x)
+    if act is not None:
+        y = act(y)
+    return y if add is None else y + add

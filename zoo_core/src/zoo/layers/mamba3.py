@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo_kernels import mamba3_scan, mamba3_step
 
 from .init import inverse_softplus_log_uniform
+from .linear import Linear
 from .norm import RMSNorm
 
 State = dict[str, Tensor]
@@ -69,7 +70,7 @@ class Mamba3(nn.Module):
         self.dt_limits = (dt_min, dt_max, dt_init_floor)
         H, R, N = self.nheads, self.rank, d_state
         self.sizes = [self.d_inner, self.d_inner, N * ngroups * R, N * ngroups * R, H, H, H, self.angles]
-        self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False, **kind)
+        self.in_proj = Linear(d_model, sum(self.sizes), bias=False, **kind)
         self.B_norm, self.C_norm = RMSNorm(N, 1e-5, **kind), RMSNorm(N, 1e-5, **kind)
         self.B_bias = nn.Parameter(torch.ones(H, R, N, **kind))
         self.C_bias = nn.Parameter(torch.ones(H, R, N, **kind))
@@ -80,7 +81,7 @@ class Mamba3(nn.Module):
             self.mimo_z = nn.Parameter(torch.ones(H, R, headdim, **kind))
             self.mimo_o = nn.Parameter(torch.full((H, R, headdim), 1 / R, **kind))
         self.norm = HeadNorm(self.nheads, headdim, **kind) if is_outproj_norm else None
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False, **kind)
+        self.out_proj = Linear(self.d_inner, d_model, bias=False, **kind)
         self.reset_scan_parameters()
 
     def reset_scan_parameters(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zoo_kernels import long_conv, vandermonde_kernel
 
 from .dss import dss_kernel
+from .linear import Linear
 from .ssm_kernel import SSMKernel, as_complex, exact, wide
 
 
@@ -115,7 +116,7 @@ class S4D(nn.Module):
         self.log_A_real = nn.Parameter(torch.full((d_model, N), math.log(0.5), **kind))
         self.A_imag = nn.Parameter((torch.pi * torch.arange(N, **kind)).repeat(d_model, 1))
         self.dropout = nn.Dropout(dropout)
-        self.output_linear = nn.Linear(d_model, 2 * d_model, **kind)
+        self.output_linear = Linear(d_model, 2 * d_model, **kind)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """log dA and C dB, (H, N) each."""

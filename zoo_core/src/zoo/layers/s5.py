@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zoo_kernels import linear_scan
 
 from . import hippo
+from .linear import Linear
 from .ssm_kernel import as_complex, wide
 
 State = dict[str, Tensor]
@@ -204,9 +205,9 @@ class S5Layer(nn.Module):
         elif norm is not None:
             raise ValueError(f"norm is {norm!r}; expected 'layer', 'batch' or None")
         if activation == "full_glu":
-            self.out1 = nn.Linear(d_model, d_model, **kind)
+            self.out1 = Linear(d_model, d_model, **kind)
         if activation != "gelu":
-            self.out2 = nn.Linear(d_model, d_model, **kind)
+            self.out2 = Linear(d_model, d_model, **kind)
         self.drop = nn.Dropout(dropout)
 
     def _norm(self, x: Tensor) -> Tensor:

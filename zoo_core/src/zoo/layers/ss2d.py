@@ -21,6 +21,8 @@ import zoo_kernels
 from zoo_kernels import paths as grid_paths
 from zoo_kernels import selective_scan
 
+from .inference import by_rows
+from .linear import Linear, call
 from .path_scan import PathScan
 
 #: VMamba's four directions, in the order of its weights: rows, columns, and both from their ends.
@@ -245,7 +247,7 @@ class SS2D(nn.Module):
         channels = int(expand * dim)
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.dim, self.channels, self.gate, self.gate_act = dim, channels, gate, gate_act
-        self.in_proj = nn.Linear(dim, channels * (2 if gate else 1), bias=False)
+        self.in_proj = Linear(dim, channels * (2 if gate else 1), bias=False)
         self.conv = DepthwiseConv2d(channels, conv, conv_bias) if conv > 1 else nn.Identity()
         self.act = activation(act)
         self.scan: nn.Module
@@ -260,18 +262,31 @@ class SS2D(nn.Module):
         else:
             raise ValueError(f"core is {core!r}; expected 'scan', 'cascade' or 'ssd'")
         self.out_norm = output_norm(out_norm, channels)
+        self.norm_by_rows = out_norm in ("norm", "none", "sigmoid")
         self.out_act = nn.GELU() if out_act else nn.Identity()
-        self.out_proj = nn.Linear(channels, dim, bias=False)
+        self.out_proj = Linear(channels, dim, bias=False)
         self.drop = nn.Dropout(drop)
 
     def forward(self, u: Tensor) -> Tensor:
         """u: (batch, height, width, dim). Returns the same shape."""
-        x = self.in_proj(u)
+        y, z = self.mix(self.enter(u))
+        return self.drop(by_rows(self.leave, y, z, module=self))
+
+    def enter(self, u: Tensor) -> Tensor:
+        """Row by row, before the convolution: (..., dim) to (..., E), or (..., 2 E) with the gate."""
+        return call(self.in_proj, u)
+
+    def mix(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Where neighbours meet: :meth:`enter`'s map (batch, height, width, ...) to the scan's and the gate's rows."""
         z = None
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-            z = self.act(z) if self.gate_act else z
-        y = self.out_act(self.out_norm(self.scan(self.act(self.conv(x)))))
+        y = self.scan(self.act(self.conv(x)))
+        return (y if self.norm_by_rows else self.out_norm(y)), z
+
+    def leave(self, y: Tensor, z: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+        """Row by row, after the scan: y (..., E), z (..., E) or None, to (..., dim), ``add`` (..., dim) added."""
+        y = self.out_act(self.out_norm(y) if self.norm_by_rows else y)
         if z is not None:
-            y = y * z
-        return self.drop(self.out_proj(y))
+            y = y * (self.act(z) if self.gate_act else z)
+        return call(self.out_proj, y, add=add)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .inference import by_rows, results_only, untouched
+from .linear import Linear, call
 from .ss2d import SS2D, activation
 
 
@@ -67,19 +69,26 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, *, act: str = "gelu", drop: float = 0.0, gated: bool = False) -> None:
         super().__init__()
         self.gated = gated
-        self.fc1 = nn.Linear(dim, hidden * 2 if gated else hidden)
+        self.fc1 = Linear(dim, hidden * 2 if gated else hidden)
         self.act = activation(act)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
+        """x: (..., dim). Returns the same shape."""
+        return by_rows(self.rows, x, module=self)
+
+    def rows(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """The same in one go, ``add`` (..., dim) added: for who computes by blocks of rows already."""
         if self.gated:
-            x, z = x.chunk(2, dim=-1)
+            x, z = call(self.fc1, x).chunk(2, dim=-1)
             x = x * self.act(z)
         else:
-            x = self.drop(self.act(x))
-        return self.drop(self.fc2(x))
+            x = self.drop(call(self.fc1, x, act=self.act))
+        if self.training:
+            x = self.drop(call(self.fc2, x))
+            return x if add is None else x + add
+        return call(self.fc2, x, add=add)
 
 
 class VSSBlock(nn.Module):
@@ -115,6 +124,8 @@ class VSSBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training and not torch.is_grad_enabled() and results_only(x) and untouched(*self.modules()):
+            return self._inference(x)
         if self.has_op:
             y = self.norm(self.op(x)) if self.post_norm else self.op(self.norm(x))
             x = x + self.drop_path(y)
@@ -122,6 +133,23 @@ class VSSBlock(nn.Module):
             y = self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x))
             x = x + self.drop_path(y)
         return x
+
+    def _inference(self, x: Tensor) -> Tensor:
+        """The same numbers with as few maps in memory as there can be: neighbours meet in the convolution and the scan
+        alone, so all that lies before them is one pass over the rows, and all that follows, MLP included, another."""
+        if not self.has_op:
+            return by_rows(self._mlp_rows, x) if self.has_mlp else x
+        norm, op = (nn.Identity(), self.op) if self.post_norm else (self.norm, self.op)
+        y, z = op.mix(by_rows(lambda rows: op.enter(norm(rows)), x))
+        return by_rows(self._leave_rows, x, y, z)
+
+    def _leave_rows(self, x: Tensor, y: Tensor, z: Tensor | None) -> Tensor:
+        """From the scan's rows (and the gate's) to the block's, the residual stream x added."""
+        x = x + self.norm(self.op.leave(y, z)) if self.post_norm else self.op.leave(y, z, add=x)
+        return self._mlp_rows(x) if self.has_mlp else x
+
+    def _mlp_rows(self, x: Tensor) -> Tensor:
+        return x + self.norm2(self.mlp.rows(x)) if self.post_norm else self.mlp.rows(self.norm2(x), add=x)
 
 
 class PatchMerging(nn.Module):
@@ -133,7 +161,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, out: int, norm: str = "ln") -> None:
         super().__init__()
         self.norm = channel_norm(norm, 4 * dim)
-        self.reduction = nn.Linear(4 * dim, out, bias=False)
+        self.reduction = Linear(4 * dim, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[1:3]
