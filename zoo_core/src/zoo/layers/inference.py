@@ -37,6 +37,7 @@ def results_only(*tensors: Tensor | None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not _get_current_dispatch_mode_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
     )
 
 

@@ -1,4 +1,4 @@
-"""Linear layers for inference on a CPU: from the faster of torch's two libraries, with what follows them fused.
+"""Linear layers on a CPU: from the faster of torch's two libraries, in inference with what follows them fused.
 
 Order of reading: which library serves, the function (:func:`linear`), modules (:class:`Linear`, :func:`call`).
 """
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import linear_training
 from . import linear_training
 from .inference import results_only, untouched
 
