@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import linear_training
-from . import linear_training
 from .inference import results_only, untouched
 
 #: rows, and products of two numbers, below which calling is what takes the time
@@ -65,6 +64,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) 
     return (
         (dtype == torch.float32 or dtype == torch.bfloat16)
         and weight.dtype == dtype
+        and not torch.jit.is_tracing()  # before sizes are asked for
         and x.numel() >= ROWS * x.shape[-1]
         and x.numel() * weight.shape[0] >= PRODUCTS
         and (bias is None or bias.dtype == dtype)
