@@ -69,6 +69,37 @@ def test_a_published_pickle_is_fetched_and_converted_once(hub, client):
     assert [p.stat().st_mtime_ns for p in client.home.rglob("derived/toy-*.safetensors")] == [stamp]
 
 
+def test_the_original_s_own_configuration_counts_where_the_card_names_it(hub, client, installed, tmp_path):
+    wide = toy(width=12, num_classes=5)
+    files = {"toy.pth": pickled({"model": original(wide)}), "settings.json": b'{"dim": 12, "classes": 5}'}
+    hub.add("toys/wide", files)
+    load = "import zoo; model = zoo.load({name!r}{more}); result = [" + SUM + ", model.zoo_info.config]"
+    want = [pytest.approx(wide.pair.sum().item()), {"width": 12, "num_classes": 5}]
+    assert client(load.format(name="toy_small.wide", more="")) == want
+    assert client(load.format(name="toy_small.wide", more=", num_classes=2"))[1] == {"width": 12, "num_classes": 2}
+
+    folder = tmp_path / "carry"
+    client(f"import zoo; zoo.download('toy_small.wide', {str(folder)!r})")
+    assert sorted(p.name for p in folder.iterdir()) == ["settings.json", "toy.pth", "zoo-download.json"]
+    saved = tmp_path / "saved"
+    client(f"import zoo; zoo.save(zoo.load('toy_small.wide'), {str(saved)!r})")
+    with Client(hub.env(tmp_path / "other-home", HF_HUB_OFFLINE="1", **installed)) as other:
+        assert other(load.format(name=str(folder), more="")) == want
+        assert other(load.format(name=str(saved), more="")) == want
+        (folder / "settings.json").unlink()
+        with pytest.raises(Failed) as caught:
+            other(f"import zoo; zoo.load({str(folder)!r})")
+    assert caught.value.error == "LocalFileMissing"
+    assert "settings.json" in caught.value.message
+
+    hub.add("toys/wide", {**files, "settings.json": b'{"width": 12}'})
+    with pytest.raises(Failed) as caught:
+        client("import zoo; zoo.load('toy_small.wide', force_download=True)")
+    assert caught.value.error == "BadCheckpoint"
+    assert "settings.json" in caught.value.message
+    assert "'dim'" in caught.value.message
+
+
 def test_a_published_pickle_with_code_is_refused(hub, client, tmp_path):
     hub.add("toys/original", {"toy.pth": pickled({"model": original(toy()), "x": Evil()})})
     with pytest.raises(Failed) as caught:

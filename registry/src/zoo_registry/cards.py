@@ -95,6 +95,7 @@ class WeightsCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     subkey: str | None = None  #: where the state dict lies in the file, dotted ("model", "state_dict.net")
     converter: str | None = None  #: system whose reference adapter reads the keys; None: the zoo's own keys
     config: dict[str, Any] = {}  #: overrides of the model card's config that belong to this checkpoint
+    config_file: str | None = None  #: JSON in the repository with the original's own configuration, which then counts
     # -- how to use them
     labels: str | None = None  #: named label set or a text file of the plugin, one label a line
     num_classes: int | None = None
@@ -126,6 +127,11 @@ class WeightsCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             raise ValueError(f"shard_sha256 is given, but filename {self.filename!r} is no index ('*.index.json')")
         _inside(self.filename, "filename")
         _inside(self.package_file, "package_file")
+        _inside(self.config_file, "config_file")
+        if self.config_file is not None and (self.repo_id is None or self.converter is None):
+            raise ValueError(
+                "config_file is given without repo_id, where it lies, or converter, whose adapter reads it"
+            )
         if self.size is not None and self.size <= 0:
             raise ValueError(f"size is {self.size}; expected a positive number of bytes")
         if self.num_classes is not None and self.num_classes < 0:

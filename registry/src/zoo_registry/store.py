@@ -36,7 +36,18 @@ from .errors import (
 from .hub import Access, HubFile, cached, get
 from .names import HubRepo, LocalPath, ModelName, Resolved, describe_tags, parse, resolve
 
-__all__ = ["Files", "derived", "download", "fetch", "fetch_repo", "hub_file", "is_cached", "local_files", "sha256"]
+__all__ = [
+    "Files",
+    "derived",
+    "download",
+    "fetch",
+    "fetch_config",
+    "fetch_repo",
+    "hub_file",
+    "is_cached",
+    "local_files",
+    "sha256",
+]
 
 #: What a saved folder holds, in the order in which it is looked for.
 WEIGHT_NAMES = ("model.safetensors", "model.safetensors.index.json")
@@ -120,6 +131,24 @@ def fetch(
     if cached(file, cache_dir) is None:
         _first_time(resolved.name, weights)
     return _with_shards(file, access, weights.shard_sha256)
+
+
+def fetch_config(
+    model: str | ModelName | Resolved,
+    *,
+    cache_dir: str | Path | None = None,
+    token: bool | str | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    verify: bool = False,
+) -> Path | None:
+    """The original's own configuration, where the card names its ``config_file``; options as for :func:`fetch`."""
+    resolved = model if isinstance(model, Resolved) else resolve(model)
+    weights = resolved.weights
+    if weights is None or weights.config_file is None or weights.repo_id is None:
+        return None
+    access = Access(cache_dir, token, local_files_only, force_download, verify)
+    return get(HubFile(weights.repo_id, weights.config_file, weights.revision, None, resolved.name), access)
 
 
 def _first_time(name: str, weights: WeightsCard) -> None:
@@ -355,11 +384,12 @@ def download(model: str | ModelName | Resolved, to: str | os.PathLike[str], **op
     """
     resolved = model if isinstance(model, Resolved) else resolve(model)
     files = fetch(resolved, **options)
+    config = fetch_config(resolved, **options)
     folder = Path(to).expanduser()
     copies: dict[Path, Path] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (*files.paths, *([files.index] if files.index else [])):
+        for path in (*files.paths, *(extra for extra in (files.index, config) if extra is not None)):
             copies[path] = folder / path.name
             temporary = folder / f".{path.name}.{os.getpid()}.tmp"
             try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo_registry import HubRepo, LocalPath, ModelCard, ModelName, Resolved, WeightsCard, errors, parse, resolve, store
 
-from . import building, checkpoints, conversion, placement
+from . import building, catalog, checkpoints, conversion, placement
 from .adapting import adapt
 from .building import ZooInfo
 
@@ -102,6 +102,9 @@ def load(
             )
         placement.needed()  # before anything is fetched
     located = locate(source, checkpoint=checkpoint, revision=revision, **access)
+    if checkpoint is None and located.weights is not None and located.weights.config_file is not None:
+        # a folder of zoo.save never gets here: it says everything itself
+        located.config.update(_original_config(located, revision=revision, **access))
     base = {**located.card.config, **located.config}
     config = {**base, **overrides}
     model = building.skeleton(located.card, config)
@@ -273,6 +276,38 @@ def _weights_of(facts: dict[str, Any], name: str) -> WeightsCard | None:
 
 def fetch(located: Located, *, checkpoint: Any, revision: str | None, **access: Any) -> store.Files:
     """The files of a located name."""
+    return store.fetch(_at(located, revision), checkpoint=checkpoint, **access)
+
+
+def _original_config(located: Located, *, revision: str | None, **access: Any) -> dict[str, Any]:
+    """The builder's arguments from the configuration that the original keeps beside this checkpoint."""
+    weights = located.weights
+    assert weights is not None
+    assert weights.converter is not None
+    name = Path(str(weights.config_file)).name
+    if located.found is not None:  # a folder of zoo.download
+        file = located.found.paths[0].with_name(name)
+        if not file.is_file():
+            raise errors.LocalFileMissing(
+                f"{file} is missing: {located.name} cannot be built without it; zoo.download({located.name!r}) anew",
+                path=str(file),
+            )
+    else:
+        found = store.fetch_config(_at(located, revision), **access)
+        assert found is not None
+        file = found
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        return catalog.adapter(weights.converter).arguments(table)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise errors.BadCheckpoint(
+            f"{file} is no configuration of {located.name} as its authors write it: {type(error).__name__}: {error}",
+            path=str(file),
+        ) from error
+
+
+def _at(located: Located, revision: str | None) -> Resolved:
+    """The name with its checkpoint at another commit, if one is asked for."""
     weights = located.weights
     if revision is not None and weights is not None and weights.on_hub:
         weights = msgspec.structs.replace(weights, revision=revision if _is_hash(revision) else None, sha256=None)
@@ -282,7 +317,7 @@ def fetch(located: Located, *, checkpoint: Any, revision: str | None, **access: 
                 argument="revision",
                 accepted=[],
             )
-    return store.fetch(Resolved(located.card, weights), checkpoint=checkpoint, **access)
+    return Resolved(located.card, weights)
 
 
 def _is_hash(text: str) -> bool:

@@ -106,6 +106,11 @@ class ReferenceAdapter(ABC):
         it should by default takes ``wanted`` as well, the names to compute; :meth:`replay` passes those of the file.
         """
 
+    def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Our builder's arguments from the original's configuration, for checkpoints that are published with one and
+        whose cards name it (``config_file``). Raises ValueError or KeyError for one that it cannot read."""
+        raise ValueError(f"the adapter {type(self).__name__} reads no configuration files")
+
     def replay(self, path: str | Path, *, grad: bool = False) -> dict[str, Tensor]:
         """Recompute every ``out/`` and ``mid/`` tensor of a golden file, under the same names.
 

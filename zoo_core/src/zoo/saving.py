@@ -42,6 +42,7 @@ _PLACES = (
     "where",
     "subkey",
     "converter",
+    "config_file",
     "format",
 )
 

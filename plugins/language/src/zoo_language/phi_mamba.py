@@ -366,6 +366,9 @@ class PhiMambaAdapter(ReferenceAdapter):
             return self._pair(config, state)
         return self.load(PhiMambaLM(**arguments_of(config)), state)
 
+    def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return arguments_of(config)
+
     def _pair(self, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
         teacher = config["teacher"]
         pair = nn.ModuleDict()

@@ -55,8 +55,11 @@ class ToyAdapter(ReferenceAdapter):
             Rename("classifier.{kind}", "head.{kind}"),
         )
 
+    def arguments(self, config):
+        return {"width": config["dim"], "num_classes": config["classes"]}
+
     def build(self, config, state, *, source=""):
-        return self.load(Toy(width=config["dim"], num_classes=config["classes"]), state)
+        return self.load(Toy(**self.arguments(config)), state)
 
     def run(self, model, inputs, *, call=None):
         return {"logits": model(inputs["image"])}
