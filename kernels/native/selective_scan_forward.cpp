@@ -1,4 +1,7 @@
 // The selective scan on a CPU, forward. See selective_scan.h.
+// dt may come as a product of low rank, (batch, length, paths, rank) times (paths, channels, rank): as every published
+// block computes it. Then no tensor of all steps and channels is ever written: a stretch of it lies in the first level of
+// cache, at the rate of the multiply-add units.
 
 #include "selective_scan.h"
 
@@ -10,6 +13,9 @@ struct ForwardArgs {
   int64_t y_dtype;
   void *final_state;  // (batch, paths, states, channels) of the working type, or null
   void *borders;      // (batch, paths, chunks, states, channels): the state before each chunk; or null
+  int64_t rank;         // above 0: dt has so many columns, and the steps are their product with dt_proj
+  const void *dt_proj;  // (paths, channels, rank) of the working type, with strides
+  int64_t proj_k, proj_c, proj_r;
 };
 
 // The rows that the next stretch of steps will read and write, of one vector of channels. The walk asks for one step's
@@ -74,12 +80,13 @@ template <class V> struct Forward {
     const ScanArgs &a = f.scan;
     int64_t N = a.states, first = blocks.first(i), end = blocks.end(i), group = blocks.group(i);
     int64_t vectors = ceil_div(end - first, W), count = a.count(b);
-    Scratch<T> memory(vectors * N * W * 2 + 2 * kChunk * N + 3 * kTile);
+    int64_t R = f.rank;
+    Scratch<T> memory(vectors * (2 * N + R) * W + kChunk * (2 * N + R) + 3 * kTile);
     if (!memory.data) { *failed = ZK_NO_MEMORY; return; }
     T *h = memory.data, *A = h + vectors * N * W, *d = A + vectors * N * W, *dx = d + kTile, *y = dx + kTile;
-    T *B = y + kTile, *C = B + kChunk * N;
+    T *proj = y + kTile, *B = proj + vectors * R * W, *C = B + kChunk * N, *low = C + kChunk * N;
     constexpr int64_t own = sizeof(T) == 4 ? ZK_F32 : ZK_F64;
-    bool plain = (end - first) % W == 0 && a.u.dtype == own && a.dt.dtype == own && (!a.z.p || a.z.dtype == own) && f.y_dtype == own;
+    bool plain = (end - first) % W == 0 && a.u.dtype == own && (R || a.dt.dtype == own) && (!a.z.p || a.z.dtype == own) && f.y_dtype == own;
     FlushSubnormals flush;
     Chunk<T> chunk;
     for (int64_t k = 0; k < a.paths; ++k) {
@@ -87,6 +94,7 @@ template <class V> struct Forward {
         int64_t c = first + v * W;
         int lanes = int(min_of(W, end - c));
         load_A<V>(a, k, c, lanes, A + v * N * W);
+        load_proj(f, k, c, lanes, proj + v * R * W);
         for (int64_t n = 0; n < N; ++n) {
           V start = zero<V>();
           if (a.init) start = V::load_n(static_cast<const T *>(a.init) + ((b * a.paths + k) * N + n) * a.channels + c, lanes);
@@ -98,6 +106,7 @@ template <class V> struct Forward {
         chunk.set(a, b, k, j, count);
         gather_states<V>(B, a.B, chunk.rows, chunk.steps, b, k, group, N);
         gather_states<V>(C, a.C, chunk.rows, chunk.steps, b, k, group, N);
+        if (R) gather_states<V>(low, a.dt, chunk.rows, chunk.steps, b, k, 0, R);
         if (f.borders)
           for (int64_t v = 0; v < vectors; ++v)
             for (int64_t n = 0; n < N; ++n)
@@ -106,8 +115,9 @@ template <class V> struct Forward {
           const int64_t *rows = chunk.rows + t, steps = min_of(kSteps, chunk.steps - t);
           for (int64_t v = 0; v < vectors; ++v) {
             int64_t c = first + v * W;
-            plain ? prologue<true>(a, rows, steps, b, k, c, end, d, dx, y) : prologue<false>(a, rows, steps, b, k, c, end, d, dx, y);
-            Ahead ahead({&a.u, &a.dt, a.z.p ? &a.z : &out, &out}, b, k, c, rows + steps);
+            if (R) product(low + t * R, proj + v * R * W, R, steps, d);
+            plain ? prologue<true>(f, rows, steps, b, k, c, end, d, dx, y) : prologue<false>(f, rows, steps, b, k, c, end, d, dx, y);
+            Ahead ahead({&a.u, R ? &a.u : &a.dt, a.z.p ? &a.z : &out, &out}, b, k, c, rows + steps);
             each_block<kMost>(N, [&](auto block, int64_t n) {
               int64_t states = (v * N + n) * W;
               walk<V, decltype(block)::value>(d, dx, y, A + states, B + t * N + n, C + t * N + n, N,
@@ -124,14 +134,41 @@ template <class V> struct Forward {
     }
   }
 
+  // dt_proj of one vector of channels: [rank][W].
+  static void load_proj(const ForwardArgs &f, int64_t k, int64_t c, int lanes, T *ZK_RESTRICT out) {
+    const T *from = static_cast<const T *>(f.dt_proj) + k * f.proj_k + c * f.proj_c;
+    for (int i = 0; i < W; ++i)
+      for (int64_t r = 0; r < f.rank; ++r) out[r * W + i] = i < lanes ? from[i * f.proj_c + r * f.proj_r] : T(0);
+  }
+
+  // A stretch of dt from its columns, low: [steps][rank]. Each row of proj is read once for all steps, and as many sums
+  // run side by side as hide the latency of a multiply-add.
+  static ZK_INLINE void product(const T *ZK_RESTRICT low, const T *ZK_RESTRICT proj, int64_t rank, int64_t steps, T *ZK_RESTRICT d) {
+    if (steps == kSteps) return columns<kSteps>(low, proj, rank, d);
+    for (int64_t t = 0; t < steps; ++t) columns<1>(low + t * rank, proj, rank, d + t * W);
+  }
+  template <int S> static ZK_INLINE void columns(const T *ZK_RESTRICT low, const T *ZK_RESTRICT proj, int64_t rank, T *ZK_RESTRICT d) {
+    V sum[S];
+    ZK_UNROLL
+    for (int t = 0; t < S; ++t) sum[t] = zero<V>();
+    for (int64_t r = 0; r < rank; ++r) {
+      V p = V::load(proj + r * W);
+      ZK_UNROLL
+      for (int t = 0; t < S; ++t) sum[t] = fma(p, V::set1(low[t * rank + r]), sum[t]);
+    }
+    ZK_UNROLL
+    for (int t = 0; t < S; ++t) sum[t].store(d + t * W);
+  }
+
   template <bool Plain>
-  static ZK_INLINE void prologue(const ScanArgs &a, const int64_t *rows, int64_t steps, int64_t b, int64_t k, int64_t c, int64_t end, T *ZK_RESTRICT d, T *ZK_RESTRICT dx, T *ZK_RESTRICT y) {
+  static ZK_INLINE void prologue(const ForwardArgs &f, const int64_t *rows, int64_t steps, int64_t b, int64_t k, int64_t c, int64_t end, T *ZK_RESTRICT d, T *ZK_RESTRICT dx, T *ZK_RESTRICT y) {
+    const ScanArgs &a = f.scan;
     int lanes = Plain ? W : int(min_of(W, end - c));
     V bias = a.bias ? part<Plain>(static_cast<const T *>(a.bias) + k * a.channels + c, lanes) : zero<V>();
     V D = a.D ? part<Plain>(static_cast<const T *>(a.D) + k * a.channels + c, lanes) : zero<V>();
-    Column<V, Plain> u(a.u, b, k, c), dt(a.dt, b, k, c);
+    Column<V, Plain> u(a.u, b, k, c), dt(a.dt, b, k, f.rank ? 0 : c);
     for (int64_t t = 0; t < steps; ++t) {
-      V x = u.get(rows[t], 0, lanes), s = dt.get(rows[t], 0, lanes) + bias;
+      V x = u.get(rows[t], 0, lanes), s = (f.rank ? V::load(d + t * W) : dt.get(rows[t], 0, lanes)) + bias;
       if (a.softplus) s = softplus(s);
       s.store(d + t * W);
       (s * x).store(dx + t * W);

@@ -146,8 +146,10 @@ const Extras kExtras[] = {{false, false, false, false}, {true, true, true, true}
 
 void selective_scan(int64_t length, int64_t channels, int64_t states, int64_t groups, int64_t paths, int64_t dtype, const Extras &e) {
   int64_t batch = 2, work = dtype == F64 ? F64 : F32, steps = e.path ? (length + 1) / 2 : length, chunks = (steps + 63) / 64;
-  std::string what = label({length, channels, states, groups, paths, dtype, e.path});
-  for (int backward = 0; backward < 2; ++backward) {
+  for (int form = 0; form < 3; ++form) {
+    bool backward = form == 1;
+    int64_t rank = form == 2 ? length % 4 + 1 : 0;  // dt as a product of low rank
+    std::string what = label({length, channels, states, groups, paths, dtype, e.path, rank});
     Call c;
     std::vector<int64_t> order;
     for (int64_t k = 0; e.path && k < paths; ++k) for (int64_t row : shuffled(length, steps)) order.push_back(row);
@@ -156,7 +158,8 @@ void selective_scan(int64_t length, int64_t channels, int64_t states, int64_t gr
     int64_t wide = paths * channels, bc = paths * groups * states;
     c({batch, length, steps, paths, channels, groups, states, 1, kThreads, work == F64});
     c({c.in(batch * length * channels, dtype), dtype, length * channels, channels, 0, 0});
-    c({c.in(batch * length * wide, dtype), dtype, length * wide, wide, channels, 0});
+    int64_t columns = rank ? rank : channels;
+    c({c.in(batch * length * paths * columns, dtype), dtype, length * paths * columns, paths * columns, columns, 0});
     for (int i = 0; i < 2; ++i) c({c.in(batch * length * bc, dtype), dtype, length * bc, bc, groups * states, states});
     bool gate = paths == 1;
     if (gate) c({c.in(batch * length * channels, dtype), dtype, length * channels, channels, 0, 0});
@@ -167,6 +170,7 @@ void selective_scan(int64_t length, int64_t channels, int64_t states, int64_t gr
     if (!backward) {
       int64_t y = paths > 1 ? work : dtype;
       c({c.out(batch * length * channels, y), y, c.out(batch * wide * states, work), c.out(batch * wide * chunks * states, work)});
+      c({rank, rank ? c.in(wide * rank, work) : 0, channels * rank, rank, 1});
       c.run("selective_scan_forward", what);
     } else {
       c({c.in(batch * wide * chunks * states, work), c.in(batch * length * channels, dtype), dtype, length * channels, channels, 0, 0});

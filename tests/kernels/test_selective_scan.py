@@ -30,6 +30,7 @@ def arguments(
     dtype=torch.float32,
     D=True,
     z=True,
+    rank=None,
 ) -> dict[str, Tensor | None]:
     k = () if paths is None else (paths,)
     g = () if groups is None else (groups,)
@@ -39,13 +40,14 @@ def arguments(
 
     return {
         "u": r(batch, length, *(() if shared else k), channels),
-        "dt": r(batch, length, *k, channels),
+        "dt": r(batch, length, *k, rank or channels),
         "A": -torch.rand(*k, channels, state).to(dtype) * 4,
         "B": r(batch, length, *k, *g, state),
         "C": r(batch, length, *k, *g, state),
         "D": r(*k, channels) if D else None,
         "z": r(batch, length, channels) if z else None,
         "dt_bias": r(*k, channels),
+        **({} if rank is None else {"dt_proj": r(*k, channels, rank) / rank**0.5}),
     }
 
 
@@ -85,7 +87,7 @@ def test_any_shape_matches_the_reference(backend: str, data) -> None:
     state = draw(st.sampled_from([1, 2, 3, 4, 8, 13, 16, 32]))
     args = arguments(
         batch, length, channels, state, groups=groups, paths=paths, shared=draw(st.booleans()), dtype=dtype,
-        D=draw(st.booleans()), z=draw(st.booleans()),
+        D=draw(st.booleans()), z=draw(st.booleans()), rank=draw(st.sampled_from([None, None, 1, 3, 12])),
     )  # fmt: skip
     how = draw(st.integers(0, 3))
     args = {k: None if v is None else util.strided(v, how) for k, v in args.items()}
@@ -216,8 +218,9 @@ def test_step_by_step_is_the_whole(backend: str, groups: int | None, dtype: torc
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("state", [1, 3])
-def test_without_C_the_states_come_out(backend: str, state: int) -> None:
-    args = arguments(groups=2, state=state, D=False, z=False, dtype=torch.float64)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_without_C_the_states_come_out(backend: str, state: int, rank: int | None) -> None:
+    args = arguments(groups=2, state=state, D=False, z=False, dtype=torch.float64, rank=rank)
     path = torch.randperm(37)
     C = args.pop("C")
     init = torch.randn(2, 12, state, dtype=torch.float64)
@@ -294,6 +297,53 @@ def test_gradcheck(native) -> None:
             assert torch.autograd.gradcheck(
                 lambda *a: zk.selective_scan(*a[:-1], initial_state=a[-1], **options), [*leaves, init]
             )
+
+
+def test_gradcheck_of_a_product(native) -> None:
+    args = arguments(2, 7, 3, 2, paths=2, rank=2, dtype=torch.float64)
+    leaves = [v.requires_grad_() for v in args.values()]
+    for backend in ("reference", "native", "export"):
+        with zk.backend(backend):
+            assert torch.autograd.gradcheck(
+                lambda *a: zk.selective_scan(*a[:-1], dt_proj=a[-1], dt_softplus=True)[0], leaves
+            )
+
+
+@pytest.mark.parametrize("rank", [1, 6, 48, 128, 129])
+@pytest.mark.parametrize("paths", [None, 4])
+def test_a_product_is_the_same_as_its_dt(native, rank: int, paths: int | None) -> None:
+    """dt_proj and a few columns, views of one projection, against dt itself; the last rank is multiplied beforehand."""
+    batch, length, channels, state = 2, 75, 40, 4
+    args = arguments(batch, length, channels, state, paths=paths, rank=rank)
+    projected = torch.randn(batch, length, *(() if paths is None else (paths,)), rank + 2 * state)
+    args["dt"], args["B"], args["C"] = projected.split([rank, state, state], dim=-1)
+    whole = {**args, "dt": torch.einsum("...r,...cr->...c", args["dt"], args["dt_proj"])}
+    del whole["dt_proj"]
+    path = torch.randperm(length) if paths is None else torch.stack([torch.randperm(length) for _ in range(paths)])
+    y, h = zk.selective_scan(**args, dt_softplus=True, path=path, return_final_state=True)
+    y0, h0 = exact(whole, dt_softplus=True, path=path, return_final_state=True)
+    util.close(y, y0)
+    util.close(h, h0)
+
+
+def test_a_product_is_not_written_out(native) -> None:
+    """Four paths with dt_proj allocate the output alone, none of their steps."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, Tensor) and func is not torch.ops.aten.detach.default and not t._is_view():
+                    self.size = max(self.size, t.numel())
+            return out
+
+    args = arguments(1, 256, 32, 4, paths=4, z=False, rank=3)
+    with zk.backend("native"), Largest() as seen:
+        zk.selective_scan(**args)
+    assert seen.size == 256 * 32
 
 
 def test_opcheck(native) -> None:
@@ -467,6 +517,8 @@ def test_path_memory_is_not_repeated(native) -> None:
             r"initial_state has shape \(2, 4, 12\); it must be \(batch 2, channels 12, state 4\)",
         ),
         ({"dt": torch.zeros(2, 37, 12, device="meta")}, "dt is on meta; it must be on cpu"),
+        ({"dt_proj": torch.zeros(12, 3)}, r"dt has shape \(2, 37, 12\); it must be \(batch 2, length 37, rank 3\)"),
+        ({"dt_proj": torch.zeros(11, 3)}, r"dt_proj has shape \(11, 3\); it must be \(channels 12, rank\)"),
         ({"z": 3.0}, "z is float; it must be a torch.Tensor"),
         ({"C": None}, "D and z must be None where C is None"),
     ],

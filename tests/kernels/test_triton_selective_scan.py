@@ -77,6 +77,15 @@ def test_partial_paths_lengths_and_resets():
 
 @interpreted
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("K", [1, 2])
+def test_dt_as_a_product(K):
+    t = problem(2, 7, 6, 3, K=K)
+    t["dt"], t["dt_proj"] = t["dt"][..., :2], t["dt_bias"][..., None] * torch.tensor([0.5, -0.3])
+    agrees(selective_scan, t, {"dt_softplus": True})
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
 def test_bare_arguments():
     t = {name: v for name, v in problem(1, 5, 4, 2).items() if name in ("u", "dt", "A", "B", "C")}
     t["dt"] = t["dt"].abs()
@@ -96,13 +105,13 @@ def test_segments_of_the_length_agree_with_one_walk(lengths):
     args = [
         t["u"][:, :, None], t["dt"][:, :, None], t["A"][None], t["B"][:, :, None, None], t["C"][:, :, None, None],
         t["D"][None], t["z"], t["dt_bias"][None], True, None, [True], t["initial_state"][:, None], True, resets,
-        lengths,
+        lengths, None,
     ]  # fmt: skip
     results = []
     for split in (1, 2):
         y, final, borders = gpu.forward(*args, save=True, split=split)
         grads = (torch.ones_like(y).cumsum(1).sin(), final.sin())
-        results.append([y, final, *gpu.backward(grads, args, (borders,), [True] * 9, split=split)])
+        results.append([y, final, *gpu.backward(grads, args, (borders,), [True] * 10, split=split)])
     for one, many in zip(*results, strict=True):
         assert difference(many, one) < 2e-6
 

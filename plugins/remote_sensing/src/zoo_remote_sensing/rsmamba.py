@@ -94,8 +94,8 @@ class MultiPathMamba(nn.Module):
         u = u if fused else _ACTS[self.act](u)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.state, self.state], dim=-1)
         y, _ = selective_scan(
-            u, dt @ self.dt_proj.weight.t(), -torch.exp(self.A_log.float()), B, C, self.D.float(),
-            dt_bias=self.dt_proj.bias.float(), dt_softplus=True, path=rows,
+            u, dt, -torch.exp(self.A_log.float()), B, C, self.D.float(), dt_bias=self.dt_proj.bias.float(),
+            dt_proj=self.dt_proj.weight, dt_softplus=True, path=rows,
         )  # fmt: skip
         return y.unflatten(0, (paths, batch)), _ACTS[self.act](z)
 

@@ -97,7 +97,7 @@ class A2SSM(nn.Module):
         dt_r, B, C = F.linear(u, self.x_proj).split([self.dt_rank, 1, 1], dim=-1)
         A = -torch.exp(self.A_log.float())
         s, _ = selective_scan(
-            u, F.linear(dt_r, self.dt_proj), A, B, torch.ones_like(C), dt_bias=self.dt_bias, dt_softplus=True
+            u, dt_r, A, B, torch.ones_like(C), dt_bias=self.dt_bias, dt_proj=self.dt_proj, dt_softplus=True
         )
         s = gather(s.unflatten(-1, (self.heads, -1)).transpose(1, 2))
         s = self.state_fusion(s).transpose(1, 2).flatten(2)  # a 1x1 convolution whose channels are the heads

@@ -63,7 +63,7 @@ class MambaVisionMixer(nn.Module):
         dt, B, C = self.x_proj(x).split([self.rank, self.state, self.state], dim=-1)
         A = -torch.exp(self.A_log.float())
         y, _ = selective_scan(
-            x, dt @ self.dt_proj.weight.t(), A, B, C, self.D, dt_bias=2 * self.dt_proj.bias, dt_softplus=True
+            x, dt, A, B, C, self.D, dt_bias=2 * self.dt_proj.bias, dt_proj=self.dt_proj.weight, dt_softplus=True
         )
         return self.out_proj(torch.cat([y, z], dim=-1))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo_kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 
 from .init import inverse_softplus_log_uniform
-from .linear import Linear, linear
+from .linear import Linear
 
 State = dict[str, Tensor]
 
@@ -133,13 +133,14 @@ class Mamba(nn.Module):
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y, ssm = selective_scan(
             x,
-            linear(dt, self.dt_proj.weight),
+            dt,
             -torch.exp(self.A_log.float()),
             B,
             C,
             self.D.float(),
             z if gate else None,
             self.dt_proj.bias.float(),
+            dt_proj=self.dt_proj.weight,
             dt_softplus=True,
             initial_state=state["ssm"] if state is not None else None,
             return_final_state=keep,

@@ -18,7 +18,8 @@ class PathScan(nn.Module):
 
     ``(dt_r, B, C) = x_proj[k] u``, ``dt = dt_proj[k] dt_r``, then :func:`zoo_kernels.selective_scan` with
     ``A = -exp(A_log[k])``, ``D[k]`` and softplus of ``dt + dt_bias[k]`` inside the kernel. The projections act row by
-    row, so they are done once in row order, and only the kernel knows about the paths.
+    row, so they are done once in row order, and only the kernel knows about the paths. The second is the kernel's too:
+    on a CPU no tensor of K dt's is written.
 
     Arguments: ``channels`` E, ``state`` N (per channel), ``dt_rank`` R, ``paths`` K. With ``shared`` all paths use one
     set of everything but A (Vim's "v1" ablation), so S = 1, otherwise S = K.
@@ -79,11 +80,11 @@ class PathScan(nn.Module):
 
         path: None, (K, steps) or (batch, K, steps). Returns (batch, length, E), the sum over paths.
         """
-        dt, B, C, bias, D = self._terms(u)
+        dt_r, B, C, dt_proj, bias, D = self._terms(u)
         A = -torch.exp(self.A_log.float())
         y, _ = selective_scan(
-            u, dt, A, B, C, D, z, bias,
-            dt_softplus=True, path=path, reverse=reverse, resets=resets, lengths=lengths,
+            u, dt_r, A, B, C, D, z, bias,
+            dt_proj=dt_proj, dt_softplus=True, path=path, reverse=reverse, resets=resets, lengths=lengths,
         )  # fmt: skip
         return y
 
@@ -96,21 +97,21 @@ class PathScan(nn.Module):
         reverse: bool | Sequence[bool] = False,
     ) -> Tensor:
         """What each path adds: (batch, K, length, E); the sum over K is :meth:`forward`. For looking, not for speed."""
-        dt, B, C, bias, D = self._terms(u)
+        dt_r, B, C, dt_proj, bias, D = self._terms(u)
         A = -torch.exp(self.A_log.float())
         parts = []
         for k in range(self.paths):
             order = None if path is None else path.select(-2, k)
             flag = reverse if isinstance(reverse, bool) else reverse[k]
             y, _ = selective_scan(
-                u if u.dim() == 3 else u[:, :, k], dt[:, :, k], A[k], B[:, :, k], C[:, :, k], D[k], z, bias[k],
-                dt_softplus=True, path=order, reverse=flag,
+                u if u.dim() == 3 else u[:, :, k], dt_r[:, :, k], A[k], B[:, :, k], C[:, :, k], D[k], z, bias[k],
+                dt_proj=dt_proj[k], dt_softplus=True, path=order, reverse=flag,
             )  # fmt: skip
             parts.append(y)
         return torch.stack(parts, dim=1)
 
-    def _terms(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """dt (batch, length, K, E), B and C (batch, length, K, N), dt_bias and D (K, E)."""
+    def _terms(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """dt_r (batch, length, K, R), B and C (batch, length, K, N), dt_proj (K, E, R), dt_bias and D (K, E)."""
         K, R, N = self.paths, self.dt_rank, self.state
         if self.shared and u.dim() != 3:
             raise ValueError(
@@ -122,9 +123,8 @@ class PathScan(nn.Module):
         else:
             projected = torch.einsum("blke,kce->blkc", u, self.x_proj)
         dt_r, B, C = projected.split([R, N, N], dim=-1)
-        dt = torch.einsum("blkr,ker->blke", dt_r, self.dt_proj)
-        bias, D = self.dt_bias, self.D
+        dt_proj, bias, D = self.dt_proj, self.dt_bias, self.D
         if self.shared:
-            dt, B, C = (t.expand(-1, -1, K, -1) for t in (dt, B, C))
-            bias, D = bias.expand(K, -1), D.expand(K, -1)
-        return dt, B, C, bias, D
+            dt_r, B, C = (t.expand(-1, -1, K, -1) for t in (dt_r, B, C))
+            dt_proj, bias, D = dt_proj.expand(K, -1, -1), bias.expand(K, -1), D.expand(K, -1)
+        return dt_r, B, C, dt_proj, bias, D

@@ -121,8 +121,8 @@ class CascadeScan(GridScan):
             k = first + int(backwards)
             dt_r, B, C = F.linear(rows, self.x_proj[k]).split([self.dt_rank, self.state, self.state], dim=-1)
             y, _ = selective_scan(
-                rows, F.linear(dt_r, self.dt_proj[k]), -torch.exp(self.A_log[k].float()), B, C, self.D[k],
-                dt_bias=self.dt_bias[k], dt_softplus=True, reverse=backwards,
+                rows, dt_r, -torch.exp(self.A_log[k].float()), B, C, self.D[k], dt_bias=self.dt_bias[k],
+                dt_proj=self.dt_proj[k], dt_softplus=True, reverse=backwards,
             )  # fmt: skip
             total = total + (y.flip(1) if backwards else y)
         return total.view(x.shape)

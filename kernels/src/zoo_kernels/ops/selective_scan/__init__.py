@@ -50,6 +50,7 @@ def _fake(
     return_final_state,
     resets,
     lengths,
+    dt_proj=None,
     *,
     save,
 ):
@@ -59,8 +60,9 @@ def _fake(
 
 
 def _validate(
-    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths
-) -> None:
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths,
+    dt_proj=None,
+) -> None:  # fmt: skip
     checks.check_values(NAME, path, lengths, length=u.shape[1])
 
 
@@ -68,13 +70,14 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterable[tuple[Any, ...]
     def r(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
-    for K, groups, N, channels, length in ((1, 1, 16, 24, 70), (2, 2, 4, 6, 33)):
+    for K, groups, N, channels, length, rank in ((1, 1, 16, 24, 70, 0), (2, 2, 4, 6, 33, 0), (2, 1, 4, 18, 67, 5)):
         path = None if K == 1 else torch.stack([torch.randperm(length) for _ in range(K)])[None].to(device)
         yield (
-            r(2, length, 1, channels), r(2, length, K, channels),
+            r(2, length, 1, channels), r(2, length, K, rank or channels),
             -torch.rand(K, channels, N, device=device).to(dtype) - 0.1,
             r(2, length, K, groups, N), r(2, length, K, groups, N), r(K, channels), r(2, length, channels),
             r(K, channels), True, path, [False, True][:K], None, False, None, None,
+            r(K, channels, rank) if rank else None,
         )  # fmt: skip
 
 
@@ -83,11 +86,12 @@ _scan = Operator(
     package=__name__,
     arguments=(
         "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
-        "Tensor? path, bool[] reverse, Tensor? initial_state, bool return_final_state, Tensor? resets, Tensor? lengths"
+        "Tensor? path, bool[] reverse, Tensor? initial_state, bool return_final_state, Tensor? resets, "
+        "Tensor? lengths, Tensor? dt_proj"
     ),
     outputs=("y", "final"),
     saved=("borders",),
-    differentiable=("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"),
+    differentiable=("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "dt_proj"),
     backends={"reference": ".reference", "native": ".native", "triton": ".gpu"},
     fake=_fake,
     cases=_cases,
@@ -112,6 +116,7 @@ def selective_scan(
     return_final_state: bool = False,
     resets: Tensor | None = None,
     lengths: Tensor | None = None,
+    dt_proj: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Selective scan: an input-dependent diagonal recurrence over every channel and state.
 
@@ -141,6 +146,9 @@ def selective_scan(
     reverse: walk the path from its end (each direction's own end when ``lengths`` is given).
     resets: (batch, length) bool, by row: the state is dropped before the input of that row is added.
     lengths: (batch,) int: only the first ``lengths[b]`` steps of the path are walked; rows not visited give 0.
+    dt_proj: (channels, rank) or (K, channels, rank): dt is then (batch, length, rank) or (batch, length, K, rank), and
+        ``dt_proj @ dt`` takes its place, as every published block computes it. On a CPU the product is formed within
+        the scan, and the tensor of all steps and channels never exists; elsewhere it is formed first.
     C None: the states themselves instead of their weighted sum, ``y`` (batch, length, channels, state) in u's dtype
         (summed over paths, if several); D and z must be None. This is what A2Mamba's mixer gathers from.
 
@@ -158,8 +166,9 @@ def selective_scan(
             raise ValueError(f"{NAME}: D and z must be None where C is None, for the result is the states themselves")
         C = B
     args = _canonical(
-        u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths
-    )
+        u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths,
+        dt_proj,
+    )  # fmt: skip
     if states:
         args = _with_states_as_channels(*args)
     if _scan.exporting() and not A.is_complex():
@@ -178,8 +187,9 @@ def selective_scan(
 
 
 def _canonical(
-    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths
-) -> tuple[Any, ...]:
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths,
+    dt_proj,
+) -> tuple[Any, ...]:  # fmt: skip
     """Check everything and give every argument its K axis and B, C their groups axis (views: nothing is copied)."""
     checks.is_tensor(NAME, "u", u)
     checks.has_dtype(NAME, "u", u)
@@ -200,7 +210,12 @@ def _canonical(
     paths: list[tuple[str, int | None]] = [] if single else [("paths", K)]
     width: list[tuple[str, int | None]] = [("channels", channels)]
     checks.has_shape(NAME, "u", u, rows + (paths if u.dim() == 4 else []) + width)
-    checks.has_shape(NAME, "dt", dt, rows + paths + width, u)
+    columns = width
+    if dt_proj is not None:
+        checks.has_shape(NAME, "dt_proj", dt_proj, [*paths, *width, ("rank", None)], u)
+        checks.has_dtype(NAME, "dt_proj", dt_proj)
+        columns = [("rank", dt_proj.shape[-1])]
+    checks.has_shape(NAME, "dt", dt, rows + paths + columns, u)
     checks.has_dtype(NAME, "dt", dt)
     allowed = (*checks.FLOATS, torch.complex64, torch.complex128) if A.is_complex() else checks.FLOATS
     for name, value in (("B", B), ("C", C)):
@@ -233,17 +248,18 @@ def _canonical(
     if single:
         dt, B, C = dt.unsqueeze(2), B.unsqueeze(2), C.unsqueeze(2)
         A = A.unsqueeze(0)
-        D, dt_bias = (None if p is None else p.unsqueeze(0) for p in (D, dt_bias))
+        D, dt_bias, dt_proj = (None if p is None else p.unsqueeze(0) for p in (D, dt_bias, dt_proj))
         initial_state = None if initial_state is None else initial_state.unsqueeze(1)
     return (
         u, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), path, flags, initial_state, bool(return_final_state), resets,
-        lengths,
+        lengths, dt_proj,
     )  # fmt: skip
 
 
 def _with_states_as_channels(
-    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths
-) -> tuple[Any, ...]:
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths,
+    dt_proj,
+) -> tuple[Any, ...]:  # fmt: skip
     """Canonical arguments whose outputs are the states: each (state, channel) becomes a channel of one state, C = 1.
 
     The channels are ordered by state first, so that the states of B become its groups.
@@ -252,7 +268,11 @@ def _with_states_as_channels(
         raise ValueError(f"{NAME}: C is None; it must be given where A is complex")
     K, channels, N = A.shape
     if N > 1:
-        u, dt = u.repeat(1, 1, 1, N), dt.repeat(1, 1, 1, N)
+        u = u.repeat(1, 1, 1, N)
+        if dt_proj is None:
+            dt = dt.repeat(1, 1, 1, N)
+        else:
+            dt_proj = dt_proj.repeat(1, N, 1)
         dt_bias = None if dt_bias is None else dt_bias.repeat(1, N)
         A = A.transpose(1, 2).reshape(K, N * channels, 1)
         B = B.transpose(3, 4).reshape(*B.shape[:3], -1, 1)
@@ -260,7 +280,7 @@ def _with_states_as_channels(
             initial_state = initial_state.transpose(2, 3).reshape(-1, K, N * channels, 1)
     return (
         u, dt, A, B, torch.ones_like(B), None, None, dt_bias, dt_softplus, path, reverse, initial_state,
-        return_final_state, resets, lengths,
+        return_final_state, resets, lengths, dt_proj,
     )  # fmt: skip
 
 

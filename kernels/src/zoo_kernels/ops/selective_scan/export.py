@@ -13,15 +13,19 @@ from torch import Tensor
 from zoo_kernels._walk import put_sum, take, walk
 
 from . import work_dtype
+from .low_rank import product
 
 
 def selective_scan_export(
-    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths
-) -> tuple[Tensor, Tensor]:
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths,
+    dt_proj=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The canonical arguments of ``reference.forward``; A real."""
     batch, length = u.shape[:2]
     channels = A.shape[1]
     work = work_dtype(u, A)
+    if dt_proj is not None:
+        dt = product(dt, dt_proj, work)
     plain = path is None and lengths is None and not any(reverse) and len(reverse) == 1
     if plain:
         rows, walked = None, None

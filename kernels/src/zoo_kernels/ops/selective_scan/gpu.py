@@ -23,6 +23,7 @@ from torch import Tensor
 from zoo_kernels import _gpu
 
 from . import _triton_kernels as kernels
+from .low_rank import gradients, product
 
 CHUNK = 64  # as in __init__.empty_borders
 
@@ -162,10 +163,12 @@ def _forward(p: _Problem, z, return_final: bool, save: bool, config: Config, spl
 
 def forward(
     u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths,
-    *, save, config: Config | None = None, split: int | None = None,
+    dt_proj=None, *, save, config: Config | None = None, split: int | None = None,
 ):  # fmt: skip
     """See :func:`zoo_kernels.selective_scan`; canonical arguments. ``config`` and ``split`` are for tests and
     tuning."""
+    if dt_proj is not None:
+        dt = product(dt, dt_proj)
     p = _Problem(u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, resets, lengths)
     with _gpu.guard(u):
         if config is None:
@@ -182,8 +185,11 @@ def forward(
 
 
 def backward(grads, arguments, saved, needs, *, config: Config | None = None, split: int | None = None):
-    """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state."""
-    u, dt, A, B, C, D, z, dt_bias, softplus, path, reverse, init, return_final, resets, lengths = arguments
+    """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state, dt_proj."""
+    u, dt, A, B, C, D, z, dt_bias, softplus, path, reverse, init, return_final, resets, lengths, dt_proj = arguments
+    low = dt
+    if dt_proj is not None:
+        dt = product(dt, dt_proj)
     p = _Problem(u, dt, A, B, C, D, z, dt_bias, softplus, path, reverse, init, resets, lengths)
     with _gpu.guard(u):
         if config is None:
@@ -191,7 +197,9 @@ def backward(grads, arguments, saved, needs, *, config: Config | None = None, sp
                 ("selective_scan_backward", p.N, p.K, u.dtype), BACKWARD,
                 lambda one: _backward(p, grads, saved, return_final, one, split), u, 2 * dt.numel() * p.N,
             )  # fmt: skip
-        found = _backward(p, grads, saved, return_final, config, split)
+        found = [*_backward(p, grads, saved, return_final, config, split), None]
+        if dt_proj is not None:
+            found[1], found[-1] = gradients(found[1], low, dt_proj)
     return [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
 
 

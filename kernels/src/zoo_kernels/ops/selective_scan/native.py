@@ -11,6 +11,10 @@ from torch import Tensor
 from zoo_kernels import _native as native
 
 from . import empty_borders, work_dtype
+from .low_rank import gradients, product
+
+# dt_proj of a block of channels stays in the second level of cache up to here; a wider one is multiplied beforehand.
+MOST_COLUMNS = 128
 
 
 def unavailable() -> str | None:
@@ -18,10 +22,12 @@ def unavailable() -> str | None:
 
 
 def unsupported(
-    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths
-) -> str | None:
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths,
+    dt_proj=None,
+) -> str | None:  # fmt: skip
     return native.wrong_dtypes(
-        ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"), (u, dt, A, B, C, D, z, dt_bias, initial_state)
+        ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "dt_proj"),
+        (u, dt, A, B, C, D, z, dt_bias, initial_state, dt_proj),
     )
 
 
@@ -87,12 +93,15 @@ def forward(
     return_final_state,
     resets,
     lengths,
+    dt_proj=None,
     *,
     save,
 ) -> tuple[Tensor, Tensor, Tensor]:
     work = work_dtype(u, A)
     batch, length, _, channels = u.shape
     K, _, N = A.shape
+    if dt_proj is not None and not 0 < dt_proj.shape[2] <= MOST_COLUMNS:
+        dt, dt_proj = product(dt, dt_proj, work), None
     # Several paths add to one output, in the working precision, each multiplied by the gate as it is written.
     y_dtype = u.dtype if K == 1 else work
     new = torch.zeros if _partial(u, path, lengths) else torch.empty
@@ -102,9 +111,11 @@ def forward(
     numbers, alive = _arguments(
         u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, resets, lengths
     )
+    proj = None if dt_proj is None else dt_proj.to(work)
     native.function("selective_scan_forward")(
-        *numbers, y.data_ptr(), native.DTYPES[y_dtype], native.pointer(final), borders.data_ptr() if save else 0
-    )
+        *numbers, y.data_ptr(), native.DTYPES[y_dtype], native.pointer(final), borders.data_ptr() if save else 0,
+        *((0, 0, 0, 0, 0) if proj is None else (proj.shape[2], proj.data_ptr(), *proj.stride())),
+    )  # fmt: skip
     del alive
     out = torch.empty(0, dtype=work) if final is None else final.transpose(-1, -2).contiguous()
     return y.to(u.dtype), out, borders
@@ -112,11 +123,15 @@ def forward(
 
 def backward(grads, arguments, saved, needs) -> list[Tensor | None]:
     (
-        u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths
+        u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths,
+        dt_proj,
     ) = arguments  # fmt: skip
     dy, dfinal = grads
     (borders,) = saved
     work = work_dtype(u, A)
+    low = dt
+    if dt_proj is not None:
+        dt = product(dt, dt_proj, work)
     batch, length, shared, channels = u.shape
     K, _, N = A.shape
     if batch == 0 or channels == 0 or N == 0:
@@ -154,4 +169,7 @@ def backward(grads, arguments, saved, needs) -> list[Tensor | None]:
     )  # fmt: skip
     del alive
     dinit = None if dinit is None else dinit.transpose(-1, -2)
-    return [du, ddt, dA.transpose(-1, -2), dB, dC, dD, dz, dbias, dinit]
+    dproj = None
+    if dt_proj is not None:
+        ddt, dproj = gradients(ddt, low, dt_proj)
+    return [du, ddt, dA.transpose(-1, -2), dB, dC, dD, dz, dbias, dinit, dproj]

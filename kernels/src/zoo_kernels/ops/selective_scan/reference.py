@@ -9,6 +9,7 @@ from torch import Tensor
 from zoo_kernels._walk import put_sum, take, walk
 
 from . import empty_borders, work_dtype
+from .low_rank import product
 
 
 def forward(
@@ -27,6 +28,7 @@ def forward(
     return_final_state,
     resets,
     lengths,
+    dt_proj=None,
     *,
     save,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +36,8 @@ def forward(
 
     u (batch, length, 1 or K, channels); dt (batch, length, K, channels); A (K, channels, state);
     B, C (batch, length, K, groups, state); D, dt_bias (K, channels); z (batch, length, channels);
-    path (1 or batch, K, steps); reverse K flags; initial_state (batch, K, channels, state).
+    path (1 or batch, K, steps); reverse K flags; initial_state (batch, K, channels, state);
+    dt_proj (K, channels, rank), and dt (batch, length, K, rank), or None.
     """
     batch, length = u.shape[:2]
     K, channels, N = A.shape
@@ -42,6 +45,8 @@ def forward(
     real = work.to_real() if work.is_complex else work
     rows, walked = walk(path, reverse, lengths, batch=batch, length=length, device=u.device)
     steps = rows.shape[2]
+    if dt_proj is not None:
+        dt = product(dt, dt_proj, real)
     x = take(u, rows).to(real)  # (batch, K, steps, channels)
     d = take(dt, rows).to(real)
     if dt_bias is not None:
