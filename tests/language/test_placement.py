@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,8 +125,8 @@ def test_wrong_maps_are_explained(folder: Path, options: dict, message: str) -> 
 
 
 def test_without_accelerate_the_extra_is_named(folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(errors.MissingExtra, match=r'pip install "ssm-zoo\[accelerate\]"'):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(errors.MissingExtra, match=r"pip install 'ssm-zoo\[accelerate\]'"):
         zoo.load(folder, device_map="auto")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from .card_files import load_cards, package_path, read_cards, read_labels
 from .cards import Metric, ModelCard, WeightsCard
+from .extras import optional
 from .hookspecs import API_VERSION, hookimpl
 from .manager import Manager, manager
 from .names import HubRepo, LocalPath, ModelName, Resolved, natural_sorted, parse, resolve
@@ -36,6 +37,7 @@ __all__ = [
     "load_cards",
     "manager",
     "natural_sorted",
+    "optional",
     "package_path",
     "parse",
     "query",

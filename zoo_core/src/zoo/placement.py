@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import json
 import logging
 import shutil
@@ -27,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo_registry import errors
+from zoo_registry import errors, optional
 
 logger = logging.getLogger("zoo")
 
@@ -127,16 +126,8 @@ def units(model: nn.Module) -> list[str]:
 
 def needed() -> Any:
     """accelerate, or MissingExtra."""
-    if importlib.util.find_spec("accelerate") is None:
-        raise errors.MissingExtra(
-            'device_map needs accelerate: pip install "ssm-zoo[accelerate]" (or give device= to put the whole model on '
-            "one device)",
-            extra="accelerate",
-            command='pip install "ssm-zoo[accelerate]"',
-        )
-    import accelerate
-
-    return accelerate
+    otherwise = "or give device= to put the whole model on one device"
+    return optional("accelerate", "device_map", "ssm-zoo[accelerate]", otherwise=otherwise)
 
 
 def _plan(

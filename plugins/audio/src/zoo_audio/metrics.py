@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from zoo_registry import errors
+from zoo_registry import optional
 
 from .text import normalise
 
@@ -32,13 +32,7 @@ def error_rates(said: Sequence[str], written: Sequence[str]) -> ErrorRates:
     Silence may be among them: words written where none were said count as insertions. Raises ValueError for lists of
     unequal length, or when nothing was said in any of them, and ``zoo.errors.MissingExtra`` without jiwer.
     """
-    try:
-        import jiwer
-    except ImportError as error:
-        raise errors.MissingExtra(
-            "error rates are computed by jiwer, which is not installed: pip install 'ssm-zoo-audio[metrics]'",
-            extra="metrics", command="pip install 'ssm-zoo-audio[metrics]'",
-        ) from error  # fmt: skip
+    jiwer: Any = optional("jiwer", "counting errors of transcripts", "ssm-zoo-audio[metrics]")
     if len(said) != len(written):
         raise ValueError(f"{len(said)} texts were said and {len(written)} written; expected as many")
     pairs = [(normalise(a), normalise(b)) for a, b in zip(said, written, strict=True)]

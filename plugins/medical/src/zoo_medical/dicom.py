@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from zoo import errors
+from zoo_registry import optional
 
 #: what places a slice, and what tells series apart
 _HEADER = (
@@ -19,12 +20,7 @@ _TOLERANCE = 1e-2
 
 
 def _pydicom() -> Any:
-    try:
-        import pydicom
-    except ImportError as error:
-        command = "pip install 'ssm-zoo-medical[dicom]'"
-        raise errors.MissingExtra(f"reading DICOM needs pydicom: {command}", extra="dicom", command=command) from error
-    return pydicom
+    return optional("pydicom", "reading DICOM", "ssm-zoo-medical[dicom]")
 
 
 def is_dicom(path: Path) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from zoo_registry import optional
+
 from .pcd import read_fields as read_pcd_fields
 
 EXTENSIONS = (".ply", ".pcd", ".xyz", ".txt", ".pts", ".csv", ".npy", ".las", ".laz", ".obj", ".stl", ".off")
@@ -188,11 +190,7 @@ def _read_pcd(path: Path) -> Cloud:
 
 
 def _laspy(path: Path) -> Any:
-    try:
-        import laspy
-    except ImportError as error:
-        raise ValueError(f"{path}: las files need laspy: pip install 'ssm-zoo-point-cloud[las]'") from error
-    return laspy
+    return optional("laspy", f"{path}: a las file", "ssm-zoo-point-cloud[las]")
 
 
 def _read_las(path: Path) -> Cloud:
@@ -210,10 +208,7 @@ def _read_las(path: Path) -> Cloud:
 
 def _read_mesh(path: Path) -> Cloud:
     """Points drawn evenly on the surface, always the same ones."""
-    try:
-        import trimesh
-    except ImportError as error:
-        raise ValueError(f"{path}: reading meshes needs trimesh: pip install 'ssm-zoo-point-cloud[mesh]'") from error
+    trimesh: Any = optional("trimesh", f"{path}: a mesh", "ssm-zoo-point-cloud[mesh]")
     try:
         mesh: Any = trimesh.load(path, force="mesh")
     except (ValueError, IndexError, KeyError, TypeError, NotImplementedError) as error:

@@ -15,21 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo_registry import errors
+from zoo_registry import optional
 
 IGNORE = 255
 
 
 def require_torchmetrics() -> Any:
     """torchmetrics.classification, or ``MissingExtra`` saying how to get it."""
-    try:
-        from torchmetrics import classification
-    except ImportError as error:
-        command = "pip install 'ssm-zoo-remote-sensing[validate]'"
-        raise errors.MissingExtra(
-            f"measuring maps needs torchmetrics: {command}", extra="validate", command=command
-        ) from error
-    return classification
+    return optional("torchmetrics.classification", "measuring maps", "ssm-zoo-remote-sensing[validate]")
 
 
 def as_labels(values: Any) -> Tensor:

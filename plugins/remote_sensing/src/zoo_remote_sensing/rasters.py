@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from zoo_registry import errors
+from zoo_registry import errors, optional
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 GEOTIFFS = (".tif", ".tiff")
@@ -35,14 +35,7 @@ def bad_input(message: str, argument: str = "inputs") -> errors.BadArgument:
 
 def require_rasterio(what: str) -> Any:
     """The module, or ``MissingExtra`` saying how to get it."""
-    try:
-        import rasterio
-    except ImportError as error:
-        command = "pip install 'ssm-zoo-remote-sensing[geo]'"
-        raise errors.MissingExtra(
-            f"{what} needs rasterio: {command} (PNG and JPG do not need it)", extra="geo", command=command
-        ) from error
-    return rasterio
+    return optional("rasterio", what, "ssm-zoo-remote-sensing[geo]", otherwise="PNG and JPG do not need it")
 
 
 @contextlib.contextmanager

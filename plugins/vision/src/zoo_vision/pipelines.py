@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from zoo.pipelines import Failure, Pipeline, Result
-from zoo_registry import errors
+from zoo_registry import errors, optional
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 #: settings that timm's transforms take from a weights card
@@ -277,18 +277,12 @@ def write_embeddings(results: Sequence[Result], path: str | Path) -> Path:
         np.save(path, vectors)
         path.with_suffix(".txt").write_text("".join(f"{n}\n" for n in names), encoding="utf-8")
     elif path.suffix == ".parquet":
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise errors.MissingExtra(
-                "writing parquet needs pyarrow: pip install pyarrow (or choose a name that ends in .npy)",
-                extra="pyarrow",
-                command="pip install pyarrow",
-            ) from error
+        otherwise = "or choose a name that ends in .npy"
+        pyarrow: Any = optional("pyarrow", "writing parquet", "pyarrow", otherwise=otherwise)
+        parquet: Any = optional("pyarrow.parquet", "writing parquet", "pyarrow", otherwise=otherwise)
         flat = pyarrow.array(vectors.reshape(-1))
         column = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1] if vectors.size else 1)
-        pyarrow.parquet.write_table(pyarrow.table({"source": names, "embedding": column}), path)
+        parquet.write_table(pyarrow.table({"source": names, "embedding": column}), path)
     else:
         raise errors.BadArgument(
             f"{path.name} ends in {path.suffix or 'nothing'}; expected .npy or .parquet", argument="out", accepted=[]
