@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
+from zoo.layers.inference import by_rows
+from zoo.layers.linear import linear
 from zoo.layers.path_scan import PathScan
 from zoo.rules import Rename, Rules, Squeeze, Stack
-from zoo_kernels import causal_conv1d
+from zoo_kernels import causal_conv1d, selective_scan
 from zoo_kernels import paths as grid_paths
 
+from . import lean
 from ._base import MedicalAdapter, check_input, take
 from .unetr_blocks import BasicBlock, OutBlock, UpBlock
 
@@ -62,6 +65,46 @@ class TriMamba(nn.Module):
         ]
         return self.out_proj(self.scan(torch.stack(ways, dim=2), z=z, path=order))
 
+    def lean(self, u: Tensor, norm: nn.Module) -> Tensor:
+        """``self(norm(u))`` for inference: one order after the other, in pieces that hand on their state.
+
+        Across slices the sequence is read as (slices, steps) by columns, so that a piece is a block of columns.
+        """
+        batch, length, _ = u.shape
+        width = self.out_proj.in_features
+        weight, scan = self.in_proj.weight, self.scan
+        A = -torch.exp(scan.A_log)
+        x, y = u.new_empty(batch, length, width), u.new_empty(batch, length, width)
+        for rows in lean.pieces(length, width):
+            x[:, rows] = linear(norm(u[:, rows]), weight[:width])
+        for k in range(3):
+            across = self.slices if k == 2 else 1
+            read, written = (t.unflatten(1, (across, -1)).transpose(1, 2) for t in (x, y))
+            conv = ssm = None
+            cut = lean.pieces(length // across, width * across)
+            for rows in cut[::-1] if k == 1 else cut:
+                part = read[:, rows].flatten(1, 2)
+                part, conv = causal_conv1d(
+                    part, self.conv_weight[k], self.conv_bias[k], activation="silu", reverse=k == 1,
+                    initial_state=conv, return_final_state=True,
+                )  # fmt: skip
+                dt, B, C = linear(part, scan.x_proj[k]).split([scan.dt_rank, scan.state, scan.state], dim=-1)
+                part, ssm = selective_scan(
+                    part, dt, A[k], B, C, scan.D[k], None, scan.dt_bias[k], dt_proj=scan.dt_proj[k],
+                    dt_softplus=True, reverse=k == 1, initial_state=ssm, return_final_state=True,
+                )  # fmt: skip
+                part = part.unflatten(1, (-1, across))
+                if k == 0:
+                    written[:, rows] = part
+                else:
+                    written[:, rows] += part
+        del x
+        answer = torch.empty_like(u)
+        for rows in lean.pieces(length, width):
+            z = linear(norm(u[:, rows]), weight[width:], act="silu")
+            answer[:, rows] = linear(y[:, rows].mul_(z), self.out_proj.weight)
+        return answer
+
 
 class MambaLayer(nn.Module):
     """``x + mamba(norm x)`` over the positions of (batch, dim, X, Y, Z) in raster order."""
@@ -72,6 +115,9 @@ class MambaLayer(nn.Module):
         self.mamba = TriMamba(dim, state, slices=slices)
 
     def forward(self, x: Tensor) -> Tensor:
+        if lean.lean(self, x):
+            tokens = lean.rows(lean.channel_last(x))
+            return self.mamba.lean(tokens, self.norm).add_(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
         tokens = x.flatten(2).transpose(1, 2)
         return x + self.mamba(self.norm(tokens)).transpose(1, 2).reshape(x.shape)
 
@@ -90,6 +136,15 @@ class GatedSpatialConv(nn.Module):
         self.proj4 = nn.Conv3d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if lean.lean(self, x):
+            norm, x = lean.Norm(), lean.channel_last(x)
+            y = lean.normalise(lean.convolve(x, self.proj), norm, slope=0.0)
+            lean.convolve_onto([y], [self.proj2], [y])
+            z = lean.normalise(lean.convolve(x, self.proj3), norm, slope=0.0)
+            y = lean.normalise(y, norm, slope=0.0).add_(z)
+            lean.convolve_onto([y], [self.proj4], [y])
+            return lean.normalise(y, norm, slope=0.0).add_(x)
+
         def act(conv: nn.Conv3d, y: Tensor) -> Tensor:
             return F.relu(F.instance_norm(conv(y)))
 
@@ -105,6 +160,11 @@ class ChannelMlp(nn.Module):
         self.fc2 = nn.Conv3d(2 * dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if lean.lean(self, x):
+            x = lean.channel_last(x)
+            one, two = ((conv.weight.flatten(1), conv.bias) for conv in (self.fc1, self.fc2))
+            tokens = by_rows(lambda rows: linear(linear(rows, *one, act="gelu"), *two), lean.rows(x))
+            return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -128,6 +188,12 @@ class MambaEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = []
+        if lean.lean(self, x):
+            for down, gsc, stage, mlp in zip(self.downsample_layers, self.gscs, self.stages, self.mlps, strict=True):
+                # the norm of a stage's end, which the MLP and the way down both begin with, is taken where it lies
+                x = lean.normalise(stage(gsc(lean.convolve(x, down[-1]))), lean.Norm())
+                maps.append(mlp(x))
+            return maps
         for down, gsc, stage, mlp in zip(self.downsample_layers, self.gscs, self.stages, self.mlps, strict=True):
             x = stage(gsc(down(x)))
             maps.append(mlp(F.instance_norm(x)))
@@ -184,12 +250,14 @@ class SegMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = check_input("SegMamba", x, self.in_chans, 3, 16)
+        owned = lean.lean(self, x)  # nothing but the decoder sees the skips, which it may write over
         maps = self.vit(x)
-        y = self.decoder5(self.encoder5(maps[3]), self.encoder4(maps[2]))
-        y = self.decoder4(y, self.encoder3(maps[1]))
-        y = self.decoder3(y, self.encoder2(maps[0]))
-        y = self.decoder2(y, self.encoder1(x))
-        return self.out(self.decoder1(y))
+        y = self.decoder5(self.encoder5(maps.pop()), self.encoder4(maps.pop()), owned)
+        y = self.decoder4(y, self.encoder3(maps.pop()), owned)
+        y = self.decoder3(y, self.encoder2(maps.pop()), owned)
+        y = self.decoder2(y, self.encoder1(x), owned)
+        y = self.decoder1(y)
+        return self.out(y)
 
 
 # -- the original's format --------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from zoo.adapting import InputChannels, NewHead
 from zoo.layers import Mamba
 from zoo.rules import Drop, Rules
 
+from . import lean
 from ._base import MedicalAdapter, check_input
 from .unetr_blocks import CONV
 
@@ -61,8 +62,19 @@ class ResidualBlock(nn.Module):
         self.conv3 = plan.conv(cin, cout, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        if lean.lean(self, x):
+            return self.lean([x], owned=[False])
         y = F.leaky_relu(self.norm1(self.conv1(x)), self.slope)
         return F.leaky_relu(self.norm2(self.conv2(y)) + self.conv3(x), self.slope)
+
+    def lean(self, maps: Sequence[Tensor], *, owned: Sequence[bool]) -> Tensor:
+        """The same for maps side by side, see :func:`zoo_medical.lean.residual`."""
+        convs = (self.conv1, self.conv2, self.conv3)
+        return lean.residual(maps, convs, (_norm(self.norm1), _norm(self.norm2), None), self.slope, owned=owned)
+
+
+def _norm(norm: Any) -> lean.Norm:
+    return lean.Norm(norm.eps, norm.weight, norm.bias)
 
 
 class ConvNorm(nn.Module):
@@ -87,6 +99,10 @@ class PlainBlock(nn.Module):
         self.conv2 = ConvNorm(plan, channels, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
+        if lean.lean(self, x):
+            convs = (self.conv1.conv, self.conv2.conv, None)
+            norms = (_norm(self.conv1.norm), _norm(self.conv2.norm), None)
+            return lean.residual([lean.channel_last(x)], convs, norms, self.slope, owned=[False])
         return F.leaky_relu(self.conv2(F.leaky_relu(self.conv1(x), self.slope)) + x, self.slope)
 
 
@@ -124,7 +140,17 @@ class MambaLayer(nn.Module):
                     f"was built for {self.dim}; give it patches of its input_size, or build it with another input_size"
                 )
             return self.mamba(self.norm(tokens)).view(x.shape)
+        if lean.lean(self, x):
+            return self._in_pieces(lean.rows(lean.channel_last(x))).transpose(1, 2).unflatten(2, x.shape[2:])
         return self.mamba(self.norm(tokens.transpose(1, 2))).transpose(1, 2).reshape(x.shape)
+
+    def _in_pieces(self, tokens: Tensor) -> Tensor:
+        """``mamba(norm(tokens))``, piece after piece with the state handed on, so that only the result is as long."""
+        state = self.mamba.init_state(tokens.shape[0])
+        answer = torch.empty_like(tokens)
+        for rows in lean.pieces(tokens.shape[1], self.mamba.d_inner):
+            answer[:, rows] = self.mamba(self.norm(tokens[:, rows]), state=state)
+        return answer
 
 
 class Encoder(nn.Module):
@@ -182,6 +208,8 @@ class Upsample(nn.Module):
         self.conv = plan.conv(cin, cout, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if lean.lean(self, x):  # the convolution acts on each position by itself: once for all that are the same
+            return F.interpolate(lean.convolve(x, self.conv), scale_factor=self.scale, mode="nearest")
         return self.conv(F.interpolate(x, scale_factor=self.scale, mode="nearest"))
 
 
@@ -213,16 +241,22 @@ class Decoder(nn.Module):
         self.seg_layers = nn.ModuleList(heads)
         self.last_skip = plan.dims == 3
 
-    def forward(self, maps: Sequence[Tensor], every: bool) -> Tensor | list[Tensor]:
-        x, outputs = maps[-1], []
+    def forward(self, maps: list[Tensor], every: bool, owned: bool = False) -> Tensor | list[Tensor]:
+        """``maps`` of the encoder, which are taken from the list; ``owned``: nobody else reads them, so that inference
+        may write over them."""
+        x, outputs = maps.pop(), []
         last = len(self.stages) - 1
         for s, (up, block, head) in enumerate(zip(self.upsample_layers, self.stages, self.seg_layers, strict=True)):
             x = up(x)
-            if s < last or self.last_skip:
-                x = torch.cat([x, maps[-(s + 2)]], dim=1)
-            x = block(x)
+            skip = maps.pop() if s < last or self.last_skip else None
+            if skip is not None and lean.lean(block, x):
+                x = block[0].lean([x, skip], owned=[True, owned])
+                del skip
+                x = block[1:](x)
+            else:
+                x = block(x if skip is None else torch.cat([x, skip], dim=1))
             if every or s == last:
-                outputs.append(head(x))
+                outputs.append(lean.convolve(x, head).contiguous() if lean.lean(head, x) else head(x))
         return outputs[::-1] if every else outputs[0]
 
 
@@ -321,9 +355,10 @@ class UMamba(nn.Module):
                 f"U-Mamba: the input has sides {tuple(x.shape[2:])}; they must be multiples of {self.reduction}, the "
                 "product of the strides. Pad it, or use the pipeline, which does"
             )
+        owned = lean.lean(self, x)
         maps = self.encoder(x)
         maps[-1] = self.mamba_layer(maps[-1])
-        return self.decoder(maps, self.deep_supervision)
+        return self.decoder(maps, self.deep_supervision, owned)
 
 
 def _counts(name: str, value: int | Sequence[int], n: int) -> list[int]:

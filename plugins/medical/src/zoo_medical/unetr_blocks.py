@@ -9,10 +9,13 @@ Source: Hatamizadeh et al., "UNETR", arXiv 2103.10504, section 3.1.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import lean
 
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED: dict[int, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {
@@ -36,9 +39,18 @@ class ResidualBlock(nn.Module):
         self.conv3 = named_conv(dims, cin, cout, 1) if cin != cout else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if lean.lean(self, x):
+            return self.lean([x], owned=[False])
         y = F.leaky_relu(F.instance_norm(self.conv1(x)), 0.01)
         y = F.instance_norm(self.conv2(y))
         return F.leaky_relu(y + (x if self.conv3 is None else F.instance_norm(self.conv3(x))), 0.01)
+
+    def lean(self, maps: Sequence[Tensor], *, owned: Sequence[bool]) -> Tensor:
+        """The same for maps side by side, see :func:`zoo_medical.lean.residual`."""
+        shortcut = None if self.conv3 is None else self.conv3[0]
+        convs = (self.conv1[0], self.conv2[0], shortcut)
+        norms = (lean.Norm(), lean.Norm(), None if shortcut is None else lean.Norm())
+        return lean.residual(maps, convs, norms, 0.01, owned=owned)
 
 
 class BasicBlock(nn.Module):
@@ -61,7 +73,10 @@ class UpBlock(nn.Module):
         self.transp_conv = nn.Sequential(OrderedDict(conv=up))
         self.conv_block = ResidualBlock(dims, 2 * cout, cout)
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor, owned: bool = False) -> Tensor:
+        """``owned``: nobody else reads ``skip``, so that inference may write over it."""
+        if lean.lean(self, x):
+            return self.conv_block.lean([lean.enlarge(x, self.transp_conv[0]), skip], owned=[True, owned])
         return self.conv_block(torch.cat([self.transp_conv(x), skip], dim=1))
 
 
@@ -73,4 +88,6 @@ class OutBlock(nn.Module):
         self.conv = named_conv(dims, cin, classes, 1, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if lean.lean(self, x):
+            return lean.convolve(x, self.conv[0]).contiguous()
         return self.conv(x)
