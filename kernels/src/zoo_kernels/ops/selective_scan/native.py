@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo_kernels import _native as native
+from zoo_kernels._memory import empty
 
 from . import empty_borders, work_dtype
 from .low_rank import gradients, product
@@ -104,7 +105,7 @@ def forward(
         dt, dt_proj = product(dt, dt_proj, work), None
     # Several paths add to one output, in the working precision, each multiplied by the gate as it is written.
     y_dtype = u.dtype if K == 1 else work
-    new = torch.zeros if _partial(u, path, lengths) else torch.empty
+    new = torch.zeros if _partial(u, path, lengths) else empty
     y = new(batch, length, channels, dtype=y_dtype)
     final = torch.empty(batch, K, N, channels, dtype=work) if return_final_state else None
     borders = empty_borders(u, A, path, save)
@@ -148,7 +149,7 @@ def backward(grads, arguments, saved, needs) -> list[Tensor | None]:
         dz = dy.to(work) * y * s * (1 + wide * (1 - s))
         dy = dy.to(work) * wide * s
     dy = native.rows(dy)
-    new = torch.zeros if _partial(u, path, lengths) else torch.empty
+    new = torch.zeros if _partial(u, path, lengths) else empty
     du = new(batch, length, shared, channels, dtype=work)
     ddt = new(batch, length, K, channels, dtype=work)
     dB, dC = (torch.empty(batch, length, K, B.shape[3], N, dtype=work) for _ in range(2))
