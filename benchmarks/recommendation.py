@@ -5,10 +5,13 @@
     uv run python benchmarks/recommendation.py serving
 
 ``quality`` trains under RecBole's protocol on an interaction file that you give (MovieLens' licence keeps it out of
-this repository); seeds and models of several commands come together in one file. ``training`` compares a training step
-with the model as its original computes it on the reference operators (the definition of each recurrence in torch), and
-with SASRec: RecBole's own where it is installed. ``serving`` compares an update of a user's state with recomputing the
-history and with SASRec. Each prints ratios of one run and writes JSON to benchmarks/results/ with ``--save``.
+this repository); seeds and models of several commands come together in one file. ``training`` compares a step of ``zoo
+train`` with two others on the reference operators, which are the definition of each operator in torch and torch's own
+modules (matrix products, dropout), the whole batch at once: "this form" is the same network, its last layer at the
+scored position only, "original's form" every layer at every position; and with SASRec, RecBole's own where it is
+installed, stepped whole as RecBole's Trainer does, and some sequences at a time as ``zoo train`` does. ``serving``
+compares an update of a user's state with recomputing the history and with SASRec. Each prints ratios of one run and
+writes JSON to benchmarks/results/ with ``--save``.
 """
 
 from __future__ import annotations
@@ -29,11 +32,11 @@ import torch
 import zoo
 import zoo_kernels
 from zoo_recommendation import baselines
-from zoo_recommendation.last import Dropout, rows_at
+from zoo_recommendation._base import SequentialRecommender
 from zoo_recommendation.protocol import prepare, read_table, split
 from zoo_recommendation.recbole_models import installed
 from zoo_recommendation.serving import Recommender, SQLiteStore
-from zoo_recommendation.training import Settings, evaluate, fit
+from zoo_recommendation.training import Settings, evaluate, fit, train_step
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -134,36 +137,38 @@ def training(arguments: argparse.Namespace) -> dict:
         items, target = torch.randint(1, 1350, (batch, length)), torch.randint(1, 1350, (batch,))
         times = torch.rand(batch, length).sort(dim=1).values
 
-        def stepper(name: str, form: str = "", inputs=(items, lengths, times), target: torch.Tensor = target):
-            torch.manual_seed(0)
-            model = build(name, 1350, inputs[0].shape[1]).train()
-            optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-            if form == "original":  # every layer at every position, dropout as torch draws it
-                for module in model.modules():
-                    if isinstance(module, Dropout):
-                        module.__class__ = torch.nn.Dropout
+        batch_of = {"item_seq": items, "item_seq_len": lengths, "times": times, "target": target}
 
-            def step() -> None:
+        def stepper(name: str, form: str = "", batch_of=batch_of):
+            torch.manual_seed(0)
+            model = build(name, 1350, batch_of["item_seq"].shape[1]).train()
+            optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+            if form == "original":  # every layer at every position
+                model.encode_at = functools.partial(SequentialRecommender.encode_at, model)
+
+            def whole() -> None:  # RecBole's Trainer's step
                 optimizer.zero_grad(set_to_none=True)
-                if form == "original":
-                    user = rows_at(model.encode(inputs[0], inputs[2]), inputs[1] - 1)
-                else:
-                    user = model(*inputs)
-                model.loss(user, target).backward()
+                user = model(batch_of["item_seq"], batch_of["item_seq_len"], batch_of["times"])
+                model.loss(user, batch_of["target"]).backward()
                 optimizer.step()
 
             def reference() -> None:
                 with zoo_kernels.backend("reference"):
-                    step()
+                    whole()
 
-            return reference if form else step
+            if form in ("original", "same"):
+                return reference
+            return whole if form == "whole" else functools.partial(train_step, model, optimizer, batch_of)
 
         zoo_models = ("mamba4rec", "ssd4rec", "tim4rec")
         sasrecs = ("sasrec", "sasrec (RecBole)") if installed() else ("sasrec",)
-        row = timed({name: stepper(name) for name in (*zoo_models, *sasrecs)}, arguments.repeat)
+        runs = {name: stepper(name) for name in zoo_models}
+        runs |= {name: stepper(name, "whole") for name in sasrecs}
+        runs |= {f"{name}, some sequences at a time": stepper(name) for name in sasrecs}
+        row = timed(runs, arguments.repeat)
         slow = {f"{name}, original's form on the reference operators": stepper(name, "original") for name in zoo_models}
         slow |= {f"{name}, this form on the reference operators": stepper(name, "same") for name in zoo_models}
-        row |= timed(slow, 1)
+        row |= timed(slow, arguments.reference_repeat)
         peer = sasrecs[-1]
         print(f"length {length}, batch {batch}: seconds a training step, and as a part of {peer}'s")
         for name, seconds in row.items():
@@ -266,11 +271,15 @@ def main() -> None:
     two = commands.add_parser("training", parents=[shared])
     two.add_argument("--lengths", nargs="+", type=int, default=[50, 200])
     two.add_argument("--tokens", type=int, default=12800, help="items in a batch: batch = tokens / length")
-    two.add_argument("--repeat", type=int, default=5)
+    two.add_argument("--repeat", type=int, default=9)
+    two.add_argument("--reference-repeat", type=int, default=1)
     three = commands.add_parser("serving", parents=[shared])
     three.add_argument("--lengths", nargs="+", type=int, default=[50, 200, 1000])
     three.add_argument("--repeat", type=int, default=50)
+    for command in (two, three):
+        command.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    torch.set_num_threads(getattr(arguments, "threads", torch.get_num_threads()))
     print(machine())
     result = {"quality": quality, "training": training, "serving": serving}[arguments.what](arguments)
     if arguments.save:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import zoo_kernels
 from zoo_kernels import ssd
 from zoo_recommendation._base import SequentialRecommender
 from zoo_recommendation.last import Dropout, rows_at, ssd_at
@@ -85,6 +86,11 @@ def test_dropout_follows_the_seed_and_the_mode():
     torch.manual_seed(3)
     assert torch.equal(dropout(x), one)
     assert not torch.equal(dropout(x), one)
+    with zoo_kernels.backend("reference"):
+        torch.manual_seed(3)
+        torchs = dropout(x)
+    torch.manual_seed(3)
+    assert torch.equal(torchs, nn.functional.dropout(x, 0.5))
     assert torch.equal(dropout.eval()(x), x)
     assert torch.equal(Dropout(0.0)(x), x)
     assert torch.equal(Dropout(1.0)(x), torch.zeros_like(x))

@@ -1,12 +1,16 @@
 """Training: early stopping, resuming bit by bit, evaluation."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
+import zoo_kernels
+from zoo_recommendation import training
 from zoo_recommendation.mamba4rec import Mamba4Rec
 from zoo_recommendation.protocol import prepare, split
-from zoo_recommendation.training import Settings, evaluate, fit, plot
+from zoo_recommendation.training import Settings, evaluate, fit, plot, train_step
 
 
 def data(users=40):
@@ -57,6 +61,30 @@ def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path):
     assert len(history.epochs) == 4
     for key, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("loss_type", ["CE", "BPR"])
+def test_a_step_in_pieces_is_the_step_of_the_whole_batch(monkeypatch, loss_type):
+    table, (train, _, _) = data()
+    batch = train.batch(np.arange(50))
+    torch.manual_seed(0)
+    if loss_type == "BPR":
+        batch["negative"] = torch.randint(1, table.n_items, (50,))
+    first = Mamba4Rec(n_items=table.n_items, hidden_size=16, max_length=6, d_state=4, dropout=0.0, loss_type=loss_type)
+    found = {}
+    for rows, pieces in ((10_000, 1), (20 * 6, 3)):
+        monkeypatch.setattr(training, "ROWS", rows)
+        assert [len(piece["target"]) for piece in training._pieces(batch)] == ([50] if pieces == 1 else [17, 17, 16])
+        model = copy.deepcopy(first)
+        loss = train_step(model, torch.optim.SGD(model.parameters(), 1.0), batch)
+        found[pieces] = loss, dict(model.named_parameters())
+    (whole, want), (loss, got) = found[1], found[3]
+    assert loss == pytest.approx(whole, rel=1e-6)
+    for name, before in first.named_parameters():
+        moved, expected = (weights[name].detach() - before.detach() for weights in (got, want))
+        torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6 + 1e-5 * float(expected.abs().max()), msg=name)
+    with zoo_kernels.backend("reference"):
+        assert len(list(training._pieces(batch))) == 1
 
 
 def test_other_settings_are_refused(tmp_path):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers.linear import Linear, linear
+
 from .last import Dropout, rows_at
 
 LossType = Literal["CE", "BPR"]
@@ -62,7 +64,7 @@ class SequentialRecommender(nn.Module):
 
     def scores(self, user: Tensor) -> Tensor:
         """(batch, hidden) to (batch, n_items): column 0 is the padding item, masked by whoever ranks."""
-        return user @ self.item_embedding.weight.t()
+        return linear(user, self.item_embedding.weight)
 
     def loss(self, user: Tensor, target: Tensor, negative: Tensor | None = None) -> Tensor:
         """Cross entropy over all items (padding included, as the originals do), or BPR against ``negative``."""
@@ -88,8 +90,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, dropout: float, activation: nn.Module, eps: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
-        self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
+        self.fc1 = Linear(hidden_size, 4 * hidden_size)
+        self.fc2 = Linear(4 * hidden_size, hidden_size)
         self.activation = activation
         self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden_size, eps=eps)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers import Mamba2
+from zoo.layers.linear import Linear, linear
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Rules
 from zoo_kernels import causal_conv1d
@@ -39,11 +40,11 @@ class TimeGate(nn.Module):
         super().__init__()
         self.dropout = Dropout(dropout)
         self.act = act
-        self.scale_in = nn.Linear(max_length, max_length)
-        self.scale_out = nn.Linear(max_length, max_length)
+        self.scale_in = Linear(max_length, max_length)
+        self.scale_out = Linear(max_length, max_length)
         self.conv1 = nn.Conv1d(heads, heads, d_conv, groups=heads)
         self.conv2 = nn.Conv1d(heads, heads, d_conv, groups=heads)
-        self.gate = nn.Linear(max_length, max_length if point_to_point else 1)
+        self.gate = Linear(max_length, max_length if point_to_point else 1)
         self.norm = nn.LayerNorm(max_length, eps=eps)
 
     def forward(self, tau: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,8 +89,8 @@ class TimeAwareSSD(Mamba2):
         weight, bias = self.in_proj.weight, self.in_proj.bias
         rows = [self.d_ssm, weight.shape[0] - self.d_ssm]  # z first; this mixer has no channels beside the scan
         (gate_weight, weight), (gate_bias, bias) = weight.split(rows), bias.split(rows)
-        z = F.linear(rows_at(u, index), gate_weight, gate_bias)
-        xBC, dt = F.linear(u, weight, bias).split([self.conv1d.weight.shape[0], self.nheads], dim=-1)
+        z = linear(rows_at(u, index), gate_weight, gate_bias)
+        xBC, dt = linear(u, weight, bias).split([self.conv1d.weight.shape[0], self.nheads], dim=-1)
         if self.time is not None:
             assert tau is not None
             dt = dt * self.time.stretch(tau).transpose(1, 2)
