@@ -1,7 +1,10 @@
 // Calls every entry point of the native library over small odd shapes, without Python or torch, so that AddressSanitizer,
 // ThreadSanitizer, valgrind and an emulated processor get through in a minute or two (.ci/sanitize).
 //
-//   native_driver LIBRARY [quick] [INSTRUCTION SET ...]
+//   native_driver LIBRARY [openmp] [quick] [INSTRUCTION SET ...]
+//
+// With `openmp`, GCC's OpenMP runtime is loaded first and work runs on its threads, as it does beside torch; without it on
+// the library's own pool.
 //
 // Every tensor is an allocation of its own of exactly its size. What an instruction set computes is compared with what the
 // first one (the baseline) computed; exits with 1 where they differ, or where an entry point is missing or fails.
@@ -263,6 +266,61 @@ void ssd(int64_t length, int64_t heads, int64_t headdim, int64_t states, int64_t
   m.run("mlstm_step", what);
 }
 
+void gated(int64_t length, int64_t heads, int64_t headdim, int64_t states, int64_t strict, int64_t dtype, const Extras &e) {
+  int64_t batch = 2, work = dtype == F64 ? F64 : F32, steps = e.path ? (length + 1) / 2 : length, block = headdim > 4 ? (headdim + 1) / 2 : headdim;
+  int64_t values = heads * headdim, keys = heads * states, all = batch * values * states, parts = (headdim + block - 1) / block;
+  for (int backward = 0; backward < 2; ++backward) {
+    Call c;
+    std::vector<int64_t> order = shuffled(length, e.path ? steps : 0);
+    if (e.path && steps > 3) order[size_t(steps - 1)] = -1;  // the walk ends before
+    c({batch, length, steps, heads, headdim, states, strict, kThreads, work == F64});
+    c({c.in(batch * length * values, dtype), dtype, length * values, values, headdim});
+    c({c.in(batch * length * keys, dtype, 0.5, -0.6), dtype, length * keys, keys, states});
+    for (int i = 0; i < 2; ++i) c({c.in(batch * length * keys, dtype), dtype, length * keys, keys, states});
+    c({e.path ? c.integers(order) : 0, 0, e.resets ? c.flags(batch * length, 5) : 0, c.in(all, work)});
+    if (!backward) {
+      c({c.out(batch * length * values, dtype), dtype, c.out(all, work)});
+    } else {
+      c({c.in(batch * length * values, dtype), dtype, length * values, values, headdim, c.in(all, work), block, c.out(batch * length * values, dtype)});
+      for (int i = 0; i < 3; ++i) c({c.out(parts * batch * length * keys, work)});
+      c({c.out(all, work)});
+    }
+    c.run(backward ? "gated_backward" : "gated_forward", label({length, heads, headdim, states, strict, dtype, e.path}));
+  }
+}
+
+int64_t bits(double x) {
+  int64_t b;
+  memcpy(&b, &x, 8);
+  return b;
+}
+void linear_attention_step(int64_t heads, int64_t headdim, int64_t states, int64_t strict, int64_t dtype) {
+  int64_t batch = 2, groups = heads % 2 ? 1 : 2;
+  for (int per_channel = 0; per_channel < 2; ++per_channel) {
+    Call c;
+    c({batch, heads, groups, headdim, states, strict, kThreads, dtype == F64, bits(0.5), bits(0.1)});
+    c({c.in(batch * heads * headdim, dtype), c.in(batch * groups * states, dtype, 0.5, 1), c.in(batch * groups * states, dtype, 0.5, 1)});
+    if (per_channel) c({c.in(batch * heads * states, dtype, 0.5, -0.6), heads * states, states, 1});
+    else c({c.in(heads, dtype, 0.5, -0.6), 0, 1, 0});
+    c({c.in_place(batch * heads * headdim * states, dtype), per_channel ? 0 : c.in(batch * heads * states, dtype, 0.5, 1), c.out(batch * heads * headdim, dtype)});
+    c.run("linear_attention_step", label({heads, headdim, states, strict, dtype, per_channel}));
+  }
+}
+void mamba3_step(int64_t heads, int64_t headdim, int64_t states, int64_t ranks, int64_t halves, int64_t dtype) {
+  int64_t batch = 2, groups = heads % 2 ? 1 : 2, angles = states / 2, wide = batch * heads * headdim, keys = batch * ranks * groups * states;
+  int64_t rank = heads * ranks * headdim, bias = heads * ranks * states;
+  for (int contract = 0; contract < 2; ++contract) {
+    Call c;
+    c({batch, heads, groups, headdim, states, ranks, angles, halves, contract, kThreads, dtype == F64});
+    c({c.in(wide, dtype), c.in(batch * heads, dtype, 0.5, 0.6), c.in(batch * heads, dtype, 0.5, -0.6), c.in(keys, dtype), c.in(keys, dtype)});
+    c({c.in(batch * heads, dtype), c.in(batch * angles, dtype), c.in(heads, dtype), contract ? c.in(wide, dtype) : 0, c.in(bias, dtype), 0});
+    for (int i = 0; i < 3; ++i) c({ranks > 1 && (i == 0 || contract) ? c.in(rank, dtype) : 0});
+    c({c.in_place(batch * heads * angles, dtype), c.in_place(wide * states, dtype), c.in_place(batch * ranks * heads * states, dtype), c.in_place(wide, dtype)});
+    c({c.out(contract ? wide : wide * ranks, dtype)});
+    c.run("mamba3_step", label({heads, headdim, states, ranks, halves, dtype, contract}));
+  }
+}
+
 void linear_scan(int64_t length, int64_t channels, int64_t dtype, bool complex, const Extras &e) {
   int64_t batch = 2, work = dtype == F64 ? F64 : F32, steps = e.path ? (length + 1) / 2 : length, chunks = (steps + 63) / 64;
   int64_t pair = complex ? 2 : 1, all = batch * length * channels * pair, ends = batch * channels * pair;
@@ -386,8 +444,15 @@ void everything() {
         ssd(length, 4, 5, 3, 2, dtype, e);
         ssd(length, 3, 17, 33, 1, dtype, e);
         if (!quick) ssd(length, 2, 64, 16, 1, dtype, e);
+        gated(length, 2, 5, 3, 0, dtype, e);
+        gated(length, 1, 70, 35, 1, dtype, e);
         if (!e.path) slstm(length, 2, 5, dtype);
       }
+  gated(600, 1, 9, 17, 0, F32, kExtras[0]);  // longer than what one span of its backward replays
+  for (const Extras &e : kExtras) {  // long walks of few channels, cut into pieces
+    linear_scan(e.path ? 16500 : 8250, 5, F32, false, e);
+    linear_scan(e.path ? 16500 : 8250, 3, F32, true, e);
+  }
   for (int64_t dtype : dtypes) {
     for (int64_t channels : {1, 17, 40})
       for (int64_t states : {1, 5, 16}) selective_scan_step(channels, states, dtype);
@@ -400,6 +465,10 @@ void everything() {
   }
   for (int64_t dtype : {F32, F64}) {
     cauchy(2, 3, 5, 16, dtype);
+    linear_attention_step(2, 5, 7, 0, dtype);
+    linear_attention_step(3, 33, 40, 1, dtype);
+    mamba3_step(2, 5, 8, 1, 0, dtype);
+    mamba3_step(3, 17, 6, 3, 1, dtype);
     cauchy(1, 2, 17, 48, dtype);
     for (int64_t weight : {int64_t(dtype), int64_t(BF16), int64_t(F16), int64_t(I8)})
       for (int64_t features : {1, 15, 70}) linear(features % 3 + 1, features, 37, weight, dtype);
@@ -412,19 +481,28 @@ void everything() {
 } // namespace
 
 int main(int count, char **words) {
-  if (count < 2 || !(library = dlopen(words[1], RTLD_NOW))) {
-    fprintf(stderr, "usage: native_driver LIBRARY [quick] [INSTRUCTION SET ...]%s%s\n", count < 2 ? "" : ": ", count < 2 ? "" : dlerror());
+  if (count < 2) {
+    fprintf(stderr, "usage: native_driver LIBRARY [openmp] [quick] [INSTRUCTION SET ...]\n");
     return 2;
   }
-  quick = count > 2 && !strcmp(words[2], "quick");
+  int word = 2;
+  if (word < count && !strcmp(words[word], "openmp")) {
+    ++word;
+    if (!dlopen("libgomp.so.1", RTLD_NOW | RTLD_GLOBAL)) { fprintf(stderr, "%s\n", dlerror()); return 2; }
+  }
+  if (word < count && !strcmp(words[word], "quick")) {
+    ++word;
+    quick = true;
+  }
+  library = dlopen(words[1], RTLD_NOW);
+  if (!library) { fprintf(stderr, "%s\n", dlerror()); return 2; }
   auto isas = reinterpret_cast<int64_t (*)()>(dlsym(library, "zk_isas"));
   if (!isas) { fprintf(stderr, "%s has no zk_isas\n", words[1]); return 2; }
-  int first = quick ? 3 : 2;  // of the instruction sets asked for; none: all that this processor has
   const char *names[] = {"baseline", "avx2", "avx512", "neon"};
   for (int i = 0; i < 4; ++i) {
     if (!(isas() >> i & 1)) continue;
-    bool wanted = count == first;
-    for (int word = first; word < count; ++word) wanted = wanted || !strcmp(words[word], names[i]);
+    bool wanted = word == count;  // none named: all that this processor has
+    for (int other = word; other < count; ++other) wanted = wanted || !strcmp(words[other], names[i]);
     if (!wanted) continue;
     isa = names[i];
     seed = 1;

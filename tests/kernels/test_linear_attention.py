@@ -116,6 +116,57 @@ def test_strong_decay_stays_finite(kind, strength):
         agree(f, e, 2e-5)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("length", "headdim", "state"), [(530, 70, 37), (40, 3, 130), (21, 16, 16)])
+def test_channel_decay_over_several_blocks_and_chunks(length, headdim, state, dtype, strict):
+    torch.manual_seed(length)
+    t = problem("channel", 1, length, 2, headdim, 1, state)
+    t["decay"] = t["decay"] * 0.2
+    t["initial_state"] = torch.randn(1, 2, headdim, state)
+    resets = torch.zeros(1, length, dtype=torch.bool)
+    resets[:, [0, length // 3, length // 3 + 1]] = True
+    options = {"strict": strict, "resets": resets, "reverse": True, "return_final_state": True}
+    equal_to_definition(linear_attention, t, options, dtype, states=("initial_state",))
+
+
+def test_channel_decay_has_the_same_bits_for_any_number_of_threads():
+    t = {k: v.requires_grad_() for k, v in problem("channel", 1, 70, 3, 70, 1, 20).items()}
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        y, final = linear_attention(**t, return_final_state=True)
+        found.append([y, final, *torch.autograd.grad(y.square().sum() + final.sum(), [*t.values()])])
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_channel_decay_keeps_nan_in_its_channel_until_a_reset(bad):
+    t = problem("channel", 1, 60, 1, 21, 1, 5)
+    clean, _ = linear_attention(**t)
+    t["v"][0, 10, 0, 3] = bad
+    resets = torch.zeros(1, 60, dtype=torch.bool)
+    resets[0, 40] = True
+    with zoo_kernels.backend("reference"):
+        exact, _ = linear_attention(**t, resets=resets)
+    y, _ = linear_attention(**t, resets=resets)
+    assert torch.equal(y.isfinite(), exact.isfinite())
+    assert not y[0, 10:40, 0, 3].isfinite().any()
+    others = [p for p in range(21) if p != 3]
+    agree(y[:, :40, :, others], clean[:, :40, :, others], 1e-6)
+
+
+def test_channel_decay_of_minus_infinity_forgets():
+    t = problem("channel", 1, 30, 2, 5, 1, 4)
+    t["decay"][0, 12, 0] = -torch.inf
+    with zoo_kernels.backend("reference"):
+        exact, _ = linear_attention(**t)
+    agree(linear_attention(**t)[0], exact, 1e-6)
+
+
 def test_gradcheck_opcheck_and_compile():
     for kind in ("head", "channel"):
         t = {k: v.double().requires_grad_() for k, v in problem(kind, 1, 5, 2, 3, 1, 2).items()}

@@ -136,6 +136,44 @@ def test_a_long_walk():
     assert torch.equal(final, h[:, -1])
 
 
+@native
+@pytest.mark.parametrize(
+    ("dtype", "channels", "shared"),
+    [(torch.float32, 1, False), (torch.float32, 40, True), (torch.float64, 9, True), (torch.complex64, 9, False),
+     (torch.complex64, 3, True), (torch.bfloat16, 20, False)],
+)  # fmt: skip
+def test_a_long_walk_of_few_channels_is_cut_into_pieces(dtype, channels, shared):
+    """Few channels and many steps: the native scan takes pieces of the length side by side."""
+    length = 8300
+    kind = torch.complex64 if dtype.is_complex else torch.float32
+    x = torch.randn(1, length, channels, dtype=kind).to(dtype)
+    a = (0.5 + 0.499 * torch.rand(*([] if shared else [1, length]), channels)).to(dtype)
+    init = torch.randn(1, channels, dtype=torch.float64 if dtype == torch.float64 else kind)
+    resets = torch.zeros(1, length, dtype=torch.bool)
+    resets[0, [100, 4000, 4001, 8000]] = True
+    for options in ({"resets": resets}, {"reverse": True, "lengths": torch.tensor([8000])}):
+        exact = results("export", double(x), double(a), double(init), 1, **options)
+        agree(results("native", x, a, init, 1, **options), exact, LIMIT[dtype])
+
+
+@native
+def test_pieces_have_the_same_bits_for_any_number_of_threads_and_keep_infinity():
+    x, a = torch.randn(2, 9000, 7), torch.rand(2, 9000, 7) * 0.5
+    x[0, 50, 3] = torch.inf  # still infinite pieces later, where the product of a has long underflowed
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append(results("native", x, a, torch.ones(2, 7), 3))
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(p, q) or torch.equal(p.isnan(), q.isnan()) for p, q in zip(found[0], other, strict=True))
+    with zoo_kernels.backend("reference"):
+        exact, _ = linear_scan(x, a)
+    assert torch.equal(found[0][0].isinf(), exact.isinf())
+    assert bool(exact[0, -1, 3].isinf())
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=native), "export"])
 def test_laws(backend):
     torch.manual_seed(1)

@@ -103,10 +103,10 @@ def test_a_new_length_or_batch_compiles_nothing():
     def compiled_for(batch: int, length: int) -> list[str]:
         u = torch.zeros(batch, length, 1, 48)
         B = torch.zeros(batch, length, 1, 1, 16)
-        args = (u, u, torch.zeros(1, 48, 16), B, B, None, None, None, True, None, [False], None, False, None, None)
+        args = (u, u, torch.zeros(1, 48, 16), B, B, None, None, None, True, None, [False], None, False, None, None, None)
         with _gpu_compile.recorded() as found:
             y, final, borders = scan.forward(*args, save=True, split=1)
-            scan.backward((y, final), args, (borders,), [True] * 9, split=1)
+            scan.backward((y, final), args, (borders,), [True] * 9 + [False], split=1)
         return [f"{launch.name} {_gpu_compile.specialisation(launch)}" for launch in found]
 
     assert len({tuple(compiled_for(*shape)) for shape in ((1, 1), (2, 17), (3, 64), (16, 160), (1, 4096))}) == 1

@@ -212,17 +212,21 @@ def finish(name: str, y: Tensor, z: Tensor | None, mimo: bool, mimo_z: Tensor | 
     if not mimo:
         y = y[:, :, 0]
         return (y if z is None else y * F.silu(z.to(y.dtype))).to(x.dtype)
+    check_gate(name, z, mimo_z, mimo_o)
     if mimo_o is None:
-        if z is not None or mimo_z is not None:
-            raise ValueError(
-                f"{name}: z or mimo_z is given without mimo_o; with ranks the gate needs mimo_z and mimo_o"
-            )
         return y.to(x.dtype)
     if z is not None:
-        if mimo_z is None:
-            raise ValueError(f"{name}: z is given without mimo_z; with ranks the gate is silu(z * mimo_z)")
+        assert mimo_z is not None
         y = y * F.silu(z.to(y.dtype)[:, :, None] * mimo_z.to(y.dtype).transpose(0, 1))
     return (y * mimo_o.to(y.dtype).transpose(0, 1)).sum(2).to(x.dtype)
+
+
+def check_gate(name: str, z: Tensor | None, mimo_z: Tensor | None, mimo_o: Tensor | None) -> None:
+    """With ranks, the gate and the sum over them go together."""
+    if mimo_o is None and (z is not None or mimo_z is not None):
+        raise ValueError(f"{name}: z or mimo_z is given without mimo_o; with ranks the gate needs mimo_z and mimo_o")
+    if z is not None and mimo_z is None:
+        raise ValueError(f"{name}: z is given without mimo_z; with ranks the gate is silu(z * mimo_z)")
 
 
 def check(name, x, dt, A, B, C, trap, angles, D, B_bias, C_bias, mimo_x, state, halves) -> None:
