@@ -1,14 +1,16 @@
 """A patch through SegMamba and U-Mamba: the scan, the whole network and peak memory, against the reference operators.
 
-    python benchmarks/medical.py segmamba_brats --size 128
-    python benchmarks/medical.py umamba_enc_3d --size 64 --json benchmarks/results/medical.json
+    python benchmarks/medical.py segmamba_brats --threads 2 --wall --json benchmarks/results/medical.json
+    python benchmarks/medical.py umamba_enc_3d --threads 2 --wall --parts network  # two million steps: two minutes
 
-The peer is the same network on ``zoo_kernels.backend("reference")``: the definitions in plain torch, one step after
-another, in the same process. Outputs must agree (relative error below 1e-3), or nothing is reported. *Scan* is the time
-inside selective scan and causal convolution, gates included. Seconds are the process's CPU time unless ``--wall`` is
-given: on one thread, other work on the machine then disturbs little. Peak memory is the growth of the resident set
-during a pass, of the whole network and of the first stage's Mamba layer alone (``layer``), where the convolutions at
-full size do not hide the scan.
+The peer is the same network with the same weights on ``zoo_kernels.backend("reference")``, in the same process: the
+operators are their definitions in plain torch, one step after another, and everything else is torch's own modules, one
+call after another. Ours is ``model(image)`` in inference mode as a user calls it: the library's operators, and the
+ways in little memory of ``zoo_medical.lean``. Outputs must agree (relative error below 1e-3), or nothing is reported.
+*Scan* is the time inside selective scan and causal convolution, gates included. Seconds are the process's CPU time
+unless ``--wall`` is given: on one thread, other work on the machine then disturbs little. Peak memory is the growth of
+the resident set during a pass, of the whole network and of the first stage's Mamba layer alone (``layer``), where the
+convolutions at full size do not hide the scan.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import _peak, _reset_peak, _resident
+from models import _give_back, _peak, _reset_peak, _resident
 
 import zoo
 import zoo_kernels
@@ -80,6 +82,7 @@ def run(model: torch.nn.Module, x: torch.Tensor, backend: str, now: Any) -> dict
     for module, name, function in kept:
         setattr(module, name, clock.timed(function))
     gc.collect()
+    _give_back()
     before = _resident()
     _reset_peak()
     try:

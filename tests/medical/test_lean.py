@@ -59,7 +59,7 @@ def test_whoever_watches_gets_the_definition():
     """A hook on a skip sees the map that the encoder gave, not what the decoder would have written over it."""
     name, options, shape = NETWORKS["segmamba"]
     model, image = network(name, options), torch.randn(shape)
-    seen = {}
+    seen: dict[str, torch.Tensor] = {}
     model.encoder1.register_forward_hook(lambda module, args, output: seen.update(map=output))
     with torch.no_grad():
         assert not lean.lean(model, image)

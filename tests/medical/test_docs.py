@@ -1,0 +1,147 @@
+"""docs/medical.md: its Python runs, its commands are typed, and its example for nnU-Net makes networks."""
+
+import importlib.util
+import re
+import shlex
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.bundle import run as run_bundle
+
+from zoo.cli import run
+from zoo_medical.commands import segment_volume
+from zoo_medical.label_sets import LABEL_SETS
+from zoo_medical.phantoms import LABELS
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "medical.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = [
+    line.partition("#")[0]
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+#: Smaller patches and cubes than printed, which changes nothing but the time.
+SMALLER = (
+    ("[16, 96, 96]", "[16, 64, 64]"),
+    ("1, 16, 96, 96", "1, 16, 64, 64"),
+    ("img_size=96", "img_size=32"),
+    ("96, 96, 96", "32, 32, 32"),
+    ('"mambamim_hybird",', '"mambamim_hybird", img_size=32,'),
+)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """The folder that the page is read in, with its examples."""
+    for name in ("phantoms", "monai_bundle", "nnunet"):
+        shutil.copytree(ROOT / "examples" / name, tmp_path / "examples" / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def voxels(path) -> tuple[np.ndarray, np.ndarray]:
+    """A NIfTI file's voxels and affine."""
+    image = nibabel.Nifti1Image.from_filename(path)
+    return np.asarray(image.dataobj), image.affine
+
+
+@pytest.mark.parametrize("index", range(len(SNIPPETS)))
+def test_snippets_run(index, checkout, capsys):
+    code = SNIPPETS[index]
+    for printed, smaller in SMALLER:
+        code = code.replace(printed, smaller)
+    names: dict = {}
+    exec(compile(code, f"medical.md, snippet {index + 1}", "exec"), names)
+    if "answer" in names:
+        assert set(names["answer"].volumes_ml) == set(LABELS[1:])
+        assert "large organ" in capsys.readouterr().out
+        scan, place = voxels("examples/phantoms/images/phantom_1.nii.gz")
+        labels, its_place = voxels("out/labels.nii.gz")
+        assert labels.shape == scan.shape
+        np.testing.assert_allclose(its_place, place, atol=1e-5)
+        assert Path("out/overlay.png").stat().st_size > 1000
+    if "loss_of" in names:
+        assert all(p.grad is not None for n, p in names["network"].named_parameters() if "seg_layers.0" not in n)
+    if "pretraining" in names:
+        assert torch.isfinite(names["loss"])
+        key = "embeddings.stem.weight"
+        assert torch.equal(names["network"].state_dict()[key], names["pretraining"].sparse_encoder.state_dict()[key])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("zoo ")])
+def test_commands_run(command, checkout, capsys):
+    words = shlex.split(command)
+    if "_micro." in command:
+        assert run(words[1:]) == 0
+        assert "large organ" in capsys.readouterr().out
+        assert "--pictures" not in command or list(checkout.glob("out/*.png"))
+    else:  # of a checkpoint and scans that the reader has: its options are those of the command
+        Path("final_model_0.9038.pt").touch()
+        context = segment_volume.make_context("segment-volume", words[2:])
+        assert len(context.params["inputs"]) == 4
+        assert context.params["channels_together"]
+
+
+def test_the_bundle_runs_as_printed(checkout):
+    """Its commands' arguments, through the function that ``python -m monai.bundle run`` calls; one epoch of them."""
+    printed = [shlex.split(c) for c in COMMANDS if "monai.bundle run" in c]
+    assert len(printed) == 2
+    for words in printed:
+        at = words.index("run") + 1
+        options = dict(zip((w.removeprefix("--") for w in words[at::2]), words[at + 1 :: 2], strict=True))
+        if "epochs" in options:
+            options["epochs"] = 1  # type: ignore[assignment]
+        run_bundle(**options)
+    (labels,) = Path("out").glob("*.nii.gz")
+    assert voxels(labels)[0].shape == voxels("examples/phantoms/images/phantom_1.nii.gz")[0].shape
+
+
+@pytest.mark.parametrize("mamba", ["Enc", "Bot"])
+def test_the_trainer_for_nnunet(mamba, monkeypatch):
+    """The example, with nnU-Net's own trainer where it is installed; else with an empty class in its place, for what
+    nnU-Net asks of the example is then all that runs. ``nnUNetv2_train`` itself is left out: it plans on a data set."""
+    if importlib.util.find_spec("nnunetv2") is None:
+        stand_in = types.ModuleType("nnunetv2.training.nnUNetTrainer.nnUNetTrainer")
+        stand_in.nnUNetTrainer = type("nnUNetTrainer", (), {})  # type: ignore[attr-defined]
+        parts = stand_in.__name__.split(".")
+        for end in range(1, len(parts)):
+            name = ".".join(parts[:end])
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    assert "export nnUNet_extTrainer=$PWD/examples/nnunet" in COMMANDS
+    path = ROOT / "examples" / "nnunet" / "nnUNetTrainerZooUMamba.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (printed,) = re.findall(r"nnUNetv2_train .* -tr (\w+)", PAGE)
+    assert hasattr(module, printed)
+    trainer = getattr(module, f"nnUNetTrainerZooUMamba{mamba}")
+    plans = types.SimpleNamespace(
+        patch_size=[8, 16, 16],
+        network_arch_init_kwargs={
+            "n_stages": 3, "features_per_stage": [4, 6, 8], "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+            "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]], "n_conv_per_stage": [2, 2, 2],
+            "n_conv_per_stage_decoder": [2, 2], "conv_op": "torch.nn.modules.conv.Conv3d", "conv_bias": True,
+        },
+    )  # fmt: skip
+    network = trainer.build_network_architecture(None, plans, 2, 3, True)
+    image = torch.randn(1, 2, 8, 16, 16)
+    assert [tuple(o.shape[2:]) for o in network(image)] == [(8, 16, 16), (8, 8, 8)]
+    running = trainer.__new__(trainer)
+    running.network, running.is_ddp = network, False
+    running.set_deep_supervision_enabled(False)
+    assert network(image).shape == (1, 3, 8, 16, 16)
+
+
+def test_named_label_sets_exist():
+    (row,) = [line for line in PAGE.splitlines() if line.startswith("| `label_set`")]
+    assert set(re.findall(r'"(\w+)"', row)) == set(LABEL_SETS)
