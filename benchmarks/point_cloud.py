@@ -29,7 +29,7 @@ from torch import Tensor
 
 import zoo
 import zoo_kernels
-from zoo_point_cloud import pcm_parts, pointmamba
+from zoo_point_cloud import geometry, grouping, pcm_parts, pointmamba
 from zoo_point_cloud.files import Cloud
 
 MODELS = ["pcm_micro", "pcm_tiny_scanobjectnn", "pointmamba_scan_hardest"]
@@ -59,12 +59,13 @@ def naive_neighbours(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Ten
 
 
 def naive_geometry():
-    patches = [
+    found = {"farthest_point_sample": naive_farthest_points, "nearest_neighbours": naive_neighbours}
+    return [
         mock.patch.object(module, name, value)
-        for module in (pcm_parts, pointmamba)
-        for name, value in (("farthest_point_sample", naive_farthest_points), ("nearest_neighbours", naive_neighbours))
+        for module in (geometry, grouping, pcm_parts, pointmamba)
+        for name, value in found.items()
+        if hasattr(module, name)
     ]
-    return patches
 
 
 def speed(options: argparse.Namespace) -> list[dict]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -44,7 +45,8 @@ def check_points(points: Tensor, what: str = "points") -> None:
         raise ValueError(f"{what} have dtype {points.dtype}; expected a floating dtype")
     if points.shape[1] == 0:
         raise ValueError(f"{what} are empty: shape {tuple(points.shape)}; a cloud needs at least one point")
-    if not torch.isfinite(points).all():
+    # Cloud by cloud: for so few numbers torch wakes none of its threads, which would go on spinning beside ours.
+    if not all(bool(torch.isfinite(cloud).all()) for cloud in points):
         bad = int((~torch.isfinite(points)).any(dim=-1).sum())
         raise ValueError(f"{what}: {bad} have NaN or infinite coordinates; remove or replace them first")
 
@@ -56,9 +58,10 @@ def _exact(points: Tensor) -> Tensor:
 
 def gather(values: Tensor, index: Tensor) -> Tensor:
     """Rows by index in each cloud: values (batch, N, C), index (batch, ...) -> (batch, ..., C)."""
-    flat = index.flatten(1)
-    picked = values.gather(1, flat.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-    return picked.view(*index.shape, values.shape[-1])
+    batch, n, channels = values.shape
+    start = torch.arange(0, batch * n, n, device=index.device).view(-1, *(1,) * (index.dim() - 1))
+    # Whole rows of one table: many times faster than Tensor.gather, which reads an index for every number.
+    return values.reshape(-1, channels).index_select(0, (index + start).flatten()).view(*index.shape, channels)
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -96,16 +99,28 @@ def _sample_cloud(cloud: np.ndarray, count: int, skip_origin: bool) -> np.ndarra
     library = _library("fpsample")
     if (
         library is None
-        or skip_origin
         or cloud.dtype != np.float32
         or len(cloud) > _FPSAMPLE_UP_TO
         or platform.machine().lower() not in ("x86_64", "amd64")  # elsewhere compilers may fuse multiply and add
         or not np.isfinite(cloud).all()
     ):
         return _sample_one(cloud, count, skip_origin)
+    allowed = None
+    if skip_origin:  # a point that is never chosen changes no distance: it can be left out
+        far = _squared_norms(cloud) > 1e-3
+        if not far[0] or far.sum() < count:
+            return _sample_one(cloud, count, skip_origin)
+        allowed = far.nonzero()[0]
+        cloud = cloud[allowed]
     # Of equal distances fpsample takes the last: it walks the cloud from its end, so that the first is taken.
     last = len(cloud) - 1
-    return last - library.fps_sampling(np.ascontiguousarray(cloud[::-1]), count, start_idx=last).astype(np.int64)
+    found = last - library.fps_sampling(np.ascontiguousarray(cloud[::-1]), count, start_idx=last).astype(np.int64)
+    return found if allowed is None else allowed[found]
+
+
+def _squared_norms(cloud: np.ndarray) -> np.ndarray:
+    x, y, z = (np.ascontiguousarray(cloud[:, i]) for i in range(3))
+    return (x * x + y * y) + z * z
 
 
 def _sample_one(cloud: np.ndarray, count: int, skip_origin: bool) -> np.ndarray:
@@ -113,7 +128,7 @@ def _sample_one(cloud: np.ndarray, count: int, skip_origin: bool) -> np.ndarray:
     x, y, z = (np.ascontiguousarray(cloud[:, i]) for i in range(3))
     nearest = np.full(len(x), np.inf, dtype=x.dtype)
     if skip_origin:
-        nearest[(x * x + y * y) + z * z <= 1e-3] = -1.0
+        nearest[_squared_norms(cloud) <= 1e-3] = -1.0
     total, part = np.empty_like(x), np.empty_like(x)
     chosen = np.zeros(count, dtype=np.int64)
     last = 0
@@ -200,8 +215,7 @@ def nearest_neighbours(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, T
     if a.dtype != b.dtype:
         a, b = a.double(), b.double()
     if b.device.type == "cpu" and b.shape[1] >= _TREE_FROM and k + 8 <= b.shape[1] // 4:
-        found = [_tree_search(q, p, k) for q, p in zip(a, b, strict=True)]
-        return torch.stack([d for d, _ in found]), torch.stack([i for _, i in found])
+        return _tree_search(a, b, k)
     return _search(a, b, k)
 
 
@@ -225,24 +239,52 @@ def _smallest(distance: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _tree_search(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """One cloud with scipy's k-d tree. It finds a few neighbours more than needed; their distances are then computed
-    and ordered as the definition says. Rows whose k-th neighbour is not clearly inside what the tree returned (many
-    equal distances, duplicate points) are searched among all points."""
+    """With scipy's k-d tree, one a cloud, the clouds on torch's number of threads.
+
+    The tree finds two neighbours more than needed, in double precision. Where their distances lie clearly apart, their
+    order is the definition's. Elsewhere (equal distances, duplicate points) it is asked for more, and where that does
+    not settle which are the nearest, all points are compared.
+    """
     from scipy.spatial import cKDTree
 
-    tree = cKDTree(points.numpy())
-    wide, candidates = tree.query(query.numpy(), k=k + 8)
-    index = torch.from_numpy(candidates.astype(np.int64)).sort(dim=-1).values
+    clouds, threads = [cloud.numpy() for cloud in points], torch.get_num_threads()
+
+    def ask(cloud: int) -> tuple[Any, np.ndarray, np.ndarray]:
+        tree = cKDTree(clouds[cloud])
+        wide, index = tree.query(query[cloud].numpy(), k=k + 2, workers=threads if len(clouds) == 1 else 1)
+        return tree, index[:, :k], (wide[:, 1:] <= wide[:, :-1] * (1 + 1e-6)).any(axis=1)
+
+    if min(threads, len(clouds)) > 1:
+        with ThreadPoolExecutor(min(threads, len(clouds))) as pool:
+            answers = list(pool.map(ask, range(len(clouds))))
+    else:
+        answers = [ask(cloud) for cloud in range(len(clouds))]
+    index = torch.from_numpy(np.stack([found for _, found, _ in answers]).astype(np.int64, copy=False))
+    for cloud, (tree, _, unclear) in enumerate(answers):
+        if unclear.any():
+            rows = torch.from_numpy(unclear.nonzero()[0])
+            index[cloud, rows] = _settle(tree, query[cloud][rows], points[cloud], k)
+    d = query[:, :, None, :] - gather(points, index)
+    d = d * d
+    return (d[..., 0] + d[..., 1]) + d[..., 2], index
+
+
+def _settle(tree: Any, query: Tensor, points: Tensor, k: int) -> Tensor:
+    """The k nearest of each of one cloud's queries (M, 3) by the definition, out of a few more that the tree names, or
+    of all where the k-th is about as far as the farthest of these."""
+    more = min(k + 24, len(points))
+    wide, candidates = tree.query(query.numpy(), k=more)
+    # Ascending indices, so that of equal distances the lower index comes first.
+    index = torch.from_numpy(np.sort(candidates.astype(np.int64, copy=False), axis=-1))
     d = query[:, None, :] - points[index]
     d = d * d
     distance, order = _smallest((d[..., 0] + d[..., 1]) + d[..., 2], k)
     index = index.gather(-1, order)
-    farthest = torch.from_numpy(wide[:, -1] ** 2)
-    unclear = (distance[:, -1].double() * (1 + 1e-5) >= farthest).nonzero().squeeze(-1)
-    if unclear.numel():
-        exact, where = _search(query[unclear][None], points[None], k)
-        distance[unclear], index[unclear] = exact[0], where[0]
-    return distance, index
+    if more < len(points):
+        open_ = distance[:, -1].double() * (1 + 1e-5) >= torch.from_numpy(wide[:, -1] ** 2)
+        if bool(open_.any()):
+            index[open_] = _search(query[open_][None], points[None], k)[1][0]
+    return index
 
 
 def interpolate(target: Tensor, source: Tensor, features: Tensor, k: int = 3) -> Tensor:

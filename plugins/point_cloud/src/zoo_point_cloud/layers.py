@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Mamba, PathScan, RMSNorm
+from zoo.layers import Linear, Mamba, PathScan, RMSNorm
+from zoo.layers.inference import by_rows, results_only, untouched
+from zoo.layers.linear import activation_name, linear
 from zoo_kernels import causal_conv1d
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -78,6 +81,74 @@ class PointNorm(nn.BatchNorm1d):
         return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
+def folds(conv: nn.Module, norm: nn.Module, *others: nn.Module, x: Tensor) -> bool:
+    """Whether ``norm(conv(x))`` may be one product: inference on a CPU, statistics that are fixed, nobody watching."""
+    return (
+        type(conv) is PointConv
+        and type(norm) is PointNorm
+        and conv.groups == 1
+        and not norm.training
+        and norm.running_mean is not None
+        and norm.affine
+        and x.dtype == conv.weight.dtype == norm.running_mean.dtype
+        and results_only(x, conv.weight, conv.bias, norm.weight, norm.bias)
+        and untouched(conv, norm, *others)
+    )
+
+
+def folded(conv: PointConv, norm: PointNorm) -> tuple[Tensor, Tensor]:
+    """Weight (out, in) and bias (out) of ``norm(conv(x))``, whose statistics are fixed.
+
+    Computed at every call: it costs what a few rows of the product cost, and nothing can grow stale.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    dtype = conv.weight.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    scale = (norm.running_var.to(wide) + norm.eps).rsqrt() * norm.weight
+    shift = norm.running_mean.to(wide).neg() if conv.bias is None else conv.bias - norm.running_mean.to(wide)
+    return (conv.weight * scale.unsqueeze(1)).to(dtype), (shift * scale + norm.bias).to(dtype)
+
+
+def activate(x: Tensor, act: nn.Module) -> Tensor:
+    """``act(x)`` for an x that nobody else reads."""
+    return x.relu_() if type(act) is nn.ReLU else act(x)
+
+
+Rows = Callable[[Tensor], Tensor]
+
+
+def rowwise(module: nn.Module) -> bool:
+    """Whether ``module``, of pointwise layers, gives each row its own result: nothing in it trains, and no batch norm
+    takes its statistics from the batch."""
+    return not torch.is_grad_enabled() and not any(
+        m.training or (isinstance(m, nn.BatchNorm1d) and m.running_mean is None) for m in module.modules()
+    )
+
+
+def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor, act: nn.Module | None = None) -> Callable[..., Tensor]:
+    """The function ``(rows, add=None) -> act(norm(conv(rows)) + add)`` for rows such as x, folded where it may be."""
+    others = () if act is None else (act,)
+    if not folds(conv, norm, *others, x=x):
+
+        def called(rows: Tensor, add: Tensor | None = None) -> Tensor:
+            y = norm(conv(rows))
+            y = y if add is None else y + add
+            return y if act is None else act(y)
+
+        return called
+    weight, bias = folded(conv, norm)  # type: ignore[arg-type]
+    name = None if act is None else activation_name(act)
+
+    def product(rows: Tensor, add: Tensor | None = None) -> Tensor:
+        if add is None and name is not None:
+            return linear(rows, weight, bias, act=name)
+        y = linear(rows, weight, bias, add=add)
+        return y if act is None else activate(y, act)
+
+    return product
+
+
 class ConvNormAct(nn.Module):
     """Pointwise convolution, batch norm, activation."""
 
@@ -88,7 +159,10 @@ class ConvNormAct(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        if not rowwise(self) or not untouched(*self.modules()):
+            return self.net(x)
+        conv, norm, act = self.net
+        return by_rows(conv_norm(conv, norm, x, act), x)
 
 
 class ResidualMLP(nn.Module):
@@ -115,6 +189,14 @@ class ResidualMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.net2(self.net1(x)) + x)
 
+    def rows(self, x: Tensor) -> Rows:
+        """The same as a function of rows such as x, batch norms folded where they may be."""
+        if not untouched(*self.modules()) or len(self.net2) > 2:
+            return self
+        (conv1, norm1, act1), (conv2, norm2) = self.net1, self.net2
+        first, second = conv_norm(conv1, norm1, x, act1), conv_norm(conv2, norm2, x, self.act)
+        return lambda rows: second(first(rows), add=rows)
+
 
 class ResidualStack(nn.Module):
     """``count`` residual blocks, one after the other."""
@@ -126,7 +208,23 @@ class ResidualStack(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.operation(x)
+        if not rowwise(self) or not untouched(*self.modules()):
+            return self.operation(x)
+        return by_rows(stack_rows(self.operation, x), x)
+
+
+def stack_rows(operation: nn.Module, x: Tensor) -> Rows:
+    """Residual blocks one after the other as a function of rows such as x; x may have another width, not dtype."""
+    if not isinstance(operation, nn.Sequential) or not untouched(operation):
+        return operation
+    blocks = [block.rows(x) if isinstance(block, ResidualMLP) else block for block in operation]
+
+    def run(rows: Tensor) -> Tensor:
+        for block in blocks:
+            rows = block(rows)
+        return rows
+
+    return run
 
 
 class BiMamba(nn.Module):
@@ -141,11 +239,11 @@ class BiMamba(nn.Module):
     def __init__(self, dim: int, state: int = 16, conv: int = 4, expand: int = 2, dt_rank: int | None = None) -> None:
         super().__init__()
         inner = expand * dim
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.in_proj = Linear(dim, 2 * inner, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(2, inner, conv))
         self.conv_bias = nn.Parameter(torch.empty(2, inner))
         self.scan = PathScan(inner, state, math.ceil(dim / 16) if dt_rank is None else dt_rank, paths=2)
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = Linear(inner, dim, bias=False)
         bound = conv**-0.5
         nn.init.uniform_(self.conv_weight, -bound, bound)
         nn.init.uniform_(self.conv_bias, -bound, bound)
@@ -153,15 +251,32 @@ class BiMamba(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         """(batch, length, dim) to (batch, length, dim)."""
         x, z = self.in_proj(u).chunk(2, dim=-1)
-        walked = [
-            causal_conv1d(x, self.conv_weight[k], self.conv_bias[k], activation="silu", reverse=bool(k))[0]
-            for k in range(2)
-        ]
-        return self.out_proj(self.scan(torch.stack(walked, dim=2), z=z, reverse=[False, True]))
+        both = [False, True]
+        x, _ = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", reverse=both)
+        return self.out_proj(self.scan(x, z=z, reverse=both))
 
 
 def make_norm(dim: int, rms: bool, eps: float = 1e-5) -> nn.Module:
     return RMSNorm(dim, eps=eps) if rms else nn.LayerNorm(dim, eps=eps)
+
+
+#: Rows that a mixer gets at once in inference on a CPU: what it makes of them stays in the cache.
+MIXED = 2048
+
+
+def by_clouds(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)`` for a function of (batch, length, channels) that treats every cloud by itself.
+
+    In inference on a CPU it gets some clouds at a time, so that what lies inside it never takes memory.
+    """
+    batch, length = x.shape[:2]
+    step = max(1, MIXED // length)
+    if step >= batch or torch.is_grad_enabled() or not results_only(x):
+        return function(x)
+    y = torch.empty_like(x)
+    for start in range(0, batch, step):
+        y[start : start + step] = function(x[start : start + step])
+    return y
 
 
 class MambaLayer(nn.Module):
@@ -192,7 +307,7 @@ class MambaLayer(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, residual: (batch, length, dim) -> the mixer's output and the stream before it."""
         residual = x if residual is None else self.drop_path(x) + residual
-        return self.mixer(self.norm(residual)), residual
+        return by_clouds(lambda r: self.mixer(self.norm(r)), residual), residual
 
 
 # -- the same parts in the originals' format --------------------------------------------------------------------------

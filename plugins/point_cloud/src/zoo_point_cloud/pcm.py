@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from zoo.adapting import NewHead
 from zoo_kernels.paths import POINT_ORDERS
 
+from .grouping import Grouper, PreBlock, group_and_pool
 from .layers import ConvNormAct, MambaLayer, ResidualStack
 from .pcm_parts import (
     ClsHead,
     Decoder,
-    Grouper,
     PositionMLP,
-    PreBlock,
     Recorder,
     SegHead,
     Windows,
@@ -170,8 +169,8 @@ class PCMEncoder(nn.Module):
         for i in range(len(self.pre_blocks_list)):
             if not self.block_residual:
                 residual = None
-            p, grouped, residual = self.local_grouper_list[i](p, h, residual)
-            h = self.pre_blocks_list[i](grouped)
+            grouper, pre = self.local_grouper_list[i], self.pre_blocks_list[i]
+            p, h, residual = group_and_pool(grouper, pre, p, h, residual)  # type: ignore[arg-type]
             record(f"stage{i}_pre", h.transpose(1, 2))
             record(f"stage{i}_xyz", p)
             if residual is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo_kernels import paths
 
-from .geometry import check_points, farthest_point_sample, gather, interpolate, nearest_neighbours
+from .geometry import check_points, farthest_point_sample, gather, interpolate
 from .layers import ConvNormAct, MambaLayer, PointConv, PointNorm, ResidualStack
 
 Recorder = Callable[[str, Tensor], None]
@@ -18,87 +18,6 @@ Recorder = Callable[[str, Tensor], None]
 
 def nothing(_name: str, _tensor: Tensor) -> None:
     """A recorder that keeps nothing."""
-
-
-class Grouper(nn.Module):
-    """Subsample by farthest points (order kept), gather k neighbours, normalise each cloud's groups by one scale.
-
-    ``normalize``: "anchor" (minus the centre's own features), "center" (minus the mean of the group) or None.
-    Parameters (with a normalisation): ``affine_alpha``, ``affine_beta`` (1, 1, 1, channels [+ 3]).
-    Source: PointMLP, arXiv 2202.07123, section 3.3.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        reducer: int,
-        k: int,
-        *,
-        stride: int = 1,
-        use_xyz: bool = True,
-        normalize: str | None = "anchor",
-    ) -> None:
-        super().__init__()
-        self.reducer, self.k, self.stride, self.use_xyz = reducer, k, stride, use_xyz
-        kind = normalize.lower() if normalize is not None else None
-        self.normalize = kind if kind in ("anchor", "center") else None
-        width = channels + (3 if use_xyz else 0)
-        self.out_channels = width + channels
-        self.affine_alpha = self.affine_beta = None
-        if self.normalize is not None:
-            self.affine_alpha = nn.Parameter(torch.ones(1, 1, 1, width))
-            self.affine_beta = nn.Parameter(torch.zeros(1, 1, 1, width))
-
-    def forward(self, p: Tensor, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """p (B, N, 3), x (B, N, C), residual like x or None -> p (B, S, 3), groups (B, S, k, .), residual (B, S, C)."""
-        n = p.shape[1]
-        count = n // self.reducer
-        if count < 1:
-            raise ValueError(f"{n} points cannot be reduced {self.reducer} times; give more points")
-        centre_p, centre_x = p, x
-        if count < n:
-            kept = farthest_point_sample(p, count).sort(dim=1).values
-            centre_p, centre_x = gather(p, kept), gather(x, kept)
-            residual = None if residual is None else gather(residual, kept)
-        index = nearest_neighbours(centre_p, p, self.k)[1][..., :: self.stride]
-        grouped, anchor = gather(x, index), centre_x
-        if self.use_xyz:
-            grouped = torch.cat([grouped, gather(p, index).to(x.dtype)], dim=-1)
-            anchor = torch.cat([centre_x, centre_p.to(x.dtype)], dim=-1)
-        if self.affine_alpha is not None:
-            middle = grouped.mean(dim=2, keepdim=True) if self.normalize == "center" else anchor.unsqueeze(2)
-            grouped = grouped - middle
-            scale = _spread(grouped.flatten(1)).view(-1, 1, 1, 1)
-            grouped = self.affine_alpha * (grouped / (scale + 1e-5)) + self.affine_beta
-        centre = centre_x.unsqueeze(2).expand(-1, -1, grouped.shape[2], -1)
-        return centre_p, torch.cat([grouped, centre], dim=-1), residual
-
-
-def _spread(x: Tensor) -> Tensor:
-    """The unbiased standard deviation of each row (B, n); as a norm it takes a tenth of the time of ``torch.std`` on a
-    CPU, and agrees with it to about 4e-6."""
-    deviation = x - x.mean(dim=1, keepdim=True)
-    return torch.linalg.vector_norm(deviation, dim=1) / (x.shape[1] - 1) ** 0.5
-
-
-class PreBlock(nn.Module):
-    """To the stage's width, ``count`` residual blocks, maximum over the group; ``count`` 0 is the maximum alone."""
-
-    def __init__(
-        self, in_channels: int, channels: int, count: int, *, groups: int, expansion: float, bias: bool, act: str
-    ):
-        super().__init__()
-        self.transfer = self.operation = None
-        if count:
-            self.transfer = ConvNormAct(in_channels, channels, bias=bias, act=act)
-            stack = ResidualStack(channels, count, groups=groups, expansion=expansion, bias=bias, act=act)
-            self.operation = stack.operation
-
-    def forward(self, grouped: Tensor) -> Tensor:
-        """(B, S, k, in) to (B, S, channels)."""
-        if self.transfer is not None and self.operation is not None:
-            grouped = self.operation(self.transfer(grouped))
-        return grouped.amax(dim=2)
 
 
 class PositionMLP(nn.Module):

@@ -17,13 +17,29 @@ from torch import Tensor, nn
 
 from zoo.adapting import NewHead
 from zoo.layers import Mamba
+from zoo.layers.inference import untouched
+from zoo.layers.linear import linear
 from zoo_kernels import paths
 
 from .geometry import check_points, farthest_point_sample, gather, interpolate, nearest_neighbours, squared_distances
-from .layers import ConvNormAct, DropPath, PointConv, PointNorm, make_norm
+from .layers import (
+    ConvNormAct,
+    DropPath,
+    PointConv,
+    PointNorm,
+    activate,
+    by_clouds,
+    conv_norm,
+    folded,
+    folds,
+    make_norm,
+    rowwise,
+)
 
 Recorder = Callable[[str, Tensor], None]
 ORDERS = ("hilbert", "hilbert-trans")
+#: Rows of patches that are worked on at once in inference on a CPU.
+PATCH_ROWS = 1024
 
 
 def _nothing(_name: str, _tensor: Tensor) -> None:
@@ -43,9 +59,29 @@ class PatchEncoder(nn.Module):
         )
 
     def forward(self, patches: Tensor) -> Tensor:
-        x = self.first_conv(patches)
+        first, second = self.first_conv, self.second_conv
+        if rowwise(self) and untouched(*self.modules()) and folds(*first[:2], x=patches):
+            return self._by_blocks(patches)
+        x = first(patches)
         x = torch.cat([x.amax(dim=2, keepdim=True).expand_as(x), x], dim=-1)
-        return self.second_conv(x).amax(dim=2)
+        return second(x).amax(dim=2)
+
+    def _by_blocks(self, patches: Tensor) -> Tensor:
+        """The same for inference on a CPU: some patches at a time, which stay in the cache; what the third layer makes
+        of a patch's maximum is computed once a patch, not once a point."""
+        (enter, norm, act, widen), (_, _, again, last) = self.first_conv, self.second_conv
+        first = conv_norm(enter, norm, patches, act)
+        weight, bias = folded(*self.second_conv[:2])  # type: ignore[arg-type]
+        half = weight.shape[1] // 2
+        of_patch, of_point = weight[:, :half].contiguous(), weight[:, half:].contiguous()
+        flat = patches.flatten(0, 1)
+        tokens = patches.new_empty(len(flat), last.weight.shape[0])
+        step = max(1, PATCH_ROWS // patches.shape[2])
+        for start in range(0, len(flat), step):
+            x = linear(first(flat[start : start + step]), widen.weight, widen.bias)
+            y = linear(x, of_point).add_(linear(x.amax(dim=1), of_patch, bias).unsqueeze(1))
+            tokens[start : start + step] = linear(activate(y, again), last.weight, last.bias).amax(dim=1)
+        return tokens.view(*patches.shape[:2], -1)
 
 
 class Block(nn.Module):
@@ -76,7 +112,7 @@ class Mixer(nn.Module):
         h = tokens + pos
         tapped = []
         for i, layer in enumerate(self.layers):
-            h = layer(h)
+            h = by_clouds(layer, h)
             record(f"block{i}", h)
             if i in taps:
                 tapped.append(self.norm_f(h))
