@@ -64,6 +64,21 @@ def test_recommend_everyone_to_parquet(run, tmp_path):
     assert parquet.read_table(out).num_rows == 36 * 3
 
 
+def test_a_run_does_not_go_on_with_other_data(run, interactions, tmp_path):
+    folder, _ = run
+    changed = tmp_path / "changed.csv"  # the same users, items and times, in pairs the other way round
+    head, first, *rest = interactions.read_text().splitlines()
+    second = rest.pop(0)
+    one, two = first.split(","), second.split(",")
+    one[1], two[1] = two[1], one[1]
+    changed.write_text("\n".join([head, ",".join(one), ",".join(two), *rest]) + "\n")
+    arguments = ["mamba4rec_ml1m", str(changed), "--out", str(folder), "--epochs", "8", "--batch-size", "32"]
+    arguments += ["--lr", "0.01", "--max-length", "8", "--set", "hidden_size=16", "--set", "d_state=4"]
+    result = CliRunner().invoke(train, arguments)
+    assert isinstance(result.exception, ValueError)
+    assert "other settings (data)" in str(result.exception)
+
+
 def test_the_same_command_goes_on(run, interactions):
     folder, answer = run
     arguments = ["mamba4rec_ml1m", str(interactions), "--out", str(folder), "--epochs", "8", "--batch-size", "32"]
@@ -77,6 +92,7 @@ def test_the_same_command_goes_on(run, interactions):
     [
         (["run", "--user", "a", "--all"], "say whom to answer"),
         (["run"], "say whom to answer"),
+        (["run", "--all", "--out", "all.csv"], "--out is all.csv; expected a name that ends in .parquet"),
     ],
 )
 def test_whom(arguments, message):

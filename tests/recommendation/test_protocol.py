@@ -121,7 +121,7 @@ def test_parquet(tmp_path):
     ("text", "message"),
     [
         ("user,thing,timestamp\na,b,1\n", "no column 'item_id' or 'item'"),
-        ("user,item,timestamp\na,b,soon\n", "not a number of seconds"),
+        ("user,item,timestamp\na,b,1\na,c,soon\n", "line 3: the timestamp is 'soon'; expected a number of seconds"),
         ("user,item,timestamp\na,,1\n", "line 2"),
     ],
 )

@@ -94,6 +94,13 @@ def test_other_settings_are_refused(tmp_path):
         fit(network(table.n_items), train, valid, tmp_path, Settings(epochs=1, batch_size=64))
 
 
+@pytest.mark.parametrize("setting", [{"epochs": 0}, {"batch_size": 0}, {"patience": -1}, {"learning_rate": -1.0}])
+def test_settings_that_train_nothing(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
+        Settings(**setting)
+
+
 def test_early_stopping_keeps_the_best(tmp_path):
     table, (train, valid, _) = data(10)
     model = network(table.n_items)

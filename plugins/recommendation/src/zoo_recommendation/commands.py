@@ -84,6 +84,9 @@ def train(
     if not len(parts[1]) or not len(parts[2]):
         raise click.ClickException("no validation or test samples: users need at least three interactions")
     chosen = Settings(epochs, batch_size, lr, patience, seed=seed)
+    if (out / "history.json").exists():
+        done = json.loads((out / "history.json").read_text(encoding="utf-8"))["epochs"]
+        console.print(f"{out} holds a run of {len(done)} epochs: going on after them", markup=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=as_json) as bar:
         task = bar.add_task("training", total=len(parts[0]), note="")
@@ -164,6 +167,8 @@ def recommend(
 
     if bool(users) == everyone:
         raise click.UsageError("say whom to answer: --user NAME (once or more), or --all")
+    if out is not None and out.suffix != ".parquet":
+        raise click.UsageError(f"--out is {out}; expected a name that ends in .parquet")
     recommender = artifact.load(folder)
     answers = (
         recommender.recommend_all(k, exclude_seen=not seen)

@@ -9,6 +9,8 @@ Source: RUCAIBox/RecBole @ 7b02be5, ``data/dataset/sequential_dataset.py``, ``ev
 
 from __future__ import annotations
 
+import functools
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +74,11 @@ class Samples:
     @property
     def length(self) -> np.ndarray:
         return self.end - self.start
+
+    def checksum(self) -> int:
+        """One number for which samples these are, to tell whether a run goes on with the data that it began with."""
+        parts = (self.start, self.end, self.table.item, self.table.time)
+        return functools.reduce(lambda found, part: zlib.crc32(np.ascontiguousarray(part).tobytes(), found), parts, 0)
 
     def batch(self, index: np.ndarray) -> dict[str, Tensor]:
         """Rows ``index`` as right-padded tensors: item_seq (n, L), times (n, L), item_seq_len, target, user (n)."""
@@ -141,12 +148,26 @@ def read_table(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     try:
         times = columns[2].cast(pa.float64()).to_numpy()
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: column {columns[2]!r} is not a number of seconds everywhere: {error}") from error
+        row, value = next((i, cell.as_py()) for i, cell in enumerate(columns[2]) if not _is_number(cell))
+        raise ValueError(
+            f"{path}, line {row + 2}: the timestamp is {value!r}; expected a number of seconds, for example 1700000000"
+        ) from error
     empty = [i for i, (u, v) in enumerate(zip(users, items, strict=True)) if u in (None, "") or v in (None, "")]
     if empty or not np.isfinite(times).all():
         line = (empty or np.flatnonzero(~np.isfinite(times)))[0] + 2
         raise ValueError(f"{path}, line {line}: a user, an item or a timestamp is missing or not finite")
     return users, items, times
+
+
+def _is_number(cell: Any) -> bool:
+    """Whether one cell, an Arrow scalar, is a number; a gap is told of by itself."""
+    import pyarrow as pa
+
+    try:
+        cell.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def prepare(

@@ -49,6 +49,13 @@ class Settings:
     eval_batch_size: int = 4096
     seed: int = 2020
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "patience", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not self.learning_rate >= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; expected a number that is not negative")
+
 
 @dataclass
 class History:
@@ -152,7 +159,7 @@ def fit(
 
     ``folder`` keeps the run (see the module's text); a run found there goes on. ``progress(done, all)`` is called
     after each batch, ``on_epoch(row)`` after each epoch. Raises ValueError when the folder holds a run with other
-    settings or another model.
+    settings, another model or other training samples.
     """
     if not len(train):
         raise ValueError("no training samples: every user needs at least two interactions after the filter")
@@ -160,7 +167,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
-    history = _resume(folder, model, optimizer, settings)
+    history = _resume(folder, model, optimizer, settings, train)
     while not history.finished and len(history.epochs) < settings.epochs:
         epoch = len(history.epochs) + 1
         generator = torch.Generator().manual_seed(settings.seed * 100_003 + epoch)
@@ -184,9 +191,11 @@ def fit(
     return history
 
 
-def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings) -> History:
+def _resume(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, train: Samples
+) -> History:
     """The run in ``folder``, model and optimiser brought to its last finished epoch; a new one if there is none."""
-    wanted = json.loads(json.dumps(asdict(settings))) | {"model": _fingerprint(model)}
+    wanted = json.loads(json.dumps(asdict(settings))) | {"model": _fingerprint(model), "data": train.checksum()}
     path = folder / "last.safetensors"
     if not path.exists():
         return History(settings=wanted)
@@ -196,7 +205,7 @@ def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, se
     if changed:
         raise ValueError(
             f"{folder} holds a run with other settings ({', '.join(sorted(changed))}); "
-            "continue it with its own settings, or train into an empty folder"
+            "continue it with its own settings and data, or train into an empty folder"
         )
     state = load_file(path)
     _unpack(state, model, optimizer)
