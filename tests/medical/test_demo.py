@@ -94,6 +94,13 @@ def test_channels_together_and_failures(tmp_path, typed):
     )
     assert code != 0
     assert "2 channels, the model takes 1" in err
+    slices = nibabel.Nifti1Image(np.ones((20, 20, 4), np.float32), np.diag([2.0, 2.0, 20.0, 1.0]))
+    nibabel.save(slices, tmp_path / "slices.nii")
+    words = ("segment-volume", "umamba_micro.phantoms", tmp_path / "slices.nii", "--out", tmp_path)
+    code, _, err = typed(*words)
+    assert code != 0
+    assert "10.0 times longer" in err
+    assert typed(*words, "--anisotropy", 10)[0] == typed(*words, "--spacing", 3, 3, 3)[0] == 0
     (tmp_path / "cut.nii.gz").write_bytes(scan.read_bytes()[:5000])
     code, out, _ = typed(
         "segment-volume", "umamba_micro.phantoms", tmp_path / "cut.nii.gz", scan, "--out", tmp_path, "--keep-going"

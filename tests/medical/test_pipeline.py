@@ -188,6 +188,11 @@ def test_anisotropic_volume(tmp_path):
     volume(tmp_path / "scan.nii", affine=np.diag([0.5, 0.5, 6.0, 1.0]))
     with pytest.raises(ValueError, match=r"12\.0 times longer"):
         MedicalSegmentation(Threshold(), patch=(8, 8, 8))(tmp_path / "scan.nii")
+    with pytest.raises(ValueError, match=r"12\.0 times longer"):  # the card's spacing is nothing the user asked for
+        zoo.pipeline("umamba_micro.phantoms")(tmp_path / "scan.nii")
+    for asked in ({"spacing": (3, 3, 3)}, {"anisotropy": 12.5}):
+        labels = zoo.pipeline("umamba_micro.phantoms", **asked)(tmp_path / "scan.nii").labels
+        assert labels.shape == (20, 30, 12)
 
 
 def test_sequences_on_different_grids(tmp_path):

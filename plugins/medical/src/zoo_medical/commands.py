@@ -18,6 +18,10 @@ from zoo.cli import output
 @click.option("--channels-together", is_flag=True, help="INPUTS are the channels of one patient, in the model's order.")
 @click.option("--mirror/--no-mirror", default=None, help="Mean over all flips; default: as the weights' card says.")
 @click.option("--overlap", default=0.5, show_default=True, type=click.FloatRange(0, 1, max_open=True))
+@click.option(
+    "--spacing", nargs=3, type=float, help="Millimetres of a voxel that the network reads; default: the card's."
+)
+@click.option("--anisotropy", default=8.0, show_default=True, help="Largest ratio of voxel sides without --spacing.")
 @click.option("--series", help="Which series of a DICOM folder that holds several: UID or description.")
 @click.option("--keep-going", is_flag=True, help="Go on after an input that cannot be read.")
 @output.loading_options
@@ -30,6 +34,8 @@ def segment_volume(
     channels_together: bool,
     mirror: bool | None,
     overlap: float,
+    spacing: tuple[float, float, float] | None,
+    anisotropy: float,
     series: str | None,
     keep_going: bool,
     as_json: bool,
@@ -50,6 +56,7 @@ def segment_volume(
     from .pipelines import Segmentation
 
     arguments = output.loading(options) | {"mirror": mirror, "overlap": overlap, "series": series}
+    arguments |= {"spacing": spacing, "anisotropy": anisotropy}
     pipe = zoo.pipeline(name, "medical-segmentation", **arguments)
     given: Any = [tuple(inputs)] if channels_together else list(inputs)
     rows, failed = [], False

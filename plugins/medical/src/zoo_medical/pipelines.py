@@ -74,9 +74,10 @@ class MedicalSegmentation(Pipeline):
     nibabel's codes; None keeps the file's. ``crop``: True reads only the box around what is not zero. ``patch``: sides
     of a window (the card's input). ``overlap`` of windows. ``mirror``: mean over all flips of all axes, or of the given
     ones, as (0, 1). ``normalisation``: "z-score" a channel, "none", or (low, high) of intensities mapped to 0..1.
-    ``anisotropy``: the largest ratio of spacings that is accepted without ``spacing``. ``series``: which one of a
-    DICOM folder with several. ``window_batch``: windows at a time. ``label_set``: names of the labels, background
-    first, or of a set of :data:`zoo_medical.label_sets.LABEL_SETS`. Two-dimensional networks read axial slices.
+    ``anisotropy``: the largest ratio of voxel sides that is accepted where ``spacing`` is not given. ``series``: which
+    one of a DICOM folder with several. ``window_batch``: windows at a time. ``label_set``: names of the labels,
+    background first, or of a set of :data:`zoo_medical.label_sets.LABEL_SETS`. Two-dimensional networks read axial
+    slices.
     """
 
     task = "medical-segmentation"
@@ -116,6 +117,7 @@ class MedicalSegmentation(Pipeline):
         self.overlap, self.anisotropy, self.series, self.window_batch = overlap, anisotropy, series, window_batch
         self.channels = list(getattr(model, "accepted_channels", None) or [int(getattr(model, "in_chans", 1))])
         self.spacing = _spacing(spacing if spacing is not None else self.preprocess.get("spacing"))
+        self.spacing_asked = spacing is not None
         self.orientation = self.preprocess.get("orientation", "RAS") if orientation == "card" else orientation
         self.crop = bool(self.preprocess.get("crop", False)) if crop is None else crop
         asked = self.preprocess.get("mirror", False) if mirror is None else mirror
@@ -148,10 +150,12 @@ class MedicalSegmentation(Pipeline):
     def read(self, source: Any) -> Scan:
         scan = read_scan(source, self.channels, self.series)
         ratio = max(scan.spacing) / min(scan.spacing)
-        if self.spacing is None and len(self.patch) == 3 and ratio > self.anisotropy:
+        if not self.spacing_asked and len(self.patch) == 3 and ratio > self.anisotropy:
             raise ValueError(
                 f"{source}: voxels of {' x '.join(f'{s:.2f}' for s in scan.spacing)} mm, {ratio:.1f} times longer in "
-                "one axis; give spacing=(x, y, z) in mm that the network was trained on, or a larger anisotropy="
+                f"one axis, where at most {self.anisotropy:g} are read without being asked: most of what the network "
+                "sees would be made up between slices. Take thinner slices, or give spacing=(x, y, z) in mm that the "
+                "network was trained on, or a larger anisotropy="
             )
         return scan
 
