@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zoo_kernels._memory import LARGE, empty
+from zoo_kernels._memory import LARGE, empty, reusing
 
 
 def flags(address: int) -> list[str]:
@@ -41,3 +41,47 @@ def test_tensors_are_ordinary(shape, dtype) -> None:
 def test_large_ones_ask_for_huge_pages() -> None:
     assert "hg" in flags(empty(8 * LARGE, dtype=torch.float32).data_ptr() + LARGE)
     assert "hg" not in flags(torch.empty(8 * LARGE).data_ptr() + LARGE)
+
+
+def test_memory_that_is_left_is_used_again() -> None:
+    rows = LARGE // 1024
+
+    def new(n: int = rows) -> torch.Tensor:
+        return empty(n, 512, dtype=torch.float32)
+
+    with reusing():
+        x = new()
+        place, part = x.data_ptr(), x.view(512, rows)[3:].t()
+        del x
+        assert new().data_ptr() != place  # a view refers to it
+        del part
+        y = new(rows - 5)
+        assert y.data_ptr() == place
+        assert y.shape == (rows - 5, 512)
+        assert y.is_contiguous()
+        numbers = y.numpy()
+        del y
+        assert new().data_ptr() != place
+        del numbers
+        assert new(rows // 2 - 1).data_ptr() != place  # less than half of it
+        with reusing():
+            kept = new()
+        assert kept.data_ptr() == place
+    kept.fill_(1)
+    later = new().fill_(2)
+    assert kept.sum() == kept.numel()
+    assert later.data_ptr() != place
+
+
+def test_threads_share_no_memory() -> None:
+    import threading
+
+    with reusing():
+        x = empty(LARGE, dtype=torch.float32)
+        place = x.data_ptr()
+        del x
+        found: list[int] = []
+        thread = threading.Thread(target=lambda: found.append(empty(LARGE, dtype=torch.float32).data_ptr()))
+        thread.start()
+        thread.join()
+        assert found != [place]

@@ -17,6 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers.bands import conv_norm, folded
+from zoo.layers.inference import by_rows, results_only, reusing_memory, settled
+from zoo.layers.linear import call, linear
+from zoo_kernels._memory import empty
+
 from .encoder import PairModel, check_options, make_block, make_encoder
 
 LEVELS = 4
@@ -24,11 +29,18 @@ Arrangement = Literal["parallel", "interleaved", "side_by_side"]
 ARRANGEMENTS: tuple[Arrangement, ...] = ("parallel", "interleaved", "side_by_side")
 #: the axis of (batch, h, w, channels) before which the dates are stacked; flattened into the width afterwards
 _AXIS = {"interleaved": 3, "side_by_side": 2}
+RELU = nn.ReLU()
 
 
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, corners not aligned: (batch, C, h, w) to (batch, C, *size)."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def add_upsampled(x: Tensor, deeper: Tensor) -> Tensor:
+    """The deeper map at the size of x, plus x."""
+    y = upsample(deeper, x.shape[2:])
+    return y.add_(x) if not torch.is_grad_enabled() and results_only(y) and y.dtype == x.dtype else y + x
 
 
 class SpatioTemporal(nn.Module):
@@ -41,15 +53,22 @@ class SpatioTemporal(nn.Module):
 
     def __init__(self, channels: int, dim: int, arrangement: Arrangement, options: dict[str, Any]) -> None:
         super().__init__()
-        self.arrangement = arrangement
+        self.arrangement, self.dim = arrangement, dim
         self.proj = nn.Linear(channels * 2 if arrangement == "parallel" else channels, dim)
         self.block = make_block(dim, options)
 
     def forward(self, before: Tensor, after: Tensor) -> list[Tensor]:
         if self.arrangement == "parallel":
-            return [self.block(self.proj(torch.cat([before, after], dim=-1)))]
+            x = by_rows(lambda *dates: call(self.proj, torch.cat(dates, dim=-1)), before, after, module=self.proj)
+            return [self.block(x)]
         axis = _AXIS[self.arrangement]
-        x = torch.stack([self.proj(before), self.proj(after)], dim=axis)
+        if results_only(before, after) and not torch.is_grad_enabled():  # each date straight to its place
+            shape = [*before.shape[:-1], self.dim]
+            x = empty(*shape[:axis], 2, *shape[axis:], dtype=before.dtype)
+            for i, date in enumerate((before, after)):
+                by_rows(lambda rows: call(self.proj, rows), date, module=self.proj, out=x.select(axis, i))
+        else:
+            x = torch.stack([self.proj(before), self.proj(after)], dim=axis)
         return list(self.block(x.flatten(2, 3)).view(x.shape).unbind(axis))
 
 
@@ -62,7 +81,16 @@ class ConvNormAct(nn.Module):
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)))
+        return conv_norm(self.conv, self.norm, x, act=RELU)
+
+    def of_maps(self, maps: Sequence[Tensor]) -> Tensor:
+        """The same of several maps (batch, h, w, C) side by side; (batch, dim, h, w)."""
+        if results_only(*maps) and not torch.is_grad_enabled() and settled(self):
+            weight, bias = folded(self.conv, self.norm)
+            weight = weight.flatten(1)
+            y = by_rows(lambda *rows: linear(torch.cat(rows, dim=-1), weight, bias, act="relu"), *maps)
+            return y.permute(0, 3, 1, 2)
+        return self(torch.cat(list(maps), dim=-1).permute(0, 3, 1, 2))
 
 
 class Residual(nn.Module):
@@ -76,7 +104,8 @@ class Residual(nn.Module):
         self.bn2 = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        y = conv_norm(self.conv1, self.bn1, x, act=RELU)
+        return conv_norm(self.conv2, self.bn2, y, add=x, act=RELU)
 
 
 class ChangeLevel(nn.Module):
@@ -92,10 +121,10 @@ class ChangeLevel(nn.Module):
     def forward(self, before: Tensor, after: Tensor, deeper: Tensor | None) -> Tensor:
         dates = before.permute(0, 2, 3, 1), after.permute(0, 2, 3, 1)
         maps = [y for name in ARRANGEMENTS for y in getattr(self, name)(*dates)]
-        x = self.fuse(torch.cat(maps, dim=-1).permute(0, 3, 1, 2))
+        x = self.fuse.of_maps(maps)
         if deeper is None:
             return x
-        return self.smooth(upsample(deeper, x.shape[2:]) + x)
+        return self.smooth(add_upsampled(x, deeper))
 
 
 class ChangeDecoder(nn.Module):
@@ -126,7 +155,7 @@ class SemanticLevel(nn.Module):
 
     def forward(self, x: Tensor, deeper: Tensor) -> Tensor:
         x = self.lateral(x)
-        x = self.smooth(upsample(deeper, x.shape[2:]) + x)
+        x = self.smooth(add_upsampled(x, deeper))
         return self.block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -212,7 +241,8 @@ class MambaBCD(_ChangeMamba):
         self.head = nn.Conv2d(decoder_dim, num_classes, 1)
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
-        return upsample(self.head(self.change(*self.pyramids(before, after))), before.shape[2:])
+        with reusing_memory(before, after):
+            return upsample(self.head(self.change(*self.pyramids(before, after))), before.shape[2:])
 
 
 class MambaSCD(_ChangeMamba):
@@ -246,12 +276,13 @@ class MambaSCD(_ChangeMamba):
 
     def forward(self, before: Tensor, after: Tensor) -> SemanticChange:
         size = before.shape[2:]
-        first, second = self.pyramids(before, after)
-        return SemanticChange(
-            upsample(self.change_head(self.change(first, second)), size),
-            upsample(self.semantic_head(self.before(first)), size),
-            upsample(self.semantic_head(self.after(second)), size),
-        )
+        with reusing_memory(before, after):
+            first, second = self.pyramids(before, after)
+            return SemanticChange(
+                upsample(self.change_head(self.change(first, second)), size),
+                upsample(self.semantic_head(self.before(first)), size),
+                upsample(self.semantic_head(self.after(second)), size),
+            )
 
 
 class MambaBDA(_ChangeMamba):
@@ -284,8 +315,9 @@ class MambaBDA(_ChangeMamba):
 
     def forward(self, before: Tensor, after: Tensor) -> Damage:
         size = before.shape[2:]
-        first, second = self.pyramids(before, after)
-        return Damage(
-            upsample(self.building_head(self.building(first)), size),
-            upsample(self.damage_head(self.damage(first, second)), size),
-        )
+        with reusing_memory(before, after):
+            first, second = self.pyramids(before, after)
+            return Damage(
+                upsample(self.building_head(self.building(first)), size),
+                upsample(self.damage_head(self.damage(first, second)), size),
+            )

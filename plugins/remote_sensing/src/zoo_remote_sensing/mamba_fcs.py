@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .changemamba import LEVELS, Residual, SemanticChange, upsample
+from zoo.layers.bands import conv_norm
+from zoo.layers.inference import reusing_memory
+
+from .changemamba import LEVELS, RELU, Residual, SemanticChange, add_upsampled, upsample
 from .encoder import PairModel, check_options, make_block, make_encoder
 
 
@@ -150,7 +153,8 @@ class SEResidual(Residual):
         self.se = SqueezeExcitation(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.se(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))))
+        y = conv_norm(self.conv1, self.bn1, x, act=RELU)
+        return F.relu(x + self.se(conv_norm(self.conv2, self.bn2, y)))
 
 
 class Level(nn.Module):
@@ -168,7 +172,7 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor, deeper: Tensor | None) -> Tensor:
         if deeper is not None:
-            x = self.smooth(upsample(deeper, x.shape[2:]) + x)
+            x = self.smooth(add_upsampled(x, deeper))
         return self.block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -268,13 +272,14 @@ class MambaFCS(_MambaFCS):
 
     def forward(self, before: Tensor, after: Tensor) -> SemanticChange:
         size = before.shape[2:]
-        first, second = self.pyramids(before, after)
-        change, *guides = self.change(first, second)
-        return SemanticChange(
-            upsample(self.change_head(change), size),
-            upsample(self.semantic_head(self.before(first, guides)), size),
-            upsample(self.semantic_head(self.after(second, guides)), size),
-        )
+        with reusing_memory(before, after):
+            first, second = self.pyramids(before, after)
+            change, *guides = self.change(first, second)
+            return SemanticChange(
+                upsample(self.change_head(change), size),
+                upsample(self.semantic_head(self.before(first, guides)), size),
+                upsample(self.semantic_head(self.after(second, guides)), size),
+            )
 
 
 class MambaFCSBinary(_MambaFCS):
@@ -297,4 +302,5 @@ class MambaFCSBinary(_MambaFCS):
         self.head = PyramidFusion(self.channels[0], num_classes)
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
-        return upsample(self.head(self.change(*self.pyramids(before, after))[0]), before.shape[2:])
+        with reusing_memory(before, after):
+            return upsample(self.head(self.change(*self.pyramids(before, after))[0]), before.shape[2:])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.adapting import Converted, NewHead
+from zoo.layers.inference import by_rows
 from zoo.layers.ss2d import CROSS
 from zoo.layers.vss import ConvDownsample, PatchEmbed, PatchMerging, VSSBlock, channel_norm
 from zoo.reference import ReferenceAdapter
@@ -185,8 +186,10 @@ class VMamba(VisionModel):
         for i, stage in enumerate(self.stages):
             x = stage.walk(x)
             if i in indices:
-                y = self.out_norms[str(i)](x) if str(i) in self.out_norms else x
-                if norm and i == STAGES - 1 and not self.out_norms:
+                y = x
+                if str(i) in self.out_norms:
+                    y = by_rows(self.out_norms[str(i)], x, module=self.out_norms[str(i)])
+                elif norm and i == STAGES - 1 and not self.out_norms:
                     y = self.norm(x)
                 maps.append(y.permute(0, 3, 1, 2))
             if i == last:

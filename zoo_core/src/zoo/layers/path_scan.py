@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo_kernels import selective_scan
 
 from .init import inverse_softplus_log_uniform
+from .linear import linear
 
 
 class PathScan(nn.Module):
@@ -75,12 +76,14 @@ class PathScan(nn.Module):
         reverse: bool | Sequence[bool] = False,
         resets: Tensor | None = None,
         lengths: Tensor | None = None,
+        projected: Tensor | None = None,
     ) -> Tensor:
         """u: (batch, length, E) shared by all paths, or (batch, length, K, E). z: (batch, length, E), gates the sum.
 
-        path: None, (K, steps) or (batch, K, steps). Returns (batch, length, E), the sum over paths.
+        path: None, (K, steps) or (batch, K, steps). projected: :meth:`project` of u, where it is known already.
+        Returns (batch, length, E), the sum over paths.
         """
-        dt_r, B, C, dt_proj, bias, D = self._terms(u)
+        dt_r, B, C, dt_proj, bias, D = self._terms(u, projected)
         A = -torch.exp(self.A_log.float())
         y, _ = selective_scan(
             u, dt_r, A, B, C, D, z, bias,
@@ -110,7 +113,13 @@ class PathScan(nn.Module):
             parts.append(y)
         return torch.stack(parts, dim=1)
 
-    def _terms(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def project(self, u: Tensor) -> Tensor:
+        """Of u (..., E), shared by all paths: all sets' dt_r, B and C side by side, (..., S (R + 2N))."""
+        return linear(u, self.x_proj.flatten(0, 1))
+
+    def _terms(
+        self, u: Tensor, projected: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """dt_r (batch, length, K, R), B and C (batch, length, K, N), dt_proj (K, E, R), dt_bias and D (K, E)."""
         K, R, N = self.paths, self.dt_rank, self.state
         if self.shared and u.dim() != 3:
@@ -118,7 +127,7 @@ class PathScan(nn.Module):
                 f"u has shape {tuple(u.shape)}; paths that share their projections share u: (batch, length, E)"
             )
         if u.dim() == 3:
-            projected = u @ self.x_proj.flatten(0, 1).t()
+            projected = self.project(u) if projected is None else projected
             projected = projected.unflatten(-1, (-1, R + 2 * N))  # (batch, length, S, R + 2N)
         else:
             projected = torch.einsum("blke,kce->blkc", u, self.x_proj)

@@ -21,8 +21,9 @@ import zoo_kernels
 from zoo_kernels import paths as grid_paths
 from zoo_kernels import selective_scan
 
+from . import bands
 from .inference import by_rows
-from .linear import Linear, call
+from .linear import Linear, call, linear
 from .path_scan import PathScan
 
 #: VMamba's four directions, in the order of its weights: rows, columns, and both from their ends.
@@ -70,11 +71,13 @@ class GridScan(PathScan):
         super().reset_parameters()
         reset_scan(self.init, self.A_log, self.dt_bias, self.dt_proj)
 
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """x, z: (batch, height, width, channels). Returns the same shape."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, z: Tensor | None = None, *, projected: Tensor | None = None
+    ) -> Tensor:
+        """x, z: (batch, height, width, channels); projected: see :class:`PathScan`. Returns the same shape."""
         order = grid_paths.get(self.path_names, x.shape[1:3], device=x.device)
-        y = super().forward(x.flatten(1, 2), z=None if z is None else z.flatten(1, 2), path=order)
-        return y.view(x.shape)
+        z, projected = (None if t is None else t.flatten(1, 2) for t in (z, projected))
+        return super().forward(x.flatten(1, 2), z=z, path=order, projected=projected).view(x.shape)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, state={self.state}, dt_rank={self.dt_rank}, paths={self.path_names!r}"
@@ -159,12 +162,20 @@ class GridSSD(nn.Module):
             self.D.fill_(1.0)
         reset_scan(self.init, self.A_log, self.dt_bias)
 
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """x, z: (batch, height, width, channels). Returns the same shape."""
+    def project(self, x: Tensor) -> Tensor:
+        """Of x (..., E): dt, B and C of all paths side by side, (..., K (R + 2N))."""
+        return linear(x, self.x_proj.flatten(0, 1))
+
+    def forward(self, x: Tensor, z: Tensor | None = None, *, projected: Tensor | None = None) -> Tensor:
+        """x, z: (batch, height, width, channels); projected: :meth:`project` of x, where it is known already.
+
+        Returns the same shape.
+        """
         order = grid_paths.get(self.path_names, x.shape[1:3], device=x.device)
         R, N = self.heads, self.state
+        projected = self.project(x) if projected is None else projected
         rows = x.flatten(1, 2)
-        dt, B, C = torch.einsum("ble,kce->blkc", rows, self.x_proj).split([R, N, N], dim=-1)
+        dt, B, C = projected.flatten(1, 2).unflatten(-1, (-1, R + 2 * N)).split([R, N, N], dim=-1)
         y, _ = zoo_kernels.ssd(
             rows.unflatten(-1, (R, -1)), dt, -torch.exp(self.A_log.float()), B, C, self.D,
             None if z is None else z.flatten(1, 2).unflatten(-1, (R, -1)), self.dt_bias,
@@ -269,24 +280,55 @@ class SS2D(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """u: (batch, height, width, dim). Returns the same shape."""
-        y, z = self.mix(self.enter(u))
+        if self.gate:
+            x, z = self.in_proj(u).chunk(2, dim=-1)
+        else:
+            x, z = self.in_proj(u), None
+        y = self.scan(self.act(self.conv(x)))
+        y = y if self.norm_by_rows else self.out_norm(y)
         return self.drop(by_rows(self.leave, y, z, module=self))
 
-    def enter(self, u: Tensor) -> Tensor:
-        """Row by row, before the convolution: (..., dim) to (..., E), or (..., 2 E) with the gate."""
-        return call(self.in_proj, u)
-
-    def mix(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Where neighbours meet: :meth:`enter`'s map (batch, height, width, ...) to the scan's and the gate's rows."""
-        z = None
-        if self.gate:
-            x, z = x.chunk(2, dim=-1)
-        y = self.scan(self.act(self.conv(x)))
-        return (y if self.norm_by_rows else self.out_norm(y)), z
-
     def leave(self, y: Tensor, z: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-        """Row by row, after the scan: y (..., E), z (..., E) or None, to (..., dim), ``add`` (..., dim) added."""
+        """What follows the scan, row by row: y and the gate z (..., E) to (..., dim), ``add`` (..., dim) added."""
         y = self.out_act(self.out_norm(y) if self.norm_by_rows else y)
         if z is not None:
             y = y * (self.act(z) if self.gate_act else z)
         return call(self.out_proj, y, add=add)
+
+    # -- by bands: for a block in inference, which has checked that nothing here is watched
+
+    @property
+    def has_bands(self) -> bool:
+        """Whether :meth:`scanned` and :meth:`gate_of` can stand for :meth:`forward`."""
+        return type(self.in_proj) in (nn.Linear, Linear) or not self.gate
+
+    def _half(self, rows: Tensor, which: int) -> Tensor:
+        """One half of ``in_proj``: 0 for what is scanned, 1 for the gate."""
+        if not self.gate:
+            return call(self.in_proj, rows)
+        return linear(rows, self.in_proj.weight.chunk(2)[which])
+
+    def gate_of(self, rows: Tensor) -> Tensor | None:
+        """z of rows (..., dim), for :meth:`leave`; made where it is used, it never is a map."""
+        return self._half(rows, 1) if self.gate else None
+
+    def scanned(self, u: Tensor, before: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the scan gives for ``before(u)``, (batch, height, width, dim) to (batch, height, width, E).
+
+        Projection in, convolution and the scan's own projections pass over the image together, so that only what the
+        scan reads is written.
+        """
+
+        def enter(rows: Tensor) -> Tensor:
+            return self._half(before(rows), 0)
+
+        project = None if isinstance(self.scan, CascadeScan) else self.scan.project
+        if bands.plain(self.conv, u):
+            y, *rest = bands.by_bands(
+                self.conv, u, before=enter, act=self.act,
+                after=None if project is None else lambda rows: (rows, project(rows)),
+            )  # fmt: skip
+            y = self.scan(y, projected=rest[0]) if rest else self.scan(y)
+        else:
+            y = self.scan(self.act(self.conv(by_rows(enter, u))))
+        return y if self.norm_by_rows else self.out_norm(y)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .inference import by_rows, results_only, untouched
+from .bands import conv_chain
+from .inference import by_rows, results_only, settled
 from .linear import Linear, call
 from .ss2d import SS2D, activation
 
@@ -124,7 +125,7 @@ class VSSBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training and not torch.is_grad_enabled() and results_only(x) and untouched(*self.modules()):
+        if self._in_inference(x):
             return self._inference(x)
         if self.has_op:
             y = self.norm(self.op(x)) if self.post_norm else self.op(self.norm(x))
@@ -134,17 +135,25 @@ class VSSBlock(nn.Module):
             x = x + self.drop_path(y)
         return x
 
+    def _in_inference(self, x: Tensor) -> bool:
+        return (
+            not torch.is_grad_enabled() and results_only(x) and settled(self) and (not self.has_op or self.op.has_bands)
+        )
+
     def _inference(self, x: Tensor) -> Tensor:
         """The same numbers with as few maps in memory as there can be: neighbours meet in the convolution and the scan
-        alone, so all that lies before them is one pass over the rows, and all that follows, MLP included, another."""
+        alone, so all that lies before the scan is one pass over the image, and all that follows, MLP included, another.
+        """
         if not self.has_op:
             return by_rows(self._mlp_rows, x) if self.has_mlp else x
-        norm, op = (nn.Identity(), self.op) if self.post_norm else (self.norm, self.op)
-        y, z = op.mix(by_rows(lambda rows: op.enter(norm(rows)), x))
-        return by_rows(self._leave_rows, x, y, z)
+        return by_rows(self._leave_rows, x, self.op.scanned(x, self._op_norm))
 
-    def _leave_rows(self, x: Tensor, y: Tensor, z: Tensor | None) -> Tensor:
-        """From the scan's rows (and the gate's) to the block's, the residual stream x added."""
+    def _op_norm(self, x: Tensor) -> Tensor:
+        return x if self.post_norm else self.norm(x)
+
+    def _leave_rows(self, x: Tensor, y: Tensor) -> Tensor:
+        """From the scan's rows y to the block's, the residual stream x added."""
+        z = self.op.gate_of(self._op_norm(x))
         x = x + self.norm(self.op.leave(y, z)) if self.post_norm else self.op.leave(y, z, add=x)
         return self._mlp_rows(x) if self.has_mlp else x
 
@@ -168,7 +177,7 @@ class PatchMerging(nn.Module):
         if H % 2 or W % 2:
             x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
         x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], dim=-1)
-        return self.reduction(self.norm(x))
+        return by_rows(lambda rows: call(self.reduction, self.norm(rows)), x, module=self)
 
 
 class ConvDownsample(nn.Module):
@@ -183,7 +192,7 @@ class ConvDownsample(nn.Module):
         self.norm = channel_norm(norm, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        return conv_chain(self.conv, x, after=self.norm)
 
 
 class PatchEmbed(nn.Module):
@@ -212,5 +221,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)  # (batch, H, W, channels): a view, which the first convolution takes as it is
-        x = self.norm1(self.conv1(x))
-        return self.norm2(self.conv2(self.act(x))) if self.overlap else x
+        if not self.overlap:
+            return conv_chain(self.conv1, x, after=self.norm1)
+        x = conv_chain(self.conv1, x, after=lambda y: self.act(self.norm1(y)), watched=(self.norm1, self.act))
+        return conv_chain(self.conv2, x, after=self.norm2)
