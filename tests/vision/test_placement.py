@@ -21,5 +21,6 @@ def test_the_same_answer_from_the_disk(name: str, plan: str, tmp_path) -> None:
     model = zoo.load(name, offload_folder=tmp_path, **options)
     assert any(p.is_meta for p in model.parameters())
     with torch.no_grad():
-        assert torch.equal(model(image), whole(image))
+        # to rounding: hooks fetch the weights of each layer, and layers that are watched are not fused
+        torch.testing.assert_close(model(image), whole(image), rtol=1e-5, atol=1e-5)
     assert zoo.pipeline(model).device == torch.device("cpu")

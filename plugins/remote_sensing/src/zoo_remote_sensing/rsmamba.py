@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
+from zoo.layers import Linear
 from zoo.layers.init import inverse_softplus_log_uniform
 from zoo_kernels import causal_conv1d, selective_scan
 
@@ -71,13 +72,13 @@ class MultiPathMamba(nn.Module):
             raise ValueError(f"act is {act!r}; expected one of {', '.join(_ACTS)}")
         self.state, self.act = state, act
         self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
-        self.in_proj = nn.Linear(dim, 2 * hidden, bias=bias)
+        self.in_proj = Linear(dim, 2 * hidden, bias=bias)
         self.conv1d = nn.Conv1d(hidden, hidden, conv, groups=hidden, bias=conv_bias)
-        self.x_proj = nn.Linear(hidden, self.dt_rank + 2 * state, bias=False)
+        self.x_proj = Linear(hidden, self.dt_rank + 2 * state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, hidden)
         self.A_log = nn.Parameter(torch.arange(1, state + 1, dtype=torch.float32).log().repeat(hidden, 1))
         self.D = nn.Parameter(torch.ones(hidden))
-        self.out_proj = nn.Linear(hidden, dim, bias=bias)
+        self.out_proj = Linear(hidden, dim, bias=bias)
         with torch.no_grad():  # Mamba's own start, which the original's mixer alone leaves out
             self.dt_proj.bias.copy_(inverse_softplus_log_uniform(self.dt_proj.bias, 1e-3, 0.1, 1e-4))
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.adapting import Converted
 from zoo.layers.init import inverse_softplus_log_uniform
+from zoo.layers.linear import linear
 from zoo.layers.neighborhood import (
     neighborhood_attention,
     neighborhood_gather,
@@ -94,7 +95,7 @@ class A2SSM(nn.Module):
     def forward(self, x: Tensor, gather) -> Tensor:
         """x: (batch, C, H, W); ``gather``: (batch, heads, H*W, d) to the same. Returns like x."""
         u = F.silu(self.conv(x)).flatten(2).transpose(1, 2)  # (batch, H*W, C)
-        dt_r, B, C = F.linear(u, self.x_proj).split([self.dt_rank, 1, 1], dim=-1)
+        dt_r, B, C = linear(u, self.x_proj).split([self.dt_rank, 1, 1], dim=-1)
         A = -torch.exp(self.A_log.float())
         s, _ = selective_scan(
             u, dt_r, A, B, torch.ones_like(C), dt_bias=self.dt_bias, dt_proj=self.dt_proj, dt_softplus=True

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, Mlp, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.adapting import NewHead
+from zoo.layers import Linear, Mlp
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rules
 from zoo_kernels import causal_conv1d, selective_scan
@@ -42,12 +43,12 @@ class MambaVisionMixer(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         half, self.rank, self.state = dim // 2, -(-dim // 16), state
-        self.in_proj = nn.Linear(dim, dim, bias=False, **dd)
-        self.x_proj = nn.Linear(half, self.rank + 2 * state, bias=False, **dd)
+        self.in_proj = Linear(dim, dim, bias=False, **dd)
+        self.x_proj = Linear(half, self.rank + 2 * state, bias=False, **dd)
         self.dt_proj = nn.Linear(self.rank, half, **dd)
         self.A_log = nn.Parameter(torch.empty(half, state, **dd))
         self.D = nn.Parameter(torch.ones(half, **dd))
-        self.out_proj = nn.Linear(dim, dim, bias=False, **dd)
+        self.out_proj = Linear(dim, dim, bias=False, **dd)
         self.conv1d_x = nn.Conv1d(half, half, width, groups=half, bias=False, **dd)
         self.conv1d_z = nn.Conv1d(half, half, width, groups=half, bias=False, **dd)
         with torch.no_grad():
@@ -78,11 +79,11 @@ class Attention(nn.Module):
         if dim % heads:
             raise ValueError(f"width {dim} does not divide into {heads} heads")
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.q_norm = nn.LayerNorm(dim // heads, **dd) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(dim // heads, **dd) if qk_norm else nn.Identity()
         self.attn_drop = attn_drop
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, **dd), nn.LayerNorm(dim, **dd)
         self.mixer = mixer
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=drop, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         for name in ("gamma_1", "gamma_2"):
             setattr(

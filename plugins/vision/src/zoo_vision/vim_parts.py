@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from zoo.layers import PathScan, RMSNorm
+from zoo.layers import Linear, PathScan, RMSNorm
 from zoo_kernels import causal_conv1d
 
 
@@ -48,12 +48,12 @@ class VimMixer(nn.Module):
         inner = int(expand * dim)
         sets = paths if kind == "v2" else 1
         self.kind, self.num_paths, self.divide = kind, paths, divide and kind == "v2"
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=bias, **dd)
+        self.in_proj = Linear(dim, 2 * inner, bias=bias, **dd)
         self.conv_weight = nn.Parameter(torch.empty(sets, inner, conv, **dd))
         self.conv_bias = nn.Parameter(torch.empty(sets, inner, **dd)) if conv_bias else None
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.scan = PathScan(inner, state, rank, paths, shared=kind == "v1", **dd)
-        self.out_proj = nn.Linear(inner, dim, bias=bias, **dd)
+        self.out_proj = Linear(inner, dim, bias=bias, **dd)
         self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale), **dd))
         self.reset_parameters()
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.adapting import Converted, NewHead
-from zoo.layers.inference import by_rows
+from zoo.layers.inference import by_rows, reusing_memory
 from zoo.layers.ss2d import CROSS
 from zoo.layers.vss import ConvDownsample, PatchEmbed, PatchMerging, VSSBlock, channel_norm
 from zoo.reference import ReferenceAdapter
@@ -180,21 +180,22 @@ class VMamba(VisionModel):
         self, x: Tensor, indices: Sequence[int] = (), *, norm: bool = False, stop_early: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """See :class:`VisionModel`; the last output is (batch, h, w, C). A pyramid always applies its own norms."""
-        x = self.embed(x)
-        maps = []
-        last = max(indices, default=STAGES - 1) if stop_early else STAGES - 1
-        for i, stage in enumerate(self.stages):
-            x = stage.walk(x)
-            if i in indices:
-                y = x
-                if str(i) in self.out_norms:
-                    y = by_rows(self.out_norms[str(i)], x, module=self.out_norms[str(i)])
-                elif norm and i == STAGES - 1 and not self.out_norms:
-                    y = self.norm(x)
-                maps.append(y.permute(0, 3, 1, 2))
-            if i == last:
-                break
-            x = stage.downsample(x)
+        with reusing_memory(x):
+            x = self.embed(x)
+            maps = []
+            last = max(indices, default=STAGES - 1) if stop_early else STAGES - 1
+            for i, stage in enumerate(self.stages):
+                x = stage.walk(x)
+                if i in indices:
+                    y = x
+                    if str(i) in self.out_norms:
+                        y = by_rows(self.out_norms[str(i)], x, module=self.out_norms[str(i)])
+                    elif norm and i == STAGES - 1 and not self.out_norms:
+                        y = self.norm(x)
+                    maps.append(y.permute(0, 3, 1, 2))
+                if i == last:
+                    break
+                x = stage.downsample(x)
         return x, maps
 
     def forward_features(self, x: Tensor) -> Tensor:

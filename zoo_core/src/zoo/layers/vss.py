@@ -67,12 +67,22 @@ class Mlp(nn.Module):
     Dropout after the activation (not when gated) and after fc2. Source: MzeroMiko/VMamba ``Mlp`` and ``gMlp``.
     """
 
-    def __init__(self, dim: int, hidden: int, *, act: str = "gelu", drop: float = 0.0, gated: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        act: str = "gelu",
+        drop: float = 0.0,
+        gated: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         self.gated = gated
-        self.fc1 = Linear(dim, hidden * 2 if gated else hidden)
+        self.fc1 = Linear(dim, hidden * 2 if gated else hidden, device=device, dtype=dtype)
         self.act = activation(act)
-        self.fc2 = Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
