@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from zoo_kernels import paths
 from zoo_point_cloud import geometry
-from zoo_point_cloud.geometry import farthest_point_sample, interpolate, nearest_neighbours, squared_distances
+from zoo_point_cloud.geometry import (
+    farthest_point_sample,
+    interpolate,
+    nearest_neighbours,
+    serialise_each,
+    squared_distances,
+)
 
 
 def cloud(kind: str, n: int = 300, batch: int = 2) -> torch.Tensor:
@@ -160,3 +167,10 @@ def test_interpolation():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.rand(1, 10, 3))
+
+
+@pytest.mark.parametrize("order", ["hilbert", "hilbert-trans", "z", "z-trans", "zxy", "zyx-snake", "axis-x"])
+def test_orders_of_clouds_do_not_depend_on_their_batch(order):
+    clouds = cloud("random", 50, batch=5) * torch.tensor([1.0, 0.1, 3.0, 0.9, 1e-4]).view(-1, 1, 1)
+    alone = torch.cat([paths.serialize(one[None], order, grid_size=0.02) for one in clouds])
+    assert torch.equal(serialise_each(clouds, order, 0.02), alone)

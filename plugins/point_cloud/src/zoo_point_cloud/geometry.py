@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoo_kernels import paths
+
 #: Most pairs of points whose distances are held at once.
 _PAIRS = 1 << 24
 #: From this many candidates a k-d tree beats comparing all pairs on a CPU.
@@ -193,6 +195,25 @@ def is_farthest_sequence(xyz: Tensor, index: Tensor) -> bool:
         if not torch.equal(first, index[:, start + 1 : end + 1]):
             return False
     return True
+
+
+# -- orders -----------------------------------------------------------------------------------------------------------
+
+
+def serialise_each(points: Tensor, order: str, grid_size: float) -> Tensor:
+    """Every cloud's visiting order as if it were alone: (batch, N, 3) to (batch, N) int64.
+
+    ``order``: one of ``zoo_kernels.paths.POINT_ORDERS``. Clouds whose curves have one number of bits go together.
+    """
+    if not order.startswith(("hilbert", "z")) or order.removesuffix("-snake") in paths.points.TRAVERSES:
+        return torch.cat([paths.serialize(cloud[None], order, grid_size=grid_size) for cloud in points])
+    found = torch.empty(points.shape[:2], dtype=torch.int64, device=points.device)
+    widest = paths.grid_coordinates(points, grid_size).amax(dim=(1, 2)).tolist()
+    bits = torch.tensor([width.bit_length() for width in widest], device=points.device)
+    for depth in sorted({width.bit_length() for width in widest}):
+        some = bits == depth
+        found[some] = paths.serialize(points[some], order, grid_size=grid_size, depth=depth)
+    return found
 
 
 # -- nearest neighbours -----------------------------------------------------------------------------------------------

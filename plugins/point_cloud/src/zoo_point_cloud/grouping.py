@@ -76,13 +76,12 @@ class Grouper(nn.Module):
         count = n // self.reducer
         if count < 1:
             raise ValueError(f"{n} points cannot be reduced {self.reducer} times; give more points")
-        points = torch.cat([x, p.to(x.dtype)], dim=-1) if self.use_xyz else x
-        centres, centre_p, kept = points, p, None
-        if count < n:
-            kept = farthest_point_sample(p, count).sort(dim=1).values
-            centre_p, centres = gather(p, kept), gather(points, kept)
-            residual = None if residual is None else gather(residual, kept)
+        kept = farthest_point_sample(p, count).sort(dim=1).values if count < n else None
+        centre_p = p if kept is None else gather(p, kept)
         index = nearest_neighbours(centre_p, p, self.k)[1][..., :: self.stride]
+        points = centres = torch.cat([x, p.to(x.dtype)], dim=-1) if self.use_xyz else x
+        if kept is not None:
+            centres, residual = gather(points, kept), None if residual is None else gather(residual, kept)
         return centre_p, Groups(points, centres, index, kept), residual
 
     def rows(self, groups: Groups, scale: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo_kernels import paths
 
-from .geometry import check_points, farthest_point_sample, gather, interpolate
+from .geometry import check_points, farthest_point_sample, gather, interpolate, serialise_each
 from .layers import ConvNormAct, MambaLayer, PointConv, PointNorm, ResidualStack
 
 Recorder = Callable[[str, Tensor], None]
@@ -44,7 +44,7 @@ def serialise(
     whole batch. ``per_cloud`` orders every cloud as if it were alone.
     """
     if per_cloud:
-        order_of = torch.cat([paths.serialize(cloud[None], order, grid_size=grid_size) for cloud in _coordinates(p)])
+        order_of = serialise_each(_coordinates(p), order, grid_size)
         return gather(p, order_of), [None if t is None else gather(t, order_of) for t in rest]
     flat = paths.serialize(_coordinates(p), order, grid_size=grid_size, across_batch=True)
     return (

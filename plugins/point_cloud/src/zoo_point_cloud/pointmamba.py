@@ -21,7 +21,15 @@ from zoo.layers.inference import untouched
 from zoo.layers.linear import linear
 from zoo_kernels import paths
 
-from .geometry import check_points, farthest_point_sample, gather, interpolate, nearest_neighbours, squared_distances
+from .geometry import (
+    check_points,
+    farthest_point_sample,
+    gather,
+    interpolate,
+    nearest_neighbours,
+    serialise_each,
+    squared_distances,
+)
 from .layers import (
     ConvNormAct,
     DropPath,
@@ -175,7 +183,7 @@ class PointMambaTrunk(nn.Module):
         """(B, G) int64: which patch each step visits."""
         xyz = centres.detach() if centres.dtype == torch.float64 else centres.detach().float()
         if self.per_cloud_order:
-            return torch.cat([paths.serialize(cloud[None], name, grid_size=self.grid_size) for cloud in xyz])
+            return serialise_each(xyz, name, self.grid_size)
         return paths.serialize(xyz, name, grid_size=self.grid_size)
 
     def sequence(self, points: Tensor, record: Recorder = _nothing) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
