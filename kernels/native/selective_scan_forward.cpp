@@ -194,7 +194,7 @@ template <class V> struct Forward {
     const ScanArgs &a = f.scan;
     // Channels in a block: as many as leave work for all threads. The results do not depend on it.
     int64_t size = 512;
-    while (size > 16 && a.batch * ChannelBlocks(a, size).total(a) < 4 * a.threads) size -= size > 128 ? 64 : 16;
+    while (size > 16 && a.batch * ChannelBlocks(a, size).total(a) < 2 * a.threads) size -= size > 128 ? 64 : 16;
     ChannelBlocks blocks(a, size);
     int64_t failed = ZK_OK, total = blocks.total(a);
     parallel(a.threads, a.batch * total, [&](int64_t i) { item(f, blocks, i / total, i % total, &failed); });

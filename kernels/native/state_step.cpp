@@ -8,8 +8,9 @@ namespace ZK_NAMESPACE {
 struct SsdStepArgs {
   int64_t batch, heads, headdim, groups, states, threads, dual, softplus;
   double low, high;
-  const void *x, *dt, *A, *B, *C, *D, *z, *bias, *scale;  // D: (heads, headdim); D, z, bias, scale may be null
+  const void *x, *dt, *A, *B, *C, *D, *z, *bias, *scale;  // D, z, bias, scale may be null
   void *state, *y;
+  int64_t wide_D;  // D is (heads, headdim) rather than (heads)
 };
 struct MlstmStepArgs {
   int64_t batch, heads, headdim, states, threads, dual;
@@ -24,6 +25,46 @@ template <class V> struct StateStep {
   static ZK_INLINE V load(const T *p, int n) { return n == W ? V::load(p) : V::load_n(p, n); }
   static ZK_INLINE T exp1(T x) { T t[W]; exp_of(V::set1(x)).store(t); return t[0]; }
   static ZK_INLINE T softplus1(T x) { T t[W]; softplus(V::set1(x)).store(t); return t[0]; }
+
+  static constexpr int kRows = 4;  // rows of a state at a time: they share the loads of k and q
+
+  // h = keep h + v k, y = h . q for every row h of a state and its number v.
+  static void rows(T *h, T keep, const T *v, T factor, const T *k, const T *q, int64_t count, int64_t states, T *y) {
+    int64_t p = 0, whole = states / W * W;
+    V a = V::set1(keep);
+    for (; p + kRows <= count; p += kRows) {
+      T *line[kRows];
+      V b[kRows], sum[kRows];
+      ZK_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        line[r] = h + (p + r) * states;
+        b[r] = V::set1(factor * v[p + r]);
+        sum[r] = zero<V>();
+      }
+      for (int64_t j = 0; j < whole; j += W) {
+        V kj = V::load(k + j), qj = V::load(q + j);
+        ZK_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          V x = fma(a, V::load(line[r] + j), b[r] * kj);
+          x.store(line[r] + j);
+          sum[r] = fma(x, qj, sum[r]);
+        }
+      }
+      if (whole < states) {
+        int n = int(states - whole);
+        V kj = V::load_n(k + whole, n), qj = V::load_n(q + whole, n);
+        ZK_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          V x = fma(a, V::load_n(line[r] + whole, n), b[r] * kj);
+          x.store_n(line[r] + whole, n);
+          sum[r] = fma(x, qj, sum[r]);
+        }
+      }
+      ZK_UNROLL
+      for (int r = 0; r < kRows; ++r) y[p + r] = sum[r].sum();
+    }
+    for (; p < count; ++p) y[p] = row(h + p * states, keep, factor * v[p], k, q, states);
+  }
 
   // h = keep h + add k; returns h . q
   static ZK_INLINE T row(T *h, T keep, T add, const T *k, const T *q, int64_t states) {
@@ -48,7 +89,7 @@ template <class V> struct StateStep {
 
   static void ssd(const SsdStepArgs &a, int64_t i) {
     int64_t b = i / a.heads, h = i % a.heads, g = h / (a.heads / a.groups);
-    const T *x = static_cast<const T *>(a.x) + i * a.headdim, *D = a.D ? static_cast<const T *>(a.D) + h * a.headdim : nullptr;
+    const T *x = static_cast<const T *>(a.x) + i * a.headdim, *D = a.D ? static_cast<const T *>(a.D) + (a.wide_D ? h * a.headdim : h) : nullptr;
     const T *k = static_cast<const T *>(a.B) + (b * a.groups + g) * a.states, *q = static_cast<const T *>(a.C) + (b * a.groups + g) * a.states;
     const T *z = a.z ? static_cast<const T *>(a.z) + i * a.headdim : nullptr;
     T d = static_cast<const T *>(a.dt)[i];
@@ -59,10 +100,9 @@ template <class V> struct StateStep {
     T keep = exp1(d * static_cast<const T *>(a.A)[h]);
     T *state = static_cast<T *>(a.state) + i * a.headdim * a.states, *y = static_cast<T *>(a.y) + i * a.headdim;
     FlushSubnormals flush;
-    for (int64_t p = 0; p < a.headdim; ++p) {
-      y[p] = row(state + p * a.states, keep, d * x[p], k, q, a.states);
-      if (D) y[p] += D[p] * x[p];
-    }
+    rows(state, keep, x, d, k, q, a.headdim, a.states, y);
+    if (D)
+      for (int64_t p = 0; p < a.headdim; ++p) y[p] += D[a.wide_D ? p : 0] * x[p];
     if (z)
       for (int64_t p = 0; p < a.headdim; p += W) {
         int n = int(min_of(W, a.headdim - p));
@@ -82,7 +122,8 @@ template <class V> struct StateStep {
     total = total < 0 ? -total : total;
     T factor = T(a.scale) / ((total > least ? total : least) + T(a.eps));
     T *C = static_cast<T *>(a.C) + i * a.headdim * a.states, *y = static_cast<T *>(a.y) + i * a.headdim;
-    for (int64_t p = 0; p < a.headdim; ++p) y[p] = factor * row(C + p * a.states, keep, add * v[p], k, q, a.states);
+    rows(C, keep, v, add, k, q, a.headdim, a.states, y);
+    for (int64_t p = 0; p < a.headdim; ++p) y[p] *= factor;
   }
 };
 

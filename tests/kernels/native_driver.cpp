@@ -251,11 +251,14 @@ void ssd(int64_t length, int64_t heads, int64_t headdim, int64_t states, int64_t
   int64_t low_bits, high_bits, bits[2];
   memcpy(&low_bits, &low, 8);
   memcpy(&high_bits, &high, 8);
-  Call c;
-  c({batch, heads, headdim, groups, states, kThreads, work == F64, 1, low_bits, high_bits});
-  c({c.in(batch * wide, work), c.in(batch * heads, work), c.in(heads, work, 0.5, -0.6), c.in(batch * bc, work), c.in(batch * bc, work)});
-  c({c.in(wide, work), c.in(batch * wide, work), c.in(heads, work), c.in(batch * heads, work), c.in_place(all, work), c.out(batch * wide, work)});
-  c.run("ssd_step", what);
+  for (int wide_D = 0; wide_D < 2; ++wide_D) {
+    Call c;
+    c({batch, heads, headdim, groups, states, kThreads, work == F64, 1, low_bits, high_bits});
+    c({c.in(batch * wide, work), c.in(batch * heads, work), c.in(heads, work, 0.5, -0.6), c.in(batch * bc, work), c.in(batch * bc, work)});
+    c({c.in(wide_D ? wide : heads, work), c.in(batch * wide, work), c.in(heads, work), c.in(batch * heads, work)});
+    c({c.in_place(all, work), c.out(batch * wide, work), wide_D});
+    c.run("ssd_step", what + label({wide_D}));
+  }
   double scale = 0.3, eps = 1e-6;
   memcpy(&bits[0], &scale, 8);
   memcpy(&bits[1], &eps, 8);

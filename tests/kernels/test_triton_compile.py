@@ -103,7 +103,8 @@ def test_a_new_length_or_batch_compiles_nothing():
     def compiled_for(batch: int, length: int) -> list[str]:
         u = torch.zeros(batch, length, 1, 48)
         B = torch.zeros(batch, length, 1, 1, 16)
-        args = (u, u, torch.zeros(1, 48, 16), B, B, None, None, None, True, None, [False], None, False, None, None, None)
+        A = torch.zeros(1, 48, 16)
+        args = (u, u, A, B, B, None, None, None, True, None, [False], None, False, None, None, None)
         with _gpu_compile.recorded() as found:
             y, final, borders = scan.forward(*args, save=True, split=1)
             scan.backward((y, final), args, (borders,), [True] * 9 + [False], split=1)

@@ -48,6 +48,25 @@ def has_dtype(operator: str, name: str, value: Tensor, allowed: Sequence[torch.d
     return value
 
 
+def signature(*tensors: Any) -> tuple[Any, ...] | None:
+    """Shapes, dtypes and devices, by which a public function remembers what it has found to fit: checks take longer
+    than a small call. None where values are not plain tensors, or a trace needs the checks in it."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return None
+    for t in tensors:
+        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return None
+    return tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+
+
+def remember(seen: set[tuple[Any, ...]], found: tuple[Any, ...] | None) -> None:
+    """Keep a signature whose tensors fit."""
+    if found is not None:
+        if len(seen) >= 4096:
+            seen.clear()
+        seen.add(found)
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that accumulates and that states have: float64 for float64, else float32 (complex likewise)."""
     return torch.promote_types(dtype, torch.float32)

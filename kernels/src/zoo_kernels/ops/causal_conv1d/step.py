@@ -49,5 +49,5 @@ def step(x, weight, bias, state, silu: bool) -> Tensor:
     checks.has_shape(
         NAME, "state", state, [("batch", x.shape[0]), ("width", weight.shape[1]), ("channels", x.shape[1])], x
     )
-    result: Any = _step.direct(x, weight, bias, state, silu)
+    result: Any = _step(x, weight, bias, state, silu)
     return result

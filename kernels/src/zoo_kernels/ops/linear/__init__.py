@@ -75,5 +75,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: Tens
 
         y = forward(rows, weight, bias, scale)
     else:
-        y = _linear.direct(rows, weight, bias, scale)
+        y = _linear(rows, weight, bias, scale)
     return y.reshape(*lead, weight.shape[0])

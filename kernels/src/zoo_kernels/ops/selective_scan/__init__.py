@@ -21,6 +21,8 @@ CHUNK = 64
 
 
 def work_dtype(u: Tensor, A: Tensor) -> torch.dtype:
+    if u.dtype == A.dtype == torch.float32:
+        return torch.float32
     return torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
 
 
@@ -186,11 +188,43 @@ def selective_scan(
     return y, final[:, 0] if A.dim() == 2 else final
 
 
+_FITTING: set[tuple[Any, ...]] = set()  # signatures that have passed the checks
+
+
 def _canonical(
     u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, initial_state, return_final_state, resets, lengths,
     dt_proj,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Check everything and give every argument its K axis and B, C their groups axis (views: nothing is copied)."""
+    tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, dt_proj)
+    signature = checks.signature(*tensors)
+    if signature is None or signature not in _FITTING:
+        _check(*tensors)
+        checks.remember(_FITTING, signature)
+    single = A.dim() == 2
+    K = 1 if single else A.shape[0]
+    batch, length = u.shape[:2]
+    path = checks.canonical_path(NAME, path, batch=batch, length=length, paths=None if single else K, like=u)
+    flags = checks.canonical_reverse(NAME, reverse, paths=K)
+    resets = checks.canonical_resets(NAME, resets, batch=batch, length=length, like=u)
+    lengths = checks.canonical_lengths(NAME, lengths, batch=batch, like=u)
+    if B.dim() == (3 if single else 4):
+        B, C = B.unsqueeze(-2), C.unsqueeze(-2)
+    if u.dim() == 3:
+        u = u.unsqueeze(2)
+    if single:
+        dt, B, C = dt.unsqueeze(2), B.unsqueeze(2), C.unsqueeze(2)
+        A = A.unsqueeze(0)
+        D, dt_bias, dt_proj = (None if p is None else p.unsqueeze(0) for p in (D, dt_bias, dt_proj))
+        initial_state = None if initial_state is None else initial_state.unsqueeze(1)
+    return (
+        u, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), path, flags, initial_state, bool(return_final_state), resets,
+        lengths, dt_proj,
+    )  # fmt: skip
+
+
+def _check(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_proj) -> None:
+    """Raise ValueError unless these fit together."""
     checks.is_tensor(NAME, "u", u)
     checks.has_dtype(NAME, "u", u)
     checks.is_tensor(NAME, "A", A, u)
@@ -237,23 +271,6 @@ def _canonical(
         if value is not None:
             checks.has_shape(NAME, name, value, axes, u)
             checks.has_dtype(NAME, name, value, allowed if name == "initial_state" else checks.FLOATS)
-    path = checks.canonical_path(NAME, path, batch=batch, length=length, paths=None if single else K, like=u)
-    flags = checks.canonical_reverse(NAME, reverse, paths=K)
-    resets = checks.canonical_resets(NAME, resets, batch=batch, length=length, like=u)
-    lengths = checks.canonical_lengths(NAME, lengths, batch=batch, like=u)
-    if B.dim() == len(rows + paths) + 1:
-        B, C = B.unsqueeze(-2), C.unsqueeze(-2)
-    if u.dim() == 3:
-        u = u.unsqueeze(2)
-    if single:
-        dt, B, C = dt.unsqueeze(2), B.unsqueeze(2), C.unsqueeze(2)
-        A = A.unsqueeze(0)
-        D, dt_bias, dt_proj = (None if p is None else p.unsqueeze(0) for p in (D, dt_bias, dt_proj))
-        initial_state = None if initial_state is None else initial_state.unsqueeze(1)
-    return (
-        u, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), path, flags, initial_state, bool(return_final_state), resets,
-        lengths, dt_proj,
-    )  # fmt: skip
 
 
 def _with_states_as_channels(

@@ -33,7 +33,16 @@ def unsupported(
 
 
 def _own(x: Tensor | None, work: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(work).contiguous()
+    if x is None or (x.dtype == work and x.is_contiguous()):
+        return x
+    return x.to(work).contiguous()
+
+
+def _view(x: Tensor | None, axes: int) -> tuple[int, ...]:
+    """What the C++ ``Strided`` holds, of a tensor with ``axes`` axes (at most 4) before its last, contiguous one."""
+    if x is None:
+        return (0, 0, 0, 0, 0, 0)
+    return (x.data_ptr(), native.DTYPES[x.dtype], *x.stride()[:axes], *(0, 0, 0, 0)[axes:])
 
 
 @functools.cache
@@ -56,16 +65,15 @@ def _arguments(
     steps = length if path is None else path.shape[-1]
     u, dt, B, C = (native.rows(x) for x in (u, dt, B, C))
     z = None if z is None else native.rows(z)
-    A = A.to(work)
+    A = A if A.dtype == work else A.to(work)
     D, dt_bias = _own(D, work), _own(dt_bias, work)
     init = _states_first(initial_state, work)
     flags = _flags(tuple(reverse))
     path_b = 0 if path is None or path.shape[0] == 1 else path.stride(0)
-    z_view = native.strided(z, 2)
     numbers = [
         batch, length, steps, K, channels, B.shape[3], N, int(dt_softplus), native.threads(),
         int(work == torch.float64),
-        *native.strided(u), *native.strided(dt), *native.strided(B), *native.strided(C), *z_view, 0, 0,
+        *_view(u, 3 if u.shape[2] > 1 else 2), *_view(dt, 3), *_view(B, 4), *_view(C, 4), *_view(z, 2),
         native.pointer(A), *A.stride(), native.pointer(D), native.pointer(dt_bias),
         native.pointer(path), path_b, 0 if path is None else path.stride(1),
         native.pointer(flags), native.pointer(resets), native.pointer(lengths), native.pointer(init),
@@ -119,7 +127,7 @@ def forward(
     )  # fmt: skip
     del alive
     out = torch.empty(0, dtype=work) if final is None else final.transpose(-1, -2).contiguous()
-    return y.to(u.dtype), out, borders
+    return y if y.dtype == u.dtype else y.to(u.dtype), out, borders
 
 
 def backward(grads, arguments, saved, needs) -> list[Tensor | None]:

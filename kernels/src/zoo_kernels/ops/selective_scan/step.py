@@ -44,8 +44,24 @@ _step = Operator(
 )
 
 
+_FITTING: set[tuple[Any, ...]] = set()  # signatures that have passed the checks
+
+
 def step(u, dt, A, B, C, D, z, dt_bias, state, dt_softplus) -> Tensor:
     """See :func:`zoo_kernels.selective_scan_step`."""
+    tensors = (u, dt, A, B, C, D, z, dt_bias, state)
+    signature = checks.signature(*tensors)
+    if signature is None or signature not in _FITTING:
+        _check(*tensors)
+        checks.remember(_FITTING, signature)
+    if B.dim() == 2:
+        B, C = B.unsqueeze(1), C.unsqueeze(1)
+    result: Any = _step(u, dt, A, B, C, D, z, dt_bias, state, bool(dt_softplus))
+    return result
+
+
+def _check(u, dt, A, B, C, D, z, dt_bias, state) -> None:
+    """Raise ValueError unless these fit together."""
     checks.has_shape(NAME, "u", u, [("batch", None), ("channels", None)])
     batch, channels = u.shape
     checks.has_shape(NAME, "A", A, [("channels", channels), ("state", None)], u)
@@ -68,7 +84,3 @@ def step(u, dt, A, B, C, D, z, dt_bias, state, dt_softplus) -> Tensor:
             raise ValueError(f"{NAME}: {name} has {value.shape[1]} groups; they must divide the {channels} channels")
     if B.shape[:-1] != C.shape[:-1]:
         raise ValueError(f"{NAME}: C has shape {tuple(C.shape)}; it must be {tuple(B.shape)}, as B is")
-    if B.dim() == 2:
-        B, C = B.unsqueeze(1), C.unsqueeze(1)
-    result: Any = _step.direct(u, dt, A, B, C, D, z, dt_bias, state, bool(dt_softplus))
-    return result

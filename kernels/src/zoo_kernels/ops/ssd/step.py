@@ -72,7 +72,7 @@ def ssd_step(
     low, high = float(dt_limit[0]), float(dt_limit[1])
     if low > high:
         raise ValueError(f"ssd_step: dt_limit is {tuple(dt_limit)}; the first must not exceed the second")
-    y: Tensor = _step.direct(x, dt, A, B, C, D, z, dt_bias, dt_scale, state, bool(dt_softplus), low, high)
+    y: Tensor = _step(x, dt, A, B, C, D, z, dt_bias, dt_scale, state, bool(dt_softplus), low, high)
     return y
 
 
