@@ -59,7 +59,8 @@ def onednn_has_bfloat16() -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> bool:
-    """Whether oneDNN serves: a large product in inference (the operator has no gradient and no place in a trace)."""
+    """Whether oneDNN serves where nothing but the result is wanted: a large product of one type. (Its operators have
+    no gradient and no place in a trace.)"""
     dtype = x.dtype
     return (
         (dtype == torch.float32 or dtype == torch.bfloat16)
@@ -69,7 +70,6 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) 
         and x.numel() * weight.shape[0] >= PRODUCTS
         and (bias is None or bias.dtype == dtype)
         and (add is None or add.dtype == dtype)
-        and results_only(x, weight, bias, add)
         and (onednn_is_faster() if dtype == torch.float32 else onednn_has_bfloat16())
     )
 
@@ -89,16 +89,20 @@ def linear(
         raise ValueError(f"act is {act!r}; expected one of {', '.join(ACTIVATIONS)}, or None")
     if act is not None and add is not None:
         raise ValueError("act and add are both given; expected one of them, for which comes first would be unclear")
-    if _onednn(x, weight, bias, add):
-        if add is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, add.contiguous(), weight, bias, "add")
-        name, algorithm, _ = ACTIVATIONS[act] if act else ("none", "", None)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+    if _onednn(x, weight, bias, add) and results_only(x, weight, bias, add):
+        return _fused(x, weight, bias, act, add)
     learns = linear_training.serves(x, weight, bias) and onednn_is_faster()
     y = linear_training.product(x, weight, bias) if learns else F.linear(x, weight, bias)
     if add is not None:
         return y + add
     return ACTIVATIONS[act][2](y) if act else y
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, add: Tensor | None) -> Tensor:
+    if add is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, add.contiguous(), weight, bias, "add")
+    name, algorithm, _ = ACTIVATIONS[act] if act else ("none", "", None)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
 
 
 # -- modules
@@ -126,10 +130,13 @@ def call(layer: nn.Module, x: Tensor, *, act: nn.Module | None = None, add: Tens
     if (
         type(layer) in (nn.Linear, Linear)
         and (act is None or (name is not None and add is None))
-        and results_only(x, layer.weight)
+        and results_only(x, layer.weight, layer.bias, add)  # type: ignore[arg-type]
         and untouched(*watched)
     ):
-        return linear(x, layer.weight, layer.bias, act=name, add=add)  # type: ignore[arg-type]
+        weight, bias = layer.weight, layer.bias
+        if _onednn(x, weight, bias, add):  # type: ignore[arg-type]
+            return _fused(x, weight, bias, name, add)  # type: ignore[arg-type]
+        return linear(x, weight, bias, act=name, add=add)  # type: ignore[arg-type]
     y = layer(x)
     if act is not None:
         y = act(y)
