@@ -38,7 +38,7 @@ def sizes(dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], tuple[Any, ..
         # Mamba 130M: 1536 channels, 16 states
         "selective_scan": ("selective_scan", lambda: (
             r(1, L, 1, 1536), r(1, L, 1, 1536), r(1, 1536, 16, kind=f32), r(1, L, 1, 1, 16), r(1, L, 1, 1, 16), r(1,
-            1536), r(1, L, 1536), r(1, 1536), True, None, [False], None, False, None, None)),
+            1536), r(1, L, 1536), r(1, 1536), True, None, [False], None, False, None, None, None)),
         "selective_scan_step": ("selective_scan.step", lambda: (
             r(1, 1536), r(1, 1536), r(1536, 16, kind=f32), r(1, 1, 16), r(1, 1, 16), r(1536), r(1, 1536), r(1536),
             r(1, 1536, 16, kind=f32), True)),
@@ -53,6 +53,17 @@ def sizes(dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], tuple[Any, ..
         "ssd_step": ("ssd", lambda: (
             r(1, 24, 64), r(1, 24), r(24, kind=f32), r(1, 1, 128), r(1, 1, 128), r(24), r(1, 24, 64), r(24), None,
             r(1, 24, 64, 128, kind=f32), True, 0.0, float("inf"))),
+        # Mamba-3: 32 heads of 64, 128 states, 32 angles, SISO; xLSTM: 4 heads, keys of 256; GLA: 4 heads, keys of 128
+        "mamba3_step": ("mamba3_scan", lambda: (
+            r(1, 32, 64), r(1, 32), r(1, 32), r(1, 1, 1, 128), r(1, 1, 1, 128), r(1, 32), r(1, 32), r(32), r(1, 32, 64),
+            r(32, 1, 128), r(32, 1, 128), None, None, None, r(1, 32, 32, kind=f32), r(1, 32, 64, 128, kind=f32),
+            r(1, 1, 32, 128, kind=f32), r(1, 32, 64, kind=f32), False, True)),
+        "mlstm_step": ("mlstm", lambda: (
+            r(1, 4, 256), r(1, 4, 256), r(1, 4, 512), r(1, 4), r(1, 4), r(1, 4, 512, 256, kind=f32),
+            r(1, 4, 256, kind=f32), r(1, 4, kind=f32), 0.0625, 1e-6)),
+        "linear_attention_step": ("linear_attention", lambda: (
+            r(1, 4, 256), r(1, 4, 128), r(1, 4, 128), r(1, 4, 128), r(1, 4, 256, 128, kind=f32),
+            r(1, 4, 128, kind=f32), 1.0, False, 1e-6)),
         "rms_norm": ("rms_norm", lambda: (r(L, 1536), r(L, 1536), r(1536), None, 1e-5, 1, False, False)),
         "linear_scan": ("linear_scan", lambda: (r(1, L, 1024), r(1, L, 1024), None, False, None, False, None, None)),
         "linear_scan (complex)": ("linear_scan", lambda: (

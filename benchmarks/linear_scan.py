@@ -1,4 +1,5 @@
-"""linear_scan, the S4 kernel generators, long_conv and the norm against published implementations, in one run.
+"""linear_scan, gated linear attention, the S4 kernel generators, long_conv and the norm against published ones, in one
+run.
 
     pip install --no-deps mambapy accelerated-scan
     python benchmarks/linear_scan.py [--threads 2] [--repeat 5] [--json benchmarks/results/linear_scan.json]
@@ -6,6 +7,8 @@
 Prints milliseconds (the median of ``--repeat`` calls, interleaved so that a noisy machine disturbs all alike) and the
 ratio to ours. Peers: mambapy's ``pscan``, accelerated-scan's ``ref.scan``; for the S4 sums, the einsums over all steps
 that state-spaces/s4 falls back on (``log_vandermonde_naive``, ``cauchy_naive``); for the norm, ``torch.nn.functional``.
+Gated linear attention (one decay per key channel) stands against the recurrence as a loop and its chunked form, both in
+torch (``reference`` and ``chunked`` of ``zoo_kernels.ops.linear_attention``; arXiv 2312.06635, section 4).
 The limit of the linear scan is the time of one torch call that moves the same bytes: ``torch.add(a, x)``.
 """
 
@@ -24,6 +27,7 @@ from torch.nn import functional as F
 
 import zoo_kernels
 from zoo_kernels import cauchy, gated_rms_norm, linear_scan, long_conv, unit_roots, vandermonde_kernel
+from zoo_kernels.ops.linear_attention import chunked, reference
 
 Calls = dict[str, Callable[[], object]]
 
@@ -90,6 +94,28 @@ def complex_scans(shape: tuple[int, int, int]) -> Calls:
     return {"ours": lambda: linear_scan(x, a)[0], "a loop of torch operators": loop}
 
 
+def gated_attention(backward: bool, length: int, heads: int, keys: int, values: int) -> Calls:
+    q, k, v = (torch.randn(1, length, heads, n) for n in (keys, keys, values))
+    decay = F.logsigmoid(torch.randn(1, length, heads, keys)) / 16
+    leaves = [t.requires_grad_(backward) for t in (v, decay, k, q)]
+    arguments = (*leaves, None, None, None, False)
+    dy, dfinal = torch.randn(1, length, heads, values), torch.zeros(1, heads, values, keys)
+
+    def ours() -> object:
+        y, _ = zoo_kernels.linear_attention(q, k, v, decay)
+        return torch.autograd.grad(y, leaves, dy) if backward else y
+
+    def chunks() -> object:
+        y = chunked.forward(*arguments)
+        return chunked.backward((dy, dfinal), arguments, (), [True] * 5) if backward else y
+
+    def loop() -> object:
+        y, _ = reference.forward(*arguments)
+        return torch.autograd.grad(y, leaves, dy) if backward else y
+
+    return {"ours": ours, "the chunked form in torch": chunks, "a loop of torch operators": loop}
+
+
 def vandermonde(channels: int, N: int, length: int) -> Calls:
     c = torch.randn(1, channels, N, dtype=torch.complex64)
     d = torch.complex(-torch.rand(channels, N) * 0.05, torch.rand(channels, N))
@@ -142,7 +168,13 @@ CASES: dict[str, Callable[[], Calls]] = {
     "linear_scan forward (1, 1024, 1536)": lambda: scans(False, (1, 1024, 1536)),
     "linear_scan forward (8, 2048, 512)": lambda: scans(False, (8, 2048, 512)),
     "linear_scan forward + backward (1, 1024, 1536)": lambda: scans(True, (1, 1024, 1536)),
+    "linear_scan forward (1, 65536, 8)": lambda: scans(False, (1, 65536, 8)),
+    "linear_scan forward + backward (1, 65536, 8)": lambda: scans(True, (1, 65536, 8)),
     "linear_scan complex, shared a (4, 1024, 256)": lambda: complex_scans((4, 1024, 256)),
+    "linear_attention per channel (1, 1024, 4 heads, 128 x 256)": lambda: gated_attention(False, 1024, 4, 128, 256),
+    "linear_attention per channel, forward + backward (1, 1024, 4 heads, 64 x 128)": lambda: gated_attention(
+        True, 1024, 4, 64, 128
+    ),
     "vandermonde_kernel (256, 32, 4096)": lambda: vandermonde(256, 32, 4096),
     "cauchy (256, 32, 4096)": lambda: cauchy_sums(256, 32, 4096),
     "long_conv (4, 4096, 256)": lambda: convolutions(4, 4096, 256),

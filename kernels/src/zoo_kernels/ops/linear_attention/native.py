@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo_kernels import _native
+from zoo_kernels import _memory, _native
 from zoo_kernels._checks import state_dtype
 
 from . import chunked
@@ -38,13 +38,17 @@ def _problem(v, decay, k, q, state, resets, order, strict) -> tuple[list[int], l
     return numbers, [v, decay, k, q, order, resets, state]
 
 
+def _rows(*shape: int, dtype: torch.dtype, order: Tensor | None) -> Tensor:
+    """A new tensor to be written row by row; zeros where a path may leave rows out."""
+    return _memory.empty(*shape, dtype=dtype) if order is None else torch.zeros(shape, dtype=dtype)
+
+
 def forward(v, decay, k, q, state, resets, order, strict, *, save=False):
     """See :func:`zoo_kernels.ops.linear_attention.reference.forward`; the same arguments and results."""
     if _native.missing("gated_forward") is not None:
         return chunked.forward(v, decay, k, q, state, resets, order, strict)
     numbers, alive = _problem(v, decay, k, q, state, resets, order, strict)
-    make = torch.empty if order is None else torch.zeros  # rows that a path does not visit stay 0
-    y = make(v.shape, dtype=v.dtype)
+    y = _rows(*v.shape, dtype=v.dtype, order=order)
     final = torch.empty(v.shape[0], v.shape[2], v.shape[3], k.shape[3], dtype=state_dtype(v.dtype))
     _native.function("gated_forward")(*numbers, y.data_ptr(), _native.DTYPES[y.dtype], final.data_ptr())
     del alive
@@ -65,10 +69,9 @@ def backward(grads, arguments, saved, needs):
     parts = min(-(-ITEMS // max(batch * heads, 1)), -(-headdim // NARROWEST))
     block = max(-(-headdim // max(parts, 1)), 1)
     parts = -(-headdim // block)
-    make = torch.empty if order is None else torch.zeros
     dy, dfinal = _native.rows(dy), dfinal.to(work).contiguous()
-    dv = make(v.shape, dtype=v.dtype)
-    da, dk, dq = (make(parts, batch, length, heads, states, dtype=work) for _ in range(3))
+    dv = _rows(*v.shape, dtype=v.dtype, order=order)
+    da, dk, dq = (_rows(parts, batch, length, heads, states, dtype=work, order=order) for _ in range(3))
     dinit = torch.empty(batch, heads, headdim, states, dtype=work)
     _native.function("gated_backward")(
         *numbers, *_native.strided(dy, 3), dfinal.data_ptr(), block,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo_kernels import _memory
 from zoo_kernels import _native as native
 
 from . import empty_borders, state_dtype
@@ -53,7 +54,7 @@ def _arguments(x, a, path, reverse, initial_state, resets, lengths) -> tuple[lis
 def _new(x: Tensor, path: Tensor | None, lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(batch, length, channels); zeros where there may be rows that no step visits."""
     partial = lengths is not None or (path is not None and path.shape[-1] < x.shape[1])
-    return (torch.zeros if partial else torch.empty)(x.shape, dtype=dtype)
+    return torch.zeros(x.shape, dtype=dtype) if partial else _memory.empty(*x.shape, dtype=dtype)
 
 
 def _real(dtype: torch.dtype) -> int:
