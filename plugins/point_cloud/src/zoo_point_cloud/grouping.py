@@ -100,17 +100,20 @@ class Grouper(nn.Module):
 
     def spread(self, groups: Groups) -> Tensor:
         """Each cloud's scale (B), the groups' rows made a few at a time."""
+        x, centres, index, _ = groups
+        sums, of_centres = x.sum(-1, dtype=torch.float64), centres.sum(-1, dtype=torch.float64)
         found = []
-        for cloud in range(len(groups.x)):
-            total = square = 0.0
-            for _, part in _parts(groups, cloud, groups.x.shape[-1]):
-                d = gather(part.x, part.index)
-                d.sub_(self._middle(d, part.centres))
-                total += float(d.sum())
-                square += float(torch.linalg.vector_norm(d)) ** 2
-            n = groups.index[cloud].numel() * groups.x.shape[-1]
+        for cloud in range(len(x)):
+            square = 0.0
+            for _, part in _parts(groups, cloud, x.shape[-1]):
+                d = x[cloud].index_select(0, part.index.flatten()).view(*part.index.shape, -1)
+                square += float(torch.linalg.vector_norm(d.sub_(self._middle(d, part.centres)))) ** 2
+            n = index[cloud].numel() * x.shape[-1]
+            total = 0.0  # around a group's mean, differences cancel
+            if self.normalize == "anchor":
+                total = float(sums[cloud][index[cloud]].sum() - of_centres[cloud].sum() * index.shape[-1])
             found.append(max(square - total * total / n, 0.0) / max(n - 1, 1))
-        return torch.tensor(found, dtype=groups.x.dtype).sqrt()
+        return torch.tensor(found, dtype=x.dtype).sqrt()
 
 
 def _spread(x: Tensor) -> Tensor:
