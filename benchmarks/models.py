@@ -16,6 +16,7 @@ that holds other models or batch sizes already, so that a long run can be made i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import platform
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import zoo
 import zoo_kernels
+from zoo.layers import bands
 from zoo.layers.ss2d import DepthwiseConv2d
 
 OURS = ["vim_tiny", "vmamba_tiny", "mambavision_tiny", "efficientvim_m1"]
@@ -72,13 +74,13 @@ def seconds(call: Callable[[], Any], device: str) -> float:
 
 def scan_share(model: torch.nn.Module, x: torch.Tensor) -> float:
     """Time in scan and short-convolution operators over the time of the whole forward pass."""
+    cuda = x.device.type == "cuda"
     handles = []
-    for module in model.modules():
+    for module in model.modules() if cuda else ():
         if isinstance(module, DepthwiseConv2d):  # the convolution in front of a 2D scan is an ordinary one
             handles += _labelled(module)
-    cuda = x.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
-    with torch.inference_mode():
+    with torch.inference_mode(), contextlib.nullcontext() if cuda else _labelled_bands():
         model(x)
         with profile(activities=activities) as found, record_function("whole forward"):
             model(x)
@@ -90,6 +92,22 @@ def scan_share(model: torch.nn.Module, x: torch.Tensor) -> float:
     whole = sum(time_of(e) for e in events if e.key == "whole forward")
     inside = sum(time_of(e) for e in events if e.key.startswith(SCANS))
     return inside / whole if whole else float("nan")
+
+
+@contextlib.contextmanager
+def _labelled_bands() -> Iterator[None]:
+    """On a CPU the convolution in front of a 2D scan is part of a pass by bands, which a hook would switch off."""
+    convolve = bands.convolve
+
+    def labelled(conv: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with record_function("scan convolution") if isinstance(conv, DepthwiseConv2d) else contextlib.nullcontext():
+            return convolve(conv, *args, **kwargs)
+
+    bands.convolve = labelled
+    try:
+        yield
+    finally:
+        bands.convolve = convolve
 
 
 def _labelled(module: torch.nn.Module) -> list[Any]:
