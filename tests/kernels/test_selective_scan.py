@@ -346,6 +346,28 @@ def test_a_product_is_not_written_out(native) -> None:
     assert seen.size == 256 * 32
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("how", [0, 1, 2, 3])
+def test_the_usual_call_repeated(native, how: int, gate: bool, rank: int | None) -> None:
+    """From the second time on it goes straight to the library: the same bits, also of views, and gradients as ever."""
+    args = arguments(3, 70, 40, 5, z=gate, D=gate, rank=rank)
+    args = {k: None if v is None else util.strided(v, how) for k, v in args.items()}
+    y0, _ = exact(args, dt_softplus=True)
+    first, second = (zk.selective_scan(**args, dt_softplus=True)[0] for _ in range(2))
+    util.close(first, y0)
+    assert torch.equal(first, second)
+    assert second.data_ptr() != first.data_ptr()
+    with zk.backend("reference"):
+        util.close(zk.selective_scan(**args, dt_softplus=True)[0], y0)
+    args["A"] = args["A"].requires_grad_()
+    y, _ = zk.selective_scan(**args, dt_softplus=True)
+    assert torch.equal(y, first)
+    assert torch.autograd.grad(y.sum(), args["A"])[0].abs().sum() > 0
+    with pytest.raises(ValueError, match="B has shape"):
+        zk.selective_scan(**{**args, "B": args["B"][:, 1:]}, dt_softplus=True)
+
+
 def test_opcheck(native) -> None:
     from zoo_kernels.ops.selective_scan import _cases, _scan
 

@@ -61,6 +61,22 @@ from ._backends import BackendError
 OPERATORS: dict[str, Operator] = {}
 
 
+def results_only(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a call with these may go past torch's dispatcher, which takes 40 microseconds: plain tensors in eager
+    mode that no gradient, trace, dispatch mode or transform of functions looks at."""
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and ((type(x) is not Tensor and type(x) is not Parameter) or (grad and x.requires_grad)):
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 class Operator:
     """See the module docstring."""
 
@@ -114,7 +130,7 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """The outputs (without what is saved): one tensor, or a tuple."""
-        if self._results_only(args):
+        if results_only([args[i] for i in self.tensors]):
             result = self._run(*args, False, _backends.forced())
             if len(self.outputs) == 1:
                 return result[0] if self.saved else result
@@ -136,22 +152,6 @@ class Operator:
         return _backends.forced() != ""
 
     direct = __call__
-
-    def _results_only(self, args: Sequence[Any]) -> bool:
-        """Whether a call may go past torch's dispatcher, which takes 40 microseconds: plain tensors in eager mode that
-        no gradient, trace, dispatch mode or transform of functions looks at."""
-        grad = torch.is_grad_enabled()
-        for i in self.tensors:
-            x = args[i]
-            if x is not None and ((type(x) is not Tensor and type(x) is not Parameter) or (grad and x.requires_grad)):
-                return False
-        return not (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch._C._get_tracing_state() is not None
-            or forward_ad._current_level >= 0
-        )
 
     # -- choosing --------------------------------------------------------------------------------------------------
 
