@@ -119,10 +119,11 @@ def bench_ssd(results: dict[str, Any], length: int, repeat: int) -> None:
     report(results, f"ssd backward {length}", least(back, max(repeat // 2, 2)))
 
 
-def bench_steps(results: dict[str, Any], repeat: int) -> None:
-    x, dt = torch.randn(1, HEADS, HEADDIM), torch.randn(1, HEADS)
-    B, C = torch.randn(2, 1, 1, STATE)
-    A, D, state = -torch.rand(HEADS), torch.randn(HEADS), torch.zeros(1, HEADS, HEADDIM, STATE)
+def bench_steps(results: dict[str, Any], repeat: int, heads: int = HEADS, batch: int = 1) -> None:
+    """One layer's step at the size of mamba2-130m (24 heads) or 2.7b (80)."""
+    x, dt = torch.randn(batch, heads, HEADDIM), torch.randn(batch, heads)
+    B, C = torch.randn(2, batch, 1, STATE)
+    A, D, state = -torch.rand(heads), torch.randn(heads), torch.zeros(batch, heads, HEADDIM, STATE)
 
     def eager():  # the update as torch operators
         d = F.softplus(dt)
@@ -134,7 +135,7 @@ def bench_steps(results: dict[str, Any], repeat: int) -> None:
         "torch operators": eager,
         "state read and written once (mul_)": lambda: state.mul_(1.0),
     }
-    report(results, "ssd step", least(calls, 50 * repeat))
+    report(results, f"ssd step, {heads} heads, {batch} sequences", least(calls, 50 * repeat))
 
 
 def parallel_mlstm(q, k, v, i, f):
@@ -193,7 +194,9 @@ def main() -> None:
     results: dict[str, Any] = {}
     for length in options.lengths:
         bench_ssd(results, length, options.repeat)
-    bench_steps(results, options.repeat)
+    for heads in (24, 80):
+        for batch in (1, 16):
+            bench_steps(results, options.repeat, heads, batch)
     bench_xlstm(results, options.repeat)
     if options.json:
         options.json.write_text(json.dumps({"threads": options.threads, "milliseconds": results}, indent=1) + "\n")
