@@ -4,9 +4,11 @@
     python benchmarks/point_cloud.py speed --models pcm_tiny_scanobjectnn --threads 1
     python benchmarks/point_cloud.py scene --points 250000 1000000
 
-``speed``: one forward pass from points to logits. The peer is the same model with the operators' definitions (the scan
-steps in a Python loop), farthest points one after the other in torch and neighbours from all pairs. Before anything is
-timed the two must agree (relative error below 1e-3). Rounds alternate; the figure is each side's best round.
+``speed``: one forward pass from points to logits. The peer is the same network and weights as its definition reads, in
+torch's own modules: the operators' definitions (``zoo_kernels.backend("reference")``: the scan steps in a Python loop,
+products are torch's choice of library, no batch norm is folded, whole groups lie in memory), farthest points one after
+the other in torch and neighbours from all pairs, sorted. Before anything is timed the two must agree (relative error
+below 1e-3). Rounds alternate; the figure is each side's best round.
 
 ``scene``: a made-up room with colours, one point a voxel, through the segmentation pipeline in a new process for each
 size; memory is the growth of the process's peak over what it holds once model and scene are there.
