@@ -186,3 +186,12 @@ def test_offsets_are_64_bit(native) -> None:
     assert len(alive) == 7
     want = x[0, -3:].float()
     assert torch.equal(out[0, -3:], (want + torch.nn.functional.pad(want, (0, 0, 1, 0))[:-1]).bfloat16())
+
+
+def test_a_profile_shows_operators_by_their_names():
+    x = torch.ones(1, 4, 3)
+    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        zk.selective_scan(x, x, -torch.ones(3, 2), torch.ones(1, 4, 2), torch.ones(1, 4, 2))
+        zk.rms_norm(x, torch.ones(3))
+    names = {event.key for event in found.key_averages()}
+    assert {"zoo_kernels::selective_scan", "zoo_kernels::rms_norm"} <= names

@@ -63,7 +63,7 @@ OPERATORS: dict[str, Operator] = {}
 
 def results_only(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a call with these may go past torch's dispatcher, which takes 40 microseconds: plain tensors in eager
-    mode that no gradient, trace, dispatch mode or transform of functions looks at."""
+    mode that no gradient, trace, profiler, dispatch mode or transform of functions looks at."""
     grad = torch.is_grad_enabled()
     for x in tensors:
         if x is not None and ((type(x) is not Tensor and type(x) is not Parameter) or (grad and x.requires_grad)):
@@ -73,6 +73,7 @@ def results_only(tensors: Iterable[Tensor | None]) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()  # which shows operators by their names
         or forward_ad._current_level >= 0
     )
 
