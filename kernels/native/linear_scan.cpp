@@ -70,9 +70,21 @@ template <class V> struct RealRow {
   using Vector = V;
   static constexpr int64_t kWidth = 1;  // numbers of a channel
 
+  static constexpr int64_t kOwn = sizeof(T) == 4 ? ZK_F32 : ZK_F64;
+
   // h = a h + x (a null: a reset), stored as a state and as output
   static ZK_INLINE void advance(const T *before, T *h, const void *a, int64_t a_dtype, const void *x, int64_t x_dtype, void *y, int64_t y_dtype, int64_t n) {
-    for (int64_t c = 0; c < n; c += V::W) {
+    int64_t c = 0;
+    if (a && y && a_dtype == kOwn && x_dtype == kOwn && y_dtype == kOwn) {  // asking for each vector's type takes longer than this
+      const T *factor = static_cast<const T *>(a), *in = static_cast<const T *>(x);
+      T *out = static_cast<T *>(y);
+      for (; c + V::W <= n; c += V::W) {
+        V v = fma(V::load(factor + c), V::load(before + c), V::load(in + c));
+        v.store(h + c);
+        v.store(out + c);
+      }
+    }
+    for (; c < n; c += V::W) {
       int m = int(min_of(V::W, n - c));
       V v = load_as<V>(at(x, c, x_dtype), x_dtype, m);
       if (a) v = fma(load_as<V>(at(a, c, a_dtype), a_dtype, m), m == V::W ? V::load(before + c) : V::load_n(before + c, m), v);
@@ -121,7 +133,18 @@ template <class V> struct RealRow {
   // g += dy; dx = g; da (or a sum over steps) = g conj(h before); g = conj(a) g
   static ZK_INLINE void retreat(T *g, const T *before, const void *a, int64_t a_dtype, const void *dy, int64_t dy_dtype, void *dx, int64_t dx_dtype,
                                 void *da, int64_t da_dtype, T *sum, int64_t n) {
-    for (int64_t c = 0; c < n; c += V::W) {
+    int64_t c = 0;
+    if (a && da && !sum && a_dtype == kOwn && dy_dtype == kOwn && dx_dtype == kOwn && da_dtype == kOwn) {
+      const T *factor = static_cast<const T *>(a), *in = static_cast<const T *>(dy);
+      T *out = static_cast<T *>(dx), *of_a = static_cast<T *>(da);
+      for (; c + V::W <= n; c += V::W) {
+        V v = V::load(g + c) + V::load(in + c);
+        v.store(out + c);
+        (v * V::load(before + c)).store(of_a + c);
+        (v * V::load(factor + c)).store(g + c);
+      }
+    }
+    for (; c < n; c += V::W) {
       int m = int(min_of(V::W, n - c));
       V v = (m == V::W ? V::load(g + c) : V::load_n(g + c, m)) + load_as<V>(at(dy, c, dy_dtype), dy_dtype, m);
       store_as(v, at(dx, c, dx_dtype), dx_dtype, m);
