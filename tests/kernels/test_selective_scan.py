@@ -368,6 +368,28 @@ def test_the_usual_call_repeated(native, how: int, gate: bool, rank: int | None)
         zk.selective_scan(**{**args, "B": args["B"][:, 1:]}, dt_softplus=True)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", ["whole", "int32", "strided", "part", "by sequence"])
+def test_the_usual_call_repeated_along_a_path(native, kind: str, reverse: bool) -> None:
+    args = arguments(2, 70, 40, 5)
+    path = torch.randperm(70)
+    if kind == "by sequence":
+        path = torch.stack([path, path.flip(0)])
+    elif kind == "part":
+        path = path[:50]
+    elif kind == "strided":
+        path = path.repeat_interleave(2)[::2]
+    elif kind == "int32":
+        path = path.int()
+    y0, _ = exact(args, dt_softplus=True, path=path, reverse=reverse)
+    first, second = (zk.selective_scan(**args, dt_softplus=True, path=path, reverse=reverse)[0] for _ in range(2))
+    util.close(first, y0)
+    assert torch.equal(first, second)
+    path[..., 3] = 70
+    with pytest.raises(ValueError, match="path has rows . to 70"):
+        zk.selective_scan(**args, dt_softplus=True, path=path, reverse=reverse)
+
+
 def test_opcheck(native) -> None:
     from zoo_kernels.ops.selective_scan import _cases, _scan
 

@@ -162,14 +162,15 @@ def selective_scan(
 
         y, _ = selective_scan(u, dt, A, B, C, D, dt_bias=bias, dt_softplus=True)
     """
-    usual = path is None and reverse is False and initial_state is None and resets is None and lengths is None
-    if usual and not return_final_state and type(u) is Tensor and u.is_cpu:
+    usual = isinstance(reverse, bool) and initial_state is None and resets is None and lengths is None
+    if usual and not return_final_state and type(u) is Tensor and u.is_cpu and (path is None or _whole(path, u)):
         tensors = (u, dt, A, B, C, D, z, dt_bias, None, dt_proj)
         signature = checks.signature(*tensors)
         if signature in _FITTING and results_only(tensors):
             from .plain import plain
 
-            found = plain(u, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), dt_proj, signature)
+            checks.check_values(NAME, path, None, length=u.shape[1])
+            found = plain(u, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), path, reverse, dt_proj, signature)
             if found is not None:
                 return found, None
     states = C is None
@@ -196,6 +197,17 @@ def selective_scan(
     if states:
         final = final.squeeze(-1).unflatten(-1, (A.shape[-1], A.shape[-2])).transpose(-1, -2)
     return y, final[:, 0] if A.dim() == 2 else final
+
+
+def _whole(path: Any, u: Tensor) -> bool:
+    """Whether ``path`` is one order of all rows, for every sequence, as the native library reads it."""
+    return (
+        type(path) is Tensor
+        and path.dtype == torch.int64
+        and path.shape == u.shape[1:2]
+        and path.is_contiguous()
+        and path.is_cpu
+    )
 
 
 _FITTING: set[tuple[Any, ...]] = set()  # signatures that have passed the checks

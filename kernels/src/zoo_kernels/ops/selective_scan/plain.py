@@ -1,4 +1,4 @@
-"""The usual call on a CPU, straight to the library: one path in plain order, float32, nothing but y wanted.
+"""The usual call on a CPU, straight to the library: one path through all rows, float32, nothing but y wanted.
 
 A scan leaves the processor's caches full of its tensors, so that Python has to be fetched from memory anew at the next
 call: views, checks and the choice of a back end then take 0.2 ms, a seventh of a layer of Mamba at 1024 tokens.
@@ -34,8 +34,9 @@ def serves(u: Tensor, A: Tensor, B: Tensor, dt_proj: Tensor | None, tensors: tup
     )
 
 
-def plain(u, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_proj, signature) -> Tensor | None:
-    """y, or None where the call has to take the long way. ``signature``: of the tensors, which passed the checks."""
+def plain(u, dt, A, B, C, D, z, dt_bias, dt_softplus, path, reverse, dt_proj, signature) -> Tensor | None:
+    """y, or None where the call has to take the long way. ``signature``: of the tensors, which have passed the checks,
+    as has the path, (length,) or None."""
     tensors = (u, dt, A, B, C, D, z, dt_bias, dt_proj)
     served = _SERVED.get(signature)
     if served is None:
@@ -62,6 +63,7 @@ def plain(u, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_proj, signature) -> Ten
         B.data_ptr(), 0, B_b, B_l, 0, 0, C.data_ptr(), 0, C_b, C_l, 0, 0,
         0 if z is None else z.data_ptr(), 0, z_b, z_l, 0, 0,
         A.data_ptr(), 0, *A.stride(), 0 if D is None else D.data_ptr(), 0 if dt_bias is None else dt_bias.data_ptr(),
-        0, 0, 0, _flags((False,)).data_ptr(), 0, 0, 0, y.data_ptr(), 0, 0, 0, rank, proj, 0, proj_c, proj_r,
+        0 if path is None else path.data_ptr(), 0, 0, _flags((reverse,)).data_ptr(), 0, 0, 0,
+        y.data_ptr(), 0, 0, 0, rank, proj, 0, proj_c, proj_r,
     )  # fmt: skip
     return y
