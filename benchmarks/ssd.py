@@ -6,12 +6,14 @@ Prints milliseconds (the least of ``--repeat`` interleaved calls, so that a nois
 ratio to ours. Peers of ssd: the published chunk formula (mamba_ssm's ``ssd_minimal_discrete``, its einsums written anew
 from the paper's listing 1, chunk 64) and the torch path of transformers' Mamba-2. mambapy has no CPU path of its own
 for Mamba-2: it calls mamba_ssm's GPU kernels. mLSTM: the quadratic parallel form. sLSTM: the same cell as torch
-operators, step by step (as NX-AI/xlstm's vanilla backend).
+operators, step by step (as NX-AI/xlstm's vanilla backend). Decoding steps: the update as torch operators, and two
+bounds, the state multiplied by one in place (it may lie in a cache) and a sum of as many bytes from memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -130,7 +132,16 @@ def bench_steps(results: dict[str, Any], repeat: int, heads: int = HEADS, batch:
         state.mul_(torch.exp(d * A)[..., None, None]).add_((d[..., None] * x)[..., None] * B[:, :, None])
         return (state * C[:, :, None]).sum(-1) + D[:, None] * x
 
+    numbers = 2 * state.numel()  # read and written
+    memory = torch.zeros(max(numbers, 1 << 27))  # more than any cache holds
+    place = itertools.cycle(range(0, memory.numel() - numbers + 1, numbers))
+
+    def bound():  # a sum of as many bytes, which are in no cache
+        start = next(place)
+        return memory[start : start + numbers].sum()
+
     calls = {
+        "as many bytes of memory, summed": bound,
         "ours": lambda: ssd_step(x, dt, A, B, C, D, state=state, dt_softplus=True),
         "torch operators": eager,
         "state read and written once (mul_)": lambda: state.mul_(1.0),

@@ -127,7 +127,7 @@ template <class V> struct SsdForward : Ssd<V> {
     const SsdArgs &a = f.scan;
     if (!a.batch || !a.heads) return ZK_OK;
     int64_t size = a.heads / a.groups;  // heads of one group share q, k and their scores; results do not depend on it
-    while (size > 1 && typename Base::Blocks(a, size).total(a) < 2 * a.threads) size = (size + 1) / 2;
+    while (size > 1 && typename Base::Blocks(a, size).total(a) < a.threads) size = (size + 1) / 2;
     typename Base::Blocks blocks(a, size);
     int64_t failed = ZK_OK;
     parallel(a.threads, blocks.total(a), [&](int64_t i) { item(f, typename Base::Item(a, blocks, i), &failed); });

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo_kernels._memory import empty
+
 
 def walk_order(
     path: Tensor | None, reverse: bool, lengths: Tensor | None, *, batch: int, length: int, device: torch.device
@@ -31,6 +33,13 @@ def walk_order(
     position = count - 1 - t if reverse else t.expand(batch, -1)
     rows = order.expand(batch, -1).gather(1, position.clamp(min=0, max=max(steps - 1, 0)))
     return torch.where(t < count, rows, rows.new_full((), -1))
+
+
+def new_rows(*shape: int, dtype: torch.dtype, order: Tensor | None) -> Tensor:
+    """A new CPU tensor (batch, length, ...) whose rows a walk along ``order`` writes; zeros where it leaves some."""
+    if order is None or (order.shape[1] == shape[1] and bool((order[:, -1:] >= 0).all())):
+        return empty(*shape, dtype=dtype)  # no row is visited twice, so all are
+    return torch.zeros(shape, dtype=dtype)
 
 
 def gather_rows(x: Tensor, order: Tensor | None) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo_kernels import _memory, _native
+from zoo_kernels import _native
 from zoo_kernels._checks import state_dtype
+from zoo_kernels.ops._walk import new_rows
 
 from . import chunked
 
@@ -38,17 +39,12 @@ def _problem(v, decay, k, q, state, resets, order, strict) -> tuple[list[int], l
     return numbers, [v, decay, k, q, order, resets, state]
 
 
-def _rows(*shape: int, dtype: torch.dtype, order: Tensor | None) -> Tensor:
-    """A new tensor to be written row by row; zeros where a path may leave rows out."""
-    return _memory.empty(*shape, dtype=dtype) if order is None else torch.zeros(shape, dtype=dtype)
-
-
 def forward(v, decay, k, q, state, resets, order, strict, *, save=False):
     """See :func:`zoo_kernels.ops.linear_attention.reference.forward`; the same arguments and results."""
     if _native.missing("gated_forward") is not None:
         return chunked.forward(v, decay, k, q, state, resets, order, strict)
     numbers, alive = _problem(v, decay, k, q, state, resets, order, strict)
-    y = _rows(*v.shape, dtype=v.dtype, order=order)
+    y = new_rows(*v.shape, dtype=v.dtype, order=order)
     final = torch.empty(v.shape[0], v.shape[2], v.shape[3], k.shape[3], dtype=state_dtype(v.dtype))
     _native.function("gated_forward")(*numbers, y.data_ptr(), _native.DTYPES[y.dtype], final.data_ptr())
     del alive
@@ -70,13 +66,13 @@ def backward(grads, arguments, saved, needs):
     block = max(-(-headdim // max(parts, 1)), 1)
     parts = -(-headdim // block)
     dy, dfinal = _native.rows(dy), dfinal.to(work).contiguous()
-    dv = _rows(*v.shape, dtype=v.dtype, order=order)
-    da, dk, dq = (_rows(parts, batch, length, heads, states, dtype=work, order=order) for _ in range(3))
+    dv = new_rows(*v.shape, dtype=v.dtype, order=order)
+    da, dk, dq = (new_rows(parts * batch, length, heads, states, dtype=work, order=order) for _ in range(3))
     dinit = torch.empty(batch, heads, headdim, states, dtype=work)
     _native.function("gated_backward")(
         *numbers, *_native.strided(dy, 3), dfinal.data_ptr(), block,
         *(x.data_ptr() for x in (dv, da, dk, dq, dinit)),
     )  # fmt: skip
     del alive
-    da, dk, dq = (x[0] if parts == 1 else x.sum(0) for x in (da, dk, dq))
+    da, dk, dq = (x if parts == 1 else x.unflatten(0, (parts, batch)).sum(0) for x in (da, dk, dq))
     return [dv, da, dk, dq, None if state is None else dinit]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from zoo_kernels import _native
 from zoo_kernels._checks import state_dtype
+from zoo_kernels.ops._walk import new_rows
 
 from . import chunked
 
@@ -49,8 +52,7 @@ def forward(v, decay, weight, k, q, D, state, resets, order, strict, *, save=Fal
     if _native.missing("ssd_forward") is not None:
         return chunked.forward(v, decay, weight, k, q, D, state, resets, order, strict)
     numbers, alive = _problem(v, decay, weight, k, q, D, state, resets, order, strict)
-    make = torch.empty if order is None else torch.zeros  # rows that a path does not visit stay 0
-    y = make(v.shape, dtype=v.dtype)
+    y = new_rows(*v.shape, dtype=v.dtype, order=order)
     final = torch.empty(v.shape[0], v.shape[2], v.shape[3], k.shape[3], dtype=state_dtype(v.dtype))
     _native.function("ssd_forward")(*numbers, y.data_ptr(), _native.DTYPES[y.dtype], final.data_ptr())
     del alive
@@ -67,7 +69,7 @@ def backward(grads, arguments, saved, needs):
     work = state_dtype(v.dtype)
     batch, length, heads, headdim = v.shape
     groups, states = k.shape[2:]
-    make = torch.empty if order is None else torch.zeros
+    make = functools.partial(new_rows, order=order)
     # Heads of one item sum their dk and dq in place, items into buffers of their own: as few as keep threads busy.
     # Their number follows from the shapes alone, so that results do not depend on the number of threads.
     repeat = heads // groups
@@ -75,9 +77,9 @@ def backward(grads, arguments, saved, needs):
     size = min(size, repeat)
     parts = -(-repeat // size)
     dy, dfinal = _native.rows(dy), dfinal.to(work).contiguous()
-    dv = make(v.shape, dtype=v.dtype)
+    dv = make(*v.shape, dtype=v.dtype)
     da, dw = (None if x is None else make(batch, length, heads, dtype=work) for x in (decay, weight))
-    dk, dq = (make(parts, batch, length, groups, states, dtype=work) for _ in range(2))
+    dk, dq = (make(parts * batch, length, groups, states, dtype=work) for _ in range(2))
     dD = None if D is None else torch.empty(batch, heads, headdim, dtype=work)
     dinit = torch.empty(batch, heads, headdim, states, dtype=work)
     _native.function("ssd_backward")(
@@ -85,7 +87,7 @@ def backward(grads, arguments, saved, needs):
         *(_native.pointer(x) for x in (da, dw, dk, dq, dD, dinit)),
     )  # fmt: skip
     del alive
-    dk, dq = (x[0] if parts == 1 else x.sum(0) for x in (dk, dq))
+    dk, dq = (x if parts == 1 else x.unflatten(0, (parts, batch)).sum(0) for x in (dk, dq))
     if dD is not None:
         dD = dD.sum((0, 2)) if D.dim() == 1 else dD.sum(0)
     return [dv, da, dw, dk, dq, dD, None if state is None else dinit]
