@@ -50,9 +50,16 @@ def test_version(cli):
 def test_list(cli):
     code, out, _ = cli("list", "toy*")
     assert code == 0
-    assert out.split() == ["toy_large", "toy_small.elsewhere", "toy_small.original", "toy_small.packed"]
-    assert cli("list", "toy*", "--pretrained")[1].split() == ["toy_small.original", "toy_small.packed"]
-    assert cli("list", "--domain", "toys", "--exclude", "*large")[1].count("\n") == 3
+    assert out.split() == [
+        "toy_large",
+        "toy_small.elsewhere",
+        "toy_small.original",
+        "toy_small.packed",
+        "toy_small.wide",
+    ]
+    loadable = cli("list", "toy*", "--pretrained")[1].split()
+    assert loadable == ["toy_small.original", "toy_small.packed", "toy_small.wide"]
+    assert cli("list", "--domain", "toys", "--exclude", "*large")[1].count("\n") == 4
     assert cli("list", "toy*", "--max-params", "1k")[1].split()[0] == "toy_small.elsewhere"
     long = cli("list", "toy*", "--long")[1]
     assert "hf-hub:toys/original" in long
@@ -73,7 +80,7 @@ def test_list_mistakes(cli):
 
 def test_info(cli):
     out = cli("info", "toy_small")[1]
-    for words in ("toy_small.packed", "packed (default), original, elsewhere", "accuracy 0.5", "mit"):
+    for words in ("toy_small.packed", "packed (default), original, wide, elsewhere", "accuracy 0.5", "mit"):
         assert words in out
     assert json.loads(cli("info", "toy_small", "--json")[1])["loadable"] is True
 

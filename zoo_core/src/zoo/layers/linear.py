@@ -65,6 +65,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) 
     return (
         (dtype == torch.float32 or dtype == torch.bfloat16)
         and weight.dtype == dtype
+        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # before sizes are asked for
         and x.numel() >= ROWS * x.shape[-1]
         and x.numel() * weight.shape[0] >= PRODUCTS
