@@ -21,12 +21,7 @@ struct GatedArgs {
   const uint8_t *resets;  // (batch, length) or null
   const void *init;       // (batch, heads, headdim, states) of the working type, or null
 
-  int64_t count(int64_t b) const {
-    if (!order) return steps;
-    int64_t n = steps;
-    while (n > 0 && order[b * order_b + n - 1] < 0) --n;
-    return n;
-  }
+  int64_t count(int64_t b) const { return walked(order, order_b, steps, b); }
 };
 
 // The rows that a chunk of at most kMost steps visits, and at which of them the old state is dropped.

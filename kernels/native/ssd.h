@@ -23,6 +23,13 @@ struct Rows {  // (batch, length, heads or groups, width), the last axis contigu
   const char *row(int64_t ib, int64_t il, int64_t ih) const { return at(p, ib * b + il * l + ih * h, dtype); }
 };
 
+// How many steps sequence b walks.
+ZK_INLINE int64_t walked(const int64_t *order, int64_t order_b, int64_t steps, int64_t b) {
+  int64_t n = steps;
+  while (order && n > 0 && order[b * order_b + n - 1] < 0) --n;
+  return n;
+}
+
 struct SsdArgs {
   int64_t batch, length, steps, heads, groups, headdim, states, strict, threads, dual;  // dual: double precision
   Rows v, k, q;
@@ -33,12 +40,7 @@ struct SsdArgs {
   const uint8_t *resets;  // (batch, length) or null
   const void *init;       // (batch, heads, headdim, states) of the working type, or null
 
-  int64_t count(int64_t b) const {
-    if (!order) return steps;
-    int64_t n = steps;
-    while (n > 0 && order[b * order_b + n - 1] < 0) --n;
-    return n;
-  }
+  int64_t count(int64_t b) const { return walked(order, order_b, steps, b); }
 };
 
 struct Segment { int64_t first, end; bool from_state, to_end; };

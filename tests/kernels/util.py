@@ -1,10 +1,12 @@
-"""What the kernel tests share: random arguments, a float64 comparison, and a child process for another setting."""
+"""What the kernel tests share: random arguments, a float64 comparison, the memory that a call
+takes, and a child process for another setting."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,3 +62,14 @@ def run_python(code: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def largest_allocation(call: Callable[[], object]) -> int:
+    """Bytes of the largest tensor memory that ``call`` takes on the CPU, inside operators too."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    assert found.profiler is not None
+    events = found.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return max(event.nbytes() for event in events if event.name() == "[memory]")

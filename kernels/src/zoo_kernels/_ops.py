@@ -152,8 +152,6 @@ class Operator:
     def forced(self) -> bool:
         return _backends.forced() != ""
 
-    direct = __call__
-
     # -- choosing --------------------------------------------------------------------------------------------------
 
     def module(self, name: str) -> ModuleType | str:

@@ -93,5 +93,5 @@ def linear_attention_step(
         wanted = {1: [axes[1]], 2: axes[:2]}.get(decay.dim(), [axes[0], axes[1], axes[3]])
         _checks.has_shape(name, "decay", decay, wanted, v)
         decay = decay[None, :, None] if decay.dim() == 1 else decay[..., None] if decay.dim() == 2 else decay
-    y: Tensor = _step.direct(v, decay, k, q, state, normalizer, float(scale), bool(strict), float(eps))
+    y: Tensor = _step(v, decay, k, q, state, normalizer, float(scale), bool(strict), float(eps))
     return y

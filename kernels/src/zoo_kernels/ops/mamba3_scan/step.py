@@ -92,7 +92,7 @@ def mamba3_step(
                 _checks.has_shape("mamba3_step", label, t, axes, x)
     else:
         B, C, mimo_z, mimo_o = B[:, None], C[:, None], None, None
-    y: Tensor = _step.direct(
+    y: Tensor = _step(
         x, dt, A, B, C, trap, angles, D, z, B_bias, C_bias, mimo_x, mimo_z, mimo_o, *state, bool(halves),
         not mimo or mimo_o is not None,
     )  # fmt: skip

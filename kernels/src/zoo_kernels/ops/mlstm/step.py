@@ -57,5 +57,5 @@ def mlstm_step(
     rows = [t[:, None] if isinstance(t, Tensor) else t for t in (q, k, v, i, f)]
     check("mlstm_step", *[*rows, state])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    y: Tensor = _step.direct(q, k, v, i, f, *state, scale, float(eps))
+    y: Tensor = _step(q, k, v, i, f, *state, scale, float(eps))
     return y
