@@ -65,38 +65,12 @@ def _stamp(tensors: list[Tensor]) -> tuple[Any, ...]:
     return tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
 
 
-class ConvolutionKernel(nn.Module):
-    """Makes the kernels of a long convolution: ``(channels, d_model, length)``.
+class Kept(nn.Module):
+    """A module that remembers what it computes from its own parameters alone (kernels, transforms, powers)."""
 
-    Subclasses implement :meth:`forward`; those with a recurrence also :meth:`init_state`, :meth:`step` and
-    :meth:`final_state`. ``lr`` is as in the original: a number, or a mapping from {"dt", "A", "B", "C", "P", "K"};
-    0 makes a buffer of the parameter, another number is left for an optimiser in the parameter's ``_optim``.
-    """
-
-    recurrent = False
-
-    def __init__(
-        self, d_model: int, channels: int = 1, l_max: int | None = None, lr: float | Mapping[str, float] | None = None
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.d_model, self.channels, self.l_max, self.lr = d_model, channels, l_max, lr
         self._kept: dict[Any, tuple[Any, Any]] = {}
-
-    def add(self, name: str, tensor: Tensor, group: str, weight_decay: float | None = 0.0) -> None:
-        """Register a parameter, or a buffer where its learning rate is 0."""
-        rate = self.lr.get(group) if isinstance(self.lr, Mapping) else self.lr
-        if rate == 0.0:
-            self.register_buffer(name, tensor)
-            return
-        parameter = nn.Parameter(tensor)
-        options = {"lr": rate, "weight_decay": weight_decay}
-        parameter._optim = {k: v for k, v in options.items() if v is not None}  # type: ignore[attr-defined]
-        self.register_parameter(name, parameter)
-
-    def forward(self, length: int, rate: float = 1.0, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The kernels (channels, d_model, length), and what ``state`` adds to the output: (batch, channels, d_model,
-        length) or None. ``rate``: relative sampling step (2 = every second sample)."""
-        raise NotImplementedError
 
     def kept(self, key: Any, make: Any) -> Any:
         """``make()``, remembered in eval mode without gradients until a parameter is written to or replaced."""
@@ -114,7 +88,7 @@ class ConvolutionKernel(nn.Module):
             found = self._kept[key] = (_stamp(tensors), made)
         return found[1]
 
-    def train(self, mode: bool = True) -> ConvolutionKernel:
+    def train(self, mode: bool = True) -> Kept:
         self._kept.clear()
         return super().train(mode)
 
@@ -124,6 +98,39 @@ class ConvolutionKernel(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._kept.clear()
         return super()._apply(fn, recurse)
+
+
+class ConvolutionKernel(Kept):
+    """Makes the kernels of a long convolution: ``(channels, d_model, length)``.
+
+    Subclasses implement :meth:`forward`; those with a recurrence also :meth:`init_state`, :meth:`step` and
+    :meth:`final_state`. ``lr`` is as in the original: a number, or a mapping from {"dt", "A", "B", "C", "P", "K"};
+    0 makes a buffer of the parameter, another number is left for an optimiser in the parameter's ``_optim``.
+    """
+
+    recurrent = False
+
+    def __init__(
+        self, d_model: int, channels: int = 1, l_max: int | None = None, lr: float | Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__()
+        self.d_model, self.channels, self.l_max, self.lr = d_model, channels, l_max, lr
+
+    def add(self, name: str, tensor: Tensor, group: str, weight_decay: float | None = 0.0) -> None:
+        """Register a parameter, or a buffer where its learning rate is 0."""
+        rate = self.lr.get(group) if isinstance(self.lr, Mapping) else self.lr
+        if rate == 0.0:
+            self.register_buffer(name, tensor)
+            return
+        parameter = nn.Parameter(tensor)
+        options = {"lr": rate, "weight_decay": weight_decay}
+        parameter._optim = {k: v for k, v in options.items() if v is not None}  # type: ignore[attr-defined]
+        self.register_parameter(name, parameter)
+
+    def forward(self, length: int, rate: float = 1.0, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The kernels (channels, d_model, length), and what ``state`` adds to the output: (batch, channels, d_model,
+        length) or None. ``rate``: relative sampling step (2 = every second sample)."""
+        raise NotImplementedError
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> Tensor:
         raise ValueError(f"{type(self).__name__} has no recurrent form; it cannot step")
