@@ -171,6 +171,36 @@ def test_half_precision():
     assert (found.float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+def test_patches_in_half_precision_are_as_exact_as_their_definition():
+    """Weights multiplied beforehand are rounded once; what is said of a patch's maximum keeps its place."""
+    torch.manual_seed(0)
+    encoder, patches = lively(pointmamba.PatchEncoder(24)).double(), torch.randn(2, 6, 8, 3, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = encoder(patches)
+        encoder, patches = encoder.bfloat16(), patches.bfloat16()
+        with zoo_kernels.backend("reference"):
+            plain = (encoder(patches).double() - expected).norm()
+        found = (encoder(patches).double() - expected).norm()
+    assert 0 < found < 1.5 * plain < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("place", [(0, 3), (1, 0), (1, 3)])
+def test_a_layer_of_a_patch_encoder_that_was_replaced_is_called(place):
+    class Half(nn.Module):
+        def __init__(self, conv):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x):
+            return 0.5 * self.conv(x)
+
+    torch.manual_seed(0)
+    encoder, patches = lively(pointmamba.PatchEncoder(24)), torch.randn(2, 6, 8, 3)
+    layers = (encoder.first_conv, encoder.second_conv)[place[0]]
+    layers[place[1]] = Half(layers[place[1]])
+    compare(encoder, patches)
+
+
 def test_clouds_by_themselves():
     layer, x = MambaLayer(8).eval(), torch.rand(3, 20, 8)
     calls = []
