@@ -1,5 +1,22 @@
-"""The hooks of the time_series plugin: names only. Nothing here imports torch or a model."""
+"""The hooks of the time series plugin: names only. Nothing here imports torch or a model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+from zoo_registry import ModelCard, hookimpl, load_cards
+
 ZOO_PLUGIN_API = 1
+
+
+@hookimpl
+def zoo_models() -> Iterable[ModelCard]:
+    return load_cards("zoo_time_series")
+
+
+@hookimpl
+def zoo_adapters() -> Mapping[str, str]:
+    return {
+        "spacetime": "zoo_time_series.spacetime_reference:SpaceTimeAdapter",
+        "mambamixer": "zoo_time_series.tsm2:MambaMixerAdapter",
+    }
