@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import zoo.testing
 
@@ -16,3 +17,12 @@ def test_there_are_files():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_golden(path):
     zoo.testing.check_golden(path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_golden_on_a_gpu(path, monkeypatch):
+    """The same numbers on a GPU, by its kernels."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # torch's default rounds convolutions to 10 bits
+    zoo.testing.check_golden(path, device="cuda")

@@ -2,4 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+from zoo_registry import ModelCard, hookimpl, load_cards
+
 ZOO_PLUGIN_API = 1
+
+
+@hookimpl
+def zoo_models() -> Iterable[ModelCard]:
+    return load_cards("zoo_biology")
+
+
+@hookimpl
+def zoo_adapters() -> Mapping[str, str]:
+    return {"bio_xlstm": "zoo_biology.bio_xlstm:Adapter"}
