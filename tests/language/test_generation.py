@@ -8,6 +8,7 @@ import torch
 from zoo_language.bdh import BDH
 from zoo_language.birdie_lm import BirdieLM
 from zoo_language.generation import Sampling, choose, generate, stream
+from zoo_language.hax import HaxLM
 from zoo_language.icll import InContextLM
 from zoo_language.mamba import MambaLM
 from zoo_language.phi_mamba import PhiMambaLM
@@ -35,8 +36,11 @@ OTHERS = {
     "icll": lambda: InContextLM(16, 50, [{"mixer": "gla", "n_heads": 2}, {"mixer": "ngram", "ngram": 1}], 32),
     "gated_ssm": lambda: BirdieLM(50, 16, 24, 3),
     "hawk": lambda: BirdieLM(50, 16, 24, 3, kind="hawk"),
+    "hax": lambda: HaxLM(32, 2, 50, "mamba2", "sign_bin_lsh+key_selection", 4, 3, 32, MAMBA2, causal=True),
+    "hax_window": lambda: HaxLM(32, 2, 50, "mamba", "sliding_window+dilated", 4, 3, 32, {"d_state": 4}),
     "bdh": lambda: BDH(50, levels=3, d_model=16, heads=2, multiplier=8),
 }
+MAMBA2 = {"d_state": 8, "headdim": 8}
 MIXER = {"d_state": 8, "v_heads": 4, "qk_heads": 2}
 
 

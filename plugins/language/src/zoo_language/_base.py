@@ -137,6 +137,48 @@ class CausalLM(nn.Module):
             layer.checkpointing = enable  # type: ignore[assignment]
 
 
+class Rereading(CausalLM):
+    """A model without a recurrent form: its state is the text, which is read again for each token.
+
+    Subclasses have :meth:`read`, and :meth:`read_rows` where what stands behind a text's end would change it.
+    """
+
+    def read(self, input_ids: Tensor) -> Tensor:
+        """Whole texts (batch, length) to hidden states after the last norm, (batch, length, channels)."""
+        raise NotImplementedError
+
+    def read_rows(self, ids: Tensor, count: Tensor) -> Tensor:
+        """As :meth:`read`, of texts of ``count`` (batch,) tokens with anything behind them."""
+        return self.read(ids)
+
+    def init_state(self, batch: int = 1) -> State:
+        empty = {"ids": torch.zeros(batch, 0, dtype=torch.long, device=self.device)}
+        return State([empty], torch.zeros(batch, dtype=torch.long, device=self.device), None, self.state_name)
+
+    def backbone(self, input_ids: Tensor, *, state: State | None = None, lengths: Tensor | None = None) -> Tensor:
+        self._check(input_ids, state, lengths)
+        batch, length = input_ids.shape
+        if state is None and lengths is None:
+            return self.read(input_ids)
+        count = torch.full((batch,), length, device=input_ids.device) if lengths is None else lengths
+        if state is None:
+            return self.read_rows(input_ids, count)
+        before = state.position
+        room = int((before + length).max())
+        ids = torch.nn.functional.pad(state.layers[0]["ids"], (0, max(0, room - state.layers[0]["ids"].shape[1])))
+        rows = torch.arange(batch, device=self.device)[:, None]
+        slots = before[:, None] + torch.arange(length, device=self.device)
+        ids[rows, slots] = input_ids
+        hidden = self.read_rows(ids, before + count)[rows, slots]
+        state.layers[0]["ids"], state.position = ids, before + count
+        return hidden
+
+    @torch.no_grad()
+    def step(self, token: Tensor, state: State) -> Tensor:
+        state.logits = self.head(self.backbone(token[:, None], state=state))[:, 0]
+        return state.logits
+
+
 def normed(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(x)`` in the norm's own dtype, whatever the residual stream is kept in."""
     weight = getattr(norm, "weight", None)

@@ -19,10 +19,9 @@ from zoo import placement
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Drop, Rename, Rules, Tied
 
-from ._base import CausalLM
+from ._base import Rereading
 from .icll_mixers import GILR, LRU, LSTM, Attention, HyenaFilter, mixer, ngram_weights
 from .icll_task import Automaton, AutomatonSampler
-from .state import State
 
 
 class MLP(nn.Module):
@@ -54,7 +53,7 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
-class InContextLM(CausalLM):
+class InContextLM(Rereading):
     """A language model of the study.
 
     Arguments: ``d_model``; ``vocab_size``; ``layers``, one mapping a layer: ``{"mixer": name, ...its arguments}``,
@@ -129,32 +128,8 @@ class InContextLM(CausalLM):
             x = layer.close(x, found[-1])
         return self.norm_f(x), found
 
-    # -- decoding: the text is the state ---------------------------------------------------------------------------
-
-    def init_state(self, batch: int = 1) -> State:
-        empty = {"ids": torch.zeros(batch, 0, dtype=torch.long, device=self.device)}
-        return State([empty], torch.zeros(batch, dtype=torch.long, device=self.device), None, self.state_name)
-
-    def backbone(self, input_ids: Tensor, *, state: State | None = None, lengths: Tensor | None = None) -> Tensor:
-        self._check(input_ids, state, lengths)
-        if state is None:
-            return self.mix(input_ids)[0]
-        batch, length = input_ids.shape
-        count = torch.full((batch,), length, device=self.device) if lengths is None else lengths
-        before = state.position
-        room = int((before + length).max())
-        ids = F.pad(state.layers[0]["ids"], (0, max(0, room - state.layers[0]["ids"].shape[1])))
-        rows = torch.arange(batch, device=self.device)[:, None]
-        slots = before[:, None] + torch.arange(length, device=self.device)
-        ids[rows, slots] = input_ids
-        hidden = self.mix(ids)[0][rows, slots]  # causal: what stands behind a row's end does not matter
-        state.layers[0]["ids"], state.position = ids, before + count
-        return hidden
-
-    @torch.no_grad()
-    def step(self, token: Tensor, state: State) -> Tensor:
-        state.logits = self.head(self.backbone(token[:, None], state=state))[:, 0]
-        return state.logits
+    def read(self, input_ids: Tensor) -> Tensor:
+        return self.mix(input_ids)[0]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         raise NotImplementedError("the models of the study are small; there is no checkpointing")

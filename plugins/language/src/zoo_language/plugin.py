@@ -19,6 +19,7 @@ def zoo_adapters() -> Mapping[str, str]:
     return {
         "bdh": "zoo_language.bdh:BDHAdapter",
         "birdie": "zoo_language.birdie:BirdieAdapter",
+        "hax": "zoo_language.hax:HaxAdapter",
         "icll": "zoo_language.icll:ICLLAdapter",
         "mamba": "zoo_language.mamba:MambaAdapter",
         "mamba2": "zoo_language.mamba:Mamba2Adapter",
