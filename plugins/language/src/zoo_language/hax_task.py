@@ -65,8 +65,8 @@ class JointRecall:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """``each`` items of every size from ``smallest`` up, none twice.
 
-        Items in ``seen`` are drawn again, and new ones added to it: share it between the splits (those
-        published have 10 000, 100 and 100 of each size). Raises ValueError where a thousand draws in a row give nothing new.
+        Items in ``seen`` are drawn again, and new ones added to it: share it between the splits (those published have
+        10 000, 100 and 100 of each size). Raises ValueError where a thousand draws in a row give nothing new.
         """
         random = np.random.RandomState(seed)
         seen = set() if seen is None else seen
