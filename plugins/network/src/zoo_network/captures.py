@@ -174,7 +174,8 @@ def write_pcap(
     ticks = 1_000_000_000 if nanoseconds else 1_000_000
     out = [struct.pack("<IHHiIII", 0xA1B23C4D if nanoseconds else 0xA1B2C3D4, 2, 4, 0, 0, 262144, link)]
     for time, data in packets:
-        total = round(time * ticks)
-        out.append(struct.pack("<IIII", total // ticks, total % ticks, len(data), len(data)) + data)
+        seconds = int(time)  # apart: nanoseconds since 1970 are more digits than a float has
+        carried, part = divmod(round((time - seconds) * ticks), ticks)
+        out.append(struct.pack("<IIII", seconds + carried, part, len(data), len(data)) + data)
     Path(path).write_bytes(b"".join(out))
     return Path(path)

@@ -17,3 +17,27 @@ def zoo_models() -> Iterable[ModelCard]:
 @hookimpl
 def zoo_adapters() -> Mapping[str, str]:
     return {"netmamba": "zoo_network.netmamba_reference:NetMambaAdapter"}
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {"traffic-classification": "zoo_network.pipelines:TrafficClassification"}
+
+
+@hookimpl
+def zoo_validators() -> Mapping[str, str]:
+    return {"traffic-classification": "zoo_network.validation:validate_folder"}
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {
+        "classify-flows": "zoo_network.commands:classify_flows",
+        "train-flows": "zoo_network.commands:train_flows",
+        "pretrain-flows": "zoo_network.commands:pretrain_flows",
+    }
+
+
+@hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [{"model": "netmamba_micro.generated", "file": "demo/sample.pcap"}]

@@ -1,0 +1,177 @@
+"""A capture file in, the class of every flow out."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoo.pipelines import Pipeline, Result
+
+from .captures import Capture, read_capture
+from .data import CAPTURES, label_set, representation_for
+from .flows import Flow, split_flows, to_tensor
+from .packets import NAMES
+
+COLUMNS = (
+    "source", "source_port", "destination", "destination_port", "protocol", "packets", "bytes", "first", "last",
+    "label", "confidence",
+)  # fmt: skip
+
+
+@dataclass
+class FlowClass:
+    """One flow's answer. ``label`` is empty and ``confidence`` None where the model has no bytes to read (IPv6)."""
+
+    source: str
+    source_port: int
+    destination: str
+    destination_port: int
+    protocol: str
+    packets: int
+    bytes: int  #: on the wire
+    first: float  #: seconds since 1970
+    last: float
+    label: str
+    confidence: float | None
+    shares: dict[str, float] = field(default_factory=dict)  #: the likeliest classes, best first
+
+
+@dataclass(kw_only=True)
+class TrafficClasses(Result):
+    """The flows of one capture, in the order of their first packets."""
+
+    flows: list[FlowClass] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  #: what was left out, or found damaged
+
+    def summary(self) -> str:
+        counts = Counter(flow.label or "no class" for flow in self.flows)
+        return f"{len(self.flows)} flows: " + ", ".join(f"{n} {label}" for label, n in counts.most_common())
+
+    def __str__(self) -> str:
+        rows = [f"{self.source}: {self.summary()}"]
+        for flow in self.flows:
+            ends = f"{flow.source}:{flow.source_port} > {flow.destination}:{flow.destination_port}"
+            sure = "" if flow.confidence is None else f" ({flow.confidence:.1%})"
+            rows.append(f"  {flow.protocol:5} {ends}  {flow.packets} packets: {flow.label or 'no class'}{sure}")
+        return "\n".join([*rows, *(f"  note: {note}" for note in self.notes)])
+
+    def save_csv(self, path: str | Path) -> Path:
+        """One row a flow, columns :data:`COLUMNS`."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            for flow in self.flows:
+                values = [getattr(flow, name) for name in COLUMNS]
+                values[-1] = "" if flow.confidence is None else f"{flow.confidence:.6f}"
+                writer.writerow(values)
+        return path
+
+
+class Sample(NamedTuple):
+    flows: list[Flow]
+    notes: list[str]
+
+
+class TrafficClassification(Pipeline):
+    """Captures (pcap, pcapng) to the class of each flow.
+
+    top_k: classes of each flow in ``shares``. labels: class names for weights whose card has none: a list, a published
+    set's name (ciciot2022, iscxvpn2016, iscxtor2016, ustc_tfc2016) or a text file. bidirectional, timeout: as in
+    :func:`zoo_network.flows.split_flows`. packets, header_bytes, payload_bytes: the bytes of a flow, for models that
+    were trained on others than 5 x (80 + 240). flows_per_batch: how many go through the model at a time.
+    """
+
+    task = "traffic-classification"
+    extensions = CAPTURES
+
+    def __init__(
+        self,
+        model: nn.Module,
+        top_k: int = 3,
+        labels: str | Sequence[str] | None = None,
+        bidirectional: bool = False,
+        timeout: float | None = None,
+        packets: int | None = None,
+        header_bytes: int | None = None,
+        payload_bytes: int | None = None,
+        flows_per_batch: int = 128,
+    ) -> None:
+        super().__init__(model)
+        if self.device.type == "cpu" and self.dtype == torch.float16:
+            model.float()  # half precision saves space on disk; a CPU gains nothing from computing in it
+        if top_k < 1 or flows_per_batch < 1:
+            raise ValueError(f"top_k is {top_k} and flows_per_batch {flows_per_batch}; expected 1 or more of each")
+        given = {"packets": packets, "header_bytes": header_bytes, "payload_bytes": payload_bytes}
+        settings = {k: int(v) for k, v in self.preprocess.items() if k in given}
+        settings |= {k: v for k, v in given.items() if v is not None}
+        self.representation = representation_for(model.byte_length, settings)  # type: ignore[arg-type]
+        self.top_k, self.bidirectional, self.timeout = top_k, bidirectional, timeout
+        self.flows_per_batch = flows_per_batch
+        count = int(model.num_classes)  # type: ignore[arg-type]
+        named = label_set(labels) if isinstance(labels, str) else labels
+        self.names = list(named or self.labels() or [f"class {i}" for i in range(count)])
+        if len(self.names) != count:
+            raise ValueError(f"there are {len(self.names)} labels, and the model has {count} classes; give labels=")
+
+    def read(self, source: Any) -> Sample:
+        """A path, the file's bytes, or a :class:`~zoo_network.captures.Capture`."""
+        capture = source if isinstance(source, Capture) else read_capture(source)
+        flows = split_flows(
+            capture.packets,
+            keep=self.representation.packets,
+            bidirectional=self.bidirectional,
+            timeout=self.timeout,
+        )
+        notes = list(capture.notes)
+        if others := len(capture.packets) - sum(flow.packets for flow in flows):
+            notes.append(f"{others} packets without IP belong to no flow")
+        if ipv6 := sum(flow.version == 6 for flow in flows):
+            notes.append(f"{ipv6} flows of IPv6 have no class: the model was trained on the bytes of IPv4")
+        return Sample(flows, notes)
+
+    def prepare(self, sample: Sample) -> Tensor:
+        """(flows of IPv4, bytes)."""
+        rows = [to_tensor(self.representation(flow.kept)) for flow in sample.flows if flow.version == 4]
+        return torch.stack(rows) if rows else torch.zeros(0, self.representation.size)
+
+    def forward(self, batch: Any) -> Tensor:
+        """(captures, flows, bytes) to shares (captures, flows, classes)."""
+        flows = batch.flatten(0, 1)
+        parts = [self.model(part).float().softmax(1) for part in flows.split(self.flows_per_batch) if len(part)]
+        shares = torch.cat(parts) if parts else flows.new_zeros(0, len(self.names))
+        return shares.unflatten(0, batch.shape[:2])
+
+    def finish(self, output: Tensor, sample: Sample) -> TrafficClasses:
+        rows, found = iter(output), []
+        for flow in sample.flows:
+            shares: dict[str, float] = {}
+            if flow.version == 4:
+                best = next(rows).topk(min(self.top_k, len(self.names)))
+                shares = {self.names[i]: float(p) for p, i in zip(*(t.tolist() for t in best), strict=True)}
+            ends = flow.endpoints
+            found.append(
+                FlowClass(
+                    ends.source,
+                    ends.source_port,
+                    ends.destination,
+                    ends.destination_port,
+                    NAMES.get(ends.protocol, str(ends.protocol)),
+                    flow.packets,
+                    flow.bytes,
+                    flow.first,
+                    flow.last,
+                    next(iter(shares), ""),
+                    next(iter(shares.values()), None),
+                    shares,
+                )
+            )
+        return TrafficClasses(flows=found, notes=sample.notes)
