@@ -7,6 +7,7 @@ import torch
 
 from zoo_language.bdh import BDH
 from zoo_language.birdie_lm import BirdieLM
+from zoo_language.bmojo_lm import BMojoLM
 from zoo_language.generation import Sampling, choose, generate, stream
 from zoo_language.hax import HaxLM
 from zoo_language.icll import InContextLM
@@ -38,6 +39,7 @@ OTHERS = {
     "hawk": lambda: BirdieLM(50, 16, 24, 3, kind="hawk"),
     "hax": lambda: HaxLM(32, 2, 50, "mamba2", "sign_bin_lsh+key_selection", 4, 3, 32, MAMBA2, causal=True),
     "hax_window": lambda: HaxLM(32, 2, 50, "mamba", "sliding_window+dilated", 4, 3, 32, {"d_state": 4}),
+    "bmojo": lambda: BMojoLM(32, 2, 50, 4, 2, 6, 24, bmojo_layers=[1], window=4, ssm="gka", eidetic=2),
     "bdh": lambda: BDH(50, levels=3, d_model=16, heads=2, multiplier=8),
 }
 MAMBA2 = {"d_state": 8, "headdim": 8}

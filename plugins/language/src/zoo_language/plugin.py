@@ -19,6 +19,7 @@ def zoo_adapters() -> Mapping[str, str]:
     return {
         "bdh": "zoo_language.bdh:BDHAdapter",
         "birdie": "zoo_language.birdie:BirdieAdapter",
+        "bmojo": "zoo_language.bmojo_lm:BMojoAdapter",
         "hax": "zoo_language.hax:HaxAdapter",
         "icll": "zoo_language.icll:ICLLAdapter",
         "mamba": "zoo_language.mamba:MambaAdapter",
