@@ -32,7 +32,10 @@ def test_labels_are_written_and_read(tmp_path, points, ending):
         assert written.comments == ["label 0 floor", "label 1 wall"]
         assert np.array_equal(written["vertex"]["label"], labels)
     else:
-        assert np.array_equal(laspy.read(path).label, labels)
+        data = laspy.read(path)
+        assert np.array_equal(data.label, labels)
+        (text,) = data.header.vlrs.get_by_id("LASF_Spec", (3,))
+        assert text.record_data_bytes() == b"label 0 floor\nlabel 1 wall"
 
 
 @pytest.mark.parametrize("ending", ["ply", "las", "xyz", "npy"])
@@ -133,6 +136,15 @@ def test_compressed_pcd(tmp_path):
     (tmp_path / "b.pcd").write_bytes(head + struct.pack("<II", 3, len(plain)) + bytes([5 << 5, 9, 0]))
     with pytest.raises(ValueError, match="damaged"):
         read_cloud(tmp_path / "b.pcd")
+
+
+def test_a_laz_file_that_ends_too_early(tmp_path, points):
+    whole = write_labels(tmp_path / "a.laz", Cloud(points), np.zeros(300, int), np.ones((300, 3), np.uint8))
+    content = whole.read_bytes()
+    for share in (2, 5):
+        (tmp_path / "b.laz").write_bytes(content[: len(content) * share // 6])
+        with pytest.raises(ValueError, match="no readable las file"):
+            read_cloud(tmp_path / "b.laz")
 
 
 def test_columns_by_their_number(points):

@@ -55,8 +55,11 @@ def test_packed_colors_of_pcd(tmp_path, kind):
     [
         ("a.xyz", b"", "is empty"),
         ("a.xyz", b"1 2 3\n1 nan 3\n", "1 of 2 points have NaN"),
-        ("a.xyz", b"1 2 3\n4 5\n", "row 2"),
+        ("a.xyz", b"1 2 3\n4 5\n", "line 2 is '4 5'; expected 3 numbers"),
         ("a.xyz", b"1 2\n3 4\n", "x y z"),
+        ("a.xyz", b"1 2 3 4 5\n", "x y z r g b"),
+        ("a.csv", b"x,y,z,what\n1,2,3,chair\n", "line 2 is '1,2,3,chair'; expected numbers"),
+        ("a.csv", b"x,y,z\n", "is empty"),
         ("a.ply", b"no ply", "no readable ply"),
         ("a.pcd", b"VERSION 0.7\n", "no DATA line"),
         ("a.pcd", PCD + b"POINTS 9\nDATA binary\n123", "after 0 of 9"),
@@ -67,11 +70,13 @@ def test_packed_colors_of_pcd(tmp_path, kind):
         ),
         ("a.pcd", PCD + b"POINTS 9\nDATA packed\n", "DATA packed is not known"),
         ("a.pcd", PCD + b"POINTS 1\nDATA ascii\n1 2\n", "not every row"),
+        ("a.pcd", PCD + b"POINTS 9\nDATA ascii\n1 2 3\n", "1 rows; its header says 9"),
         ("a.las", b"no las", "no readable las"),
         ("a.laz", b"", "no readable las"),
         ("a.npy", b"", "no readable npy"),
         ("a.obj", b"v 0 0 0\nv 1 0 0\n", "no surface to draw points on"),
         ("a.stl", b"junk", "no surface|no readable mesh"),
+        ("a.obj", bytes(range(256)), "no readable mesh"),
         ("a.bin", b"", "no format is known"),
     ],
 )
@@ -79,6 +84,49 @@ def test_broken_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_cloud(tmp_path / name)
+
+
+def test_text_with_a_heading_comments_and_other_separators(tmp_path):
+    for content in (b"# a scan\n1.5 2 3\n\n// more\n4 5 6.5\n", b"x;y;z\n1,5;2;3\n4;5;6,5\n", b"2\n1.5 2 3\n4 5 6.5\n"):
+        (tmp_path / "a.txt").write_bytes(content)
+        assert read_cloud(tmp_path / "a.txt").points.tolist() == [[1.5, 2, 3], [4, 5, 6.5]]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.array([["a", "b", "c"]]), "has dtype <U1; expected real numbers"),
+        (np.ones((5, 3), complex), "complex128; expected real numbers"),
+        (np.ones((1, 5, 3)), "shape .1, 5, 3.; expected one row a point"),
+        ([[1.0, 2.0, 3.0]], "a list is no point cloud; expected a file"),
+    ],
+)
+def test_what_is_no_cloud(source, message):
+    with pytest.raises(ValueError, match=message):
+        read_cloud(source)
+
+
+def test_a_cloud_holds_together(points):
+    with pytest.raises(ValueError, match=r"colors have shape .5, 3.; expected .300, 3."):
+        Cloud(points, points[:5])
+    with pytest.raises(ValueError, match=r"points have shape .300, 2."):
+        Cloud(points[:, :2])
+
+
+def test_a_cloud_in_double_precision_keeps_its_digits(points):
+    world = points.astype(np.float64) + np.array([451234.5, 5412345.25, 310.0])
+    cloud = read_cloud(Cloud(world))
+    assert cloud.points.dtype == np.float32
+    assert np.abs(cloud.world() - world).max() < 1e-5
+
+
+def test_colors_that_are_no_numbers(points):
+    """One of them would make every point's answer NaN."""
+    colors = np.full((300, 3), 0.5, np.float32)
+    colors[7, 1] = np.nan
+    with pytest.raises(ValueError, match="1 of 300 points have NaN or infinite colours"):
+        read_cloud(Cloud(points, colors))
+    assert len(read_cloud(Cloud(points, colors), invalid="drop")) == 299
 
 
 def test_classification(tmp_path, points, classifier):
@@ -128,6 +176,8 @@ def test_part_segmentation_needs_the_kind_of_object(points):
     model = zoo.create("pcm_tiny_shapenetpart", embed_dim=8, decoder_channels=[8, 8, 8, 8], context_dim=8)
     with pytest.raises(zoo.errors.BadArgument, match="airplane, bag"):
         zoo.pipeline(model)
+    with pytest.raises(zoo.errors.BadArgument, match="shape is 'chair'; pcm_micro_parts labels every kind"):
+        zoo.pipeline(zoo.create("pcm_micro_parts"), shape="chair")
     result = zoo.pipeline(model, shape="chair")(np.concatenate([points, points, points], axis=1))
     assert len(result.labels) == 300
 

@@ -74,5 +74,14 @@ def test_command(files, tmp_path, capsys):
     assert run([*arguments, "--steps=2", "--batch-size=4", "--points=64", *settings]) == 0
     assert "9 clouds" in capsys.readouterr().out
     assert zoo.load(tmp_path / "out").trunk.embed_dim == 24
+    np.save(tmp_path / "holes.npy", np.concatenate([np.load(files[0]), np.full((3, 3), np.nan)]))
+    arguments[2] = str(tmp_path / "holes.npy")
+    rest = ["--steps=1", "--batch-size=2", "--points=64", *settings]
+    assert run([*arguments, *rest]) == 1
+    assert "3 of 203 points have NaN" in capsys.readouterr().err
+    assert run([*arguments, *rest, "--invalid=drop"]) == 0
+    arguments[2] = str(tmp_path / "nowhere.ply")
+    assert run([*arguments, *rest]) == 3
+    assert "there is no file or folder" in capsys.readouterr().err
     assert run(["pretrain-points", "pcm_micro", str(files[0]), "--out", str(tmp_path)]) == 2
     assert "expected a masked autoencoder" in capsys.readouterr().err

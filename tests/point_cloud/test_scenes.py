@@ -117,6 +117,11 @@ def test_blocks_change_nothing_for_a_model_that_looks_at_single_points(rooms, mo
 def test_block_options(rooms):
     with pytest.raises(zoo.errors.BadArgument, match="block_points is 10"):
         zoo.pipeline(rooms, block_points=10)
+    for wrong in ("many", 1000.5):
+        with pytest.raises(zoo.errors.BadArgument, match=f"block_points is '?{wrong}'?; expected a whole number"):
+            zoo.pipeline(rooms, block_points=wrong)
+    with pytest.raises(zoo.errors.BadArgument, match="overlap is 'wide'; expected a share"):
+        zoo.pipeline(rooms, overlap="wide")
     with pytest.raises(zoo.errors.BadArgument, match="overlap is 3"):
         zoo.pipeline(rooms, overlap=3)
     with pytest.raises(zoo.errors.BadArgument, match="invalid is 'maybe'"):

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from zoo.cli import output
+from zoo_registry import errors
 
 
 @click.command()
@@ -18,7 +19,14 @@ from zoo.cli import output
 @click.option("--pictures", is_flag=True, help="Draw every answer from three sides as well.")
 @click.option("--shape", help="Kind of object, for models of object parts (chair, lamp ...).")
 @click.option("--block-points", type=click.IntRange(min=1), help="Cut scenes into overlapping blocks of this size.")
-@click.option("--invalid", default="error", show_default=True, type=click.Choice(["error", "drop"]), help="NaN points.")
+@click.option("--overlap", type=float, help="Share of a block that neighbours have too, on each side (0 to 1).")
+@click.option(
+    "--invalid",
+    default="error",
+    show_default=True,
+    type=click.Choice(["error", "drop"]),
+    help="Points with NaN or infinite coordinates: refuse the file, or leave them out.",
+)
 @click.option("--keep-going", is_flag=True, help="Go on after a file that cannot be answered.")
 @output.loading_options
 @output.as_json
@@ -30,6 +38,7 @@ def label_points(
     pictures: bool,
     shape: str | None,
     block_points: int | None,
+    overlap: float | None,
     invalid: str,
     keep_going: bool,
     as_json: bool,
@@ -45,7 +54,7 @@ def label_points(
     from zoo.cli.predict import picture_name
     from zoo.pipelines import Failure
 
-    own = {"shape": shape, "block_points": block_points, "invalid": invalid}
+    own = {"shape": shape, "block_points": block_points, "overlap": overlap, "invalid": invalid}
     arguments = output.loading(options) | {k: v for k, v in own.items() if v is not None}
     pipe = zoo.pipeline(name, "point-cloud-segmentation", **arguments)
     rows, failed = [], 0
@@ -72,13 +81,20 @@ def label_points(
 @click.argument("name")
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the weights.")
-@click.option("--steps", default=1000, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--steps", default=1000, show_default=True, type=click.IntRange(min=1), help="Training steps.")
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Clouds of each step.")
 @click.option("--points", default=1024, show_default=True, type=click.IntRange(min=1), help="Points of each cloud.")
-@click.option("--rate", default=1e-3, show_default=True, type=float)
-@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--rate", default=1e-3, show_default=True, type=click.FloatRange(min=0, min_open=True), help="AdamW's.")
+@click.option("--seed", default=0, show_default=True, type=int, help="Of weights, clouds, masks and orders.")
+@click.option(
+    "--invalid",
+    default="error",
+    show_default=True,
+    type=click.Choice(["error", "drop"]),
+    help="Points with NaN or infinite coordinates: refuse the file, or leave them out.",
+)
 @click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as embed_dim=96.")
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps ...")
 def pretrain_points(
     name: str,
     inputs: tuple[str, ...],
@@ -88,6 +104,7 @@ def pretrain_points(
     points: int,
     rate: float,
     seed: int,
+    invalid: str,
     choices: tuple[str, ...],
     device: str,
 ) -> int:
@@ -113,6 +130,8 @@ def pretrain_points(
     files: list[Path] = []
     for text in inputs:
         path = Path(text)
+        if not path.exists():
+            raise errors.LocalFileMissing(f"there is no file or folder {text!r} (in {Path.cwd()})", path=text)
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         files += [f for f in found if f.suffix.lower() in EXTENSIONS]
     if not files:
@@ -125,6 +144,7 @@ def pretrain_points(
             click.echo(f"step {step}: loss {sum(recent) / len(recent):.5f}")
             recent.clear()
 
-    pretrain(model.to(device), cloud_batches(files, points, batch_size, seed), steps, rate=rate, report=report)
+    batches = cloud_batches(files, points, batch_size, seed, invalid=invalid)
+    pretrain(model.to(device), batches, steps, rate=rate, report=report)
     click.echo(f"{len(files)} clouds; weights in {zoo.save(model.cpu().eval(), out)}")
     return 0

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from zoo_registry import optional
+from zoo_registry import errors, optional
 
 from .pcd import read_fields as read_pcd_fields
 
 EXTENSIONS = (".ply", ".pcd", ".xyz", ".txt", ".pts", ".csv", ".npy", ".las", ".laz", ".obj", ".stl", ".off")
+#: What the columns of text and arrays are, by their number. Six are normals where there are negative values.
+COLUMNS = "x y z; x y z intensity; x y z r g b (0-255 or 0-1) or normals; x y z intensity r g b; x y z r g b nx ny nz"
 #: Points drawn on the surface of a mesh.
 MESH_POINTS = 8192
 #: Beyond this distance from the origin float32 resolves less than a millimetre in metres.
@@ -27,12 +29,21 @@ FAR = 1e4
 @dataclass
 class Cloud:
     """``points`` (N, 3) float32; ``colors`` (N, 3) in [0, 1] and ``normals`` (N, 3), where the file has them. The
-    file's coordinates are ``points + origin`` (3,) float64; None: the points themselves."""
+    file's coordinates are ``points + origin`` (3,) float64; None: the points themselves.
+
+    Raises ValueError for other shapes.
+    """
 
     points: np.ndarray
     colors: np.ndarray | None = None
     normals: np.ndarray | None = None
     origin: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("points", "colors", "normals"):
+            rows = getattr(self, name)
+            if rows is not None and np.shape(rows) != (len(self.points), 3):
+                raise ValueError(f"{name} have shape {np.shape(rows)}; expected ({len(self.points)}, 3), a row a point")
 
     def __len__(self) -> int:
         return len(self.points)
@@ -48,18 +59,26 @@ class Cloud:
 
 
 def read_cloud(source: str | Path | np.ndarray | Cloud, invalid: str = "error") -> Cloud:
-    """A cloud from a file, by its ending, or from an array (N, 3), (N, 6: with colours,
-    or normals where there are negative values) or (N, 9: colours and normals).
+    """A cloud from a file, by its ending, or from an array with the columns of :data:`COLUMNS`.
 
-    ``invalid``: what becomes of points with NaN or infinite coordinates, "error" or "drop". Raises ValueError for an
-    empty cloud, such points (with "error"), an unknown format and a broken file.
+    ``invalid``: what becomes of points with NaN or infinite coordinates, colours or normals, "error" or "drop". Raises
+    ValueError for an empty cloud, such points (with "error"), an unknown format and a broken file.
     """
     if invalid not in ("error", "drop"):
         raise ValueError(f"invalid is {invalid!r}; expected 'error' or 'drop'")
     if isinstance(source, Cloud):
-        return _checked(source, "the given cloud", invalid)
+        cloud = source
+        if cloud.origin is None and cloud.points.dtype != np.float32:
+            points, origin = _near(np.asarray(cloud.points))
+            cloud = Cloud(points, cloud.colors, cloud.normals, origin)
+        return _checked(cloud, "the given cloud", invalid)
     if isinstance(source, np.ndarray) or hasattr(source, "__array__"):
         return _checked(_from_columns(np.asarray(source), "the given array"), "the given array", invalid)
+    if not isinstance(source, (str, Path)):
+        raise ValueError(
+            f"a {type(source).__name__} is no point cloud; expected a file, an array of one row a point ({COLUMNS}) or "
+            "a zoo_point_cloud.files.Cloud"
+        )
     path = Path(source)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -70,16 +89,22 @@ def read_cloud(source: str | Path | np.ndarray | Cloud, invalid: str = "error") 
 def _checked(cloud: Cloud, where: str, invalid: str) -> Cloud:
     if len(cloud) == 0:
         raise ValueError(f"{where}: the cloud is empty; a model needs points")
-    fine = np.isfinite(cloud.points).all(axis=1)
-    if fine.all():
+    fine = np.ones(len(cloud), dtype=bool)
+    wrong = []
+    for what, rows in (("coordinates", cloud.points), ("colours", cloud.colors), ("normals", cloud.normals)):
+        if rows is not None and not (these := np.isfinite(rows).all(axis=1)).all():
+            fine &= these
+            wrong.append(what)
+    if not wrong:
         return cloud
+    what = f"NaN or infinite {' and '.join(wrong)}"
+    if not fine.any():
+        raise ValueError(f"{where}: all {len(cloud)} points have {what}")
     if invalid == "error":
         raise ValueError(
-            f"{where}: {int((~fine).sum())} of {len(cloud)} points have NaN or infinite coordinates (depth cameras "
-            "mark missing measurements so); remove them, or let them be left out: invalid='drop' (-o invalid=drop)"
+            f"{where}: {int((~fine).sum())} of {len(cloud)} points have {what} (depth cameras mark missing "
+            "measurements so); remove them, or let them be left out: invalid='drop' (-o invalid=drop)"
         )
-    if not fine.any():
-        raise ValueError(f"{where}: all {len(cloud)} points have NaN or infinite coordinates")
     return cloud.take(fine)
 
 
@@ -93,12 +118,11 @@ def _near(points: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _from_columns(table: np.ndarray, where: str) -> Cloud:
-    """By the number of columns: x y z; and an intensity (not kept); colours, or normals where there are negative
-    values; intensity and colours (pts files of scanners); colours and normals."""
+    """By the number of columns, see :data:`COLUMNS`; an intensity is not kept."""
+    if table.dtype.kind not in "fiub":
+        raise ValueError(f"{where} has dtype {table.dtype}; expected real numbers")
     if table.ndim != 2 or table.shape[1] not in (3, 4, 6, 7, 9):
-        raise ValueError(
-            f"{where} has shape {table.shape}; expected one row a point: x y z, then r g b (0-255 or 0-1), then normals"
-        )
+        raise ValueError(f"{where} has shape {table.shape}; expected one row a point: {COLUMNS}")
     points, origin = _near(table[:, :3])
     width = table.shape[1]
     rest = table[:, 3:].astype(np.float32)
@@ -156,21 +180,25 @@ def _read_ply(path: Path) -> Cloud:
 
 
 def _read_text(path: Path) -> Cloud:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        lines = [line for line in file.read().replace(",", " ").replace(";", " ").splitlines() if line.strip()]
-    if lines and not _numbers(lines[0]):
-        lines = lines[1:]  # a heading
-    if lines and len(lines[0].split()) == 1:
-        lines = lines[1:]  # the number of points (pts)
-    rows = [_numbers(line) for line in lines if not line.lstrip().startswith(("#", "//"))]
-    widths = {len(row) for row in rows}
-    if len(widths) > 1 or 0 in widths:
-        bad = next(i for i, row in enumerate(rows, 1) if len(row) != len(rows[0]) or not row)
-        raise ValueError(f"{path}: row {bad} is no list of {len(rows[0])} numbers as the first is")
-    return _from_columns(np.array(rows, dtype=np.float64).reshape(len(rows), -1 if rows else 3), str(path))
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        lines = [line.strip() for line in file]
+    rows = [(i, line) for i, line in enumerate(lines, 1) if line and not line.startswith(("#", "//"))]
+    if rows and not _numbers(rows[0][1]):
+        rows = rows[1:]  # a heading
+    if rows and len(rows[0][1].split()) == 1 and rows[0][1].isdigit():
+        rows = rows[1:]  # the number of points (pts)
+    table = [_numbers(line) for _, line in rows]
+    for (i, line), row in zip(rows, table, strict=True):
+        if not row or len(row) != len(table[0]):
+            expected = f"{len(table[0])} numbers as in the first row" if table[0] else "numbers"
+            raise ValueError(f"{path}: line {i} is {line[:60]!r}; expected {expected} ({COLUMNS})")
+    return _from_columns(np.array(table, dtype=np.float64).reshape(len(table), -1 if table else 3), str(path))
 
 
 def _numbers(line: str) -> list[float]:
+    """The numbers of a line, which spaces, commas or semicolons part; beside semicolons a comma is a decimal point.
+    Empty where anything else stands there."""
+    line = line.replace(",", ".").replace(";", " ") if ";" in line else line.replace(",", " ")
     try:
         return [float(word) for word in line.split()]
     except ValueError:
@@ -193,11 +221,19 @@ def _laspy(path: Path) -> Any:
     return optional("laspy", f"{path}: a las file", "ssm-zoo-point-cloud[las]")
 
 
+def _laz_errors() -> tuple[type[Exception], ...]:
+    """What the library below laspy that unpacks laz raises for a damaged file."""
+    try:
+        return (optional("lazrs", "a laz file", "ssm-zoo-point-cloud[las]").LazrsError,)
+    except errors.MissingExtra:
+        return ()
+
+
 def _read_las(path: Path) -> Cloud:
     laspy = _laspy(path)
     try:
         data = laspy.read(path)
-    except (laspy.LaspyException, ValueError, EOFError) as error:
+    except (laspy.LaspyException, *_laz_errors(), ValueError, EOFError) as error:
         raise ValueError(f"{path}: no readable las file: {error}") from error
     fields = {name: np.asarray(getattr(data, name)) for name in "xyz"}
     names = set(data.point_format.dimension_names)
@@ -213,11 +249,10 @@ def _read_mesh(path: Path) -> Cloud:
         mesh: Any = trimesh.load(path, force="mesh")
     except (ValueError, IndexError, KeyError, TypeError, NotImplementedError) as error:
         raise ValueError(f"{path}: no readable mesh: {error}") from error
+    except ModuleNotFoundError as error:  # trimesh asks another library what the encoding of a text might be
+        raise ValueError(f"{path}: no readable mesh: it is no text in UTF-8 and no binary file known") from error
     if len(mesh.faces) == 0 or not mesh.area > 0:
-        raise ValueError(
-            f"{path}: the mesh has {len(mesh.vertices)} vertices and no surface to draw points on; "
-            "give bare points as ply or xyz"
-        )
+        raise ValueError(f"{path}: the mesh has no surface to draw points on; give bare points as ply or xyz")
     given, faces = trimesh.sample.sample_surface(mesh, MESH_POINTS, seed=0)
     points, origin = _near(np.asarray(given))
     return Cloud(points, None, np.asarray(mesh.face_normals[faces], dtype=np.float32), origin)
@@ -237,7 +272,8 @@ def write_labels(
     path: str | Path, cloud: Cloud, labels: np.ndarray, colors: np.ndarray, names: Sequence[str] = ()
 ) -> Path:
     """The cloud with a label (N,) and a colour (N, 3) uint8 for every point, as ``.ply``, ``.las`` or ``.laz``; where
-    the input lay. ``names`` of the labels are written as comments of a ply. Raises ValueError for another ending."""
+    the input lay. ``names`` of the labels go into comments of a ply, a text area of a las. Raises ValueError for
+    another ending."""
     path = Path(path)
     writer = {".ply": _write_ply, ".las": _write_las, ".laz": _write_las}.get(path.suffix.lower())
     if writer is None:
@@ -259,12 +295,15 @@ def _write_ply(path: Path, points: np.ndarray, labels: np.ndarray, colors: np.nd
     PlyData([PlyElement.describe(vertex, "vertex")], comments=comments).write(str(path))
 
 
-def _write_las(path: Path, points: np.ndarray, labels: np.ndarray, colors: np.ndarray, _names: Sequence[str]) -> None:
+def _write_las(path: Path, points: np.ndarray, labels: np.ndarray, colors: np.ndarray, names: Sequence[str]) -> None:
     """LAS 1.4, point format 7: 16-bit colours, and the labels as the extra dimension ``label`` (the format's own
-    classification has a fixed list of meanings)."""
+    classification has a fixed list of meanings), their names in a text area descriptor."""
     laspy = _laspy(path)
     header = laspy.LasHeader(version="1.4", point_format=7)
     header.add_extra_dim(laspy.ExtraBytesParams(name="label", type=np.int32, description="class of the point"))
+    if names:
+        text = "\n".join(f"label {i} {name}" for i, name in enumerate(names))
+        header.vlrs.append(laspy.VLR("LASF_Spec", 3, "names of the labels", text.encode()))
     low, high = points.min(axis=0).astype(np.float64), points.max(axis=0).astype(np.float64)
     # Coordinates are 32-bit integers: the finest power of ten with room for the whole cloud.
     step = 10.0 ** np.ceil(np.log10(max(float((high - low).max()), 1e-6) / (2**31 - 1)))

@@ -29,7 +29,7 @@ def read_fields(path: Path) -> dict[str, np.ndarray]:
     columns = list(zip(names, formats, repeats, strict=True))
     data = " ".join(header["DATA"])
     if data == "ascii":
-        fields = _ascii(content[start:], columns, path)
+        fields = _ascii(content[start:], columns, count, path)
     elif data == "binary":
         kind = np.dtype([(f"{n}_{i}", f, (r,)) for i, (n, f, r) in enumerate(columns)])
         _enough(len(content) - start, kind.itemsize, count, path)
@@ -68,8 +68,10 @@ def _enough(length: int, size: int, count: int, path: Path) -> None:
         raise ValueError(f"{path}: the file ends after {length // size} of {count} points")
 
 
-def _ascii(content: bytes, columns: list[tuple[str, str, int]], path: Path) -> dict[str, Any]:
+def _ascii(content: bytes, columns: list[tuple[str, str, int]], count: int, path: Path) -> dict[str, Any]:
     rows = [line.split() for line in content.decode("ascii", "replace").splitlines() if line.strip()]
+    if len(rows) != count:
+        raise ValueError(f"{path}: the file has {len(rows)} rows; its header says {count} points")
     starts = np.cumsum([0, *(repeat for *_, repeat in columns)])
     try:
         table = np.array(rows, dtype=np.float64).reshape(len(rows), int(starts[-1]))

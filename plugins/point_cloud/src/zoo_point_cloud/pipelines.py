@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,17 @@ def prepare_cloud(cloud: Cloud, settings: dict[str, Any]) -> tuple[Tensor, Tenso
             )
     x = torch.from_numpy(np.concatenate(columns, axis=1).T.astype(np.float32).copy()) if columns else None
     return torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32)), x
+
+
+def number(value: Any, name: str, kind: type, low: float, high: float, expected: str) -> Any:
+    """An option as an int or float, which may come as text; BadArgument where it is none from ``low`` to ``high``."""
+    try:
+        found = kind(value)
+    except (TypeError, ValueError):
+        found = None
+    if found is None or not low <= found <= high or (kind is int and found != float(value)):
+        raise errors.BadArgument(f"{name} is {value!r}; expected {expected}", argument=name, accepted=[])
+    return found
 
 
 class _CloudPipeline(Pipeline):
@@ -153,9 +165,7 @@ class CloudClassification(_CloudPipeline):
 
     def __init__(self, model: nn.Module, top_k: int = 5, invalid: str = "error") -> None:
         super().__init__(model, (PCM, PointMamba), invalid)
-        if int(top_k) < 1:
-            raise errors.BadArgument(f"top_k is {top_k}; expected 1 or more", argument="top_k", accepted=[])
-        self.top_k = int(top_k)
+        self.top_k = number(top_k, "top_k", int, 1, inf, "a whole number, 1 or more")
 
     def prepare(self, sample: Cloud) -> Any:
         count = int(self.settings.get("points", 0))
@@ -243,24 +253,23 @@ class CloudSegmentation(_CloudPipeline):
     ) -> None:
         super().__init__(model, (PCMSegmentation, PointMambaSegmentation), invalid)
         self.shape = self._shape(shape)
-        need = least_points(model)
-        if block_points is not None and int(block_points) < 2 * need:
-            raise errors.BadArgument(
-                f"block_points is {block_points}; {self.name} needs at least {need} points, blocks at least twice that",
-                argument="block_points",
-                accepted=[],
-            )
-        if not 0 <= float(overlap) <= 1:
-            raise errors.BadArgument(
-                f"overlap is {overlap}; expected a share of a block, 0 to 1", argument="overlap", accepted=[]
-            )
-        self.block_points = None if block_points is None else int(block_points)
-        self.overlap = float(overlap)
+        self.block_points = None
+        if block_points is not None:
+            need = least_points(model)
+            expected = f"a whole number; {self.name} needs at least {need} points, blocks at least {2 * need}"
+            self.block_points = number(block_points, "block_points", int, 2 * need, inf, expected)
+        self.overlap = number(overlap, "overlap", float, 0, 1, "a share of a block, 0 to 1")
 
     def _shape(self, shape: str | int | None) -> int | None:
         part: Any = self.model
         count = part.decoder.shapes if isinstance(part, PCMSegmentation) else part.shapes
         if not count:
+            if shape is not None:
+                raise errors.BadArgument(
+                    f"shape is {shape!r}; {self.name} labels every kind of object alike: leave it out",
+                    argument="shape",
+                    accepted=[],
+                )
             return None
         names = (Path(__file__).parent / "labels" / "shapenetpart_shapes.txt").read_text(encoding="utf-8").split()
         number = names.index(shape) if shape in names else shape

@@ -18,11 +18,14 @@ from .files import read_cloud
 from .pointmamba import PointMambaMAE, PointMambaTrunk
 
 
-def cloud_batches(files: Sequence[str | Path], points: int, batch: int, seed: int = 0) -> Iterator[Tensor]:
+def cloud_batches(
+    files: Sequence[str | Path], points: int, batch: int, seed: int = 0, invalid: str = "error"
+) -> Iterator[Tensor]:
     """Batches (batch, points, 3) without end: each a random choice of files, of each a random choice of points, in the
     unit sphere, stretched by 2/3 to 3/2 along each axis and moved by up to 0.2.
 
-    Files are kept in memory once read. Raises ValueError for no files and for a file with fewer points.
+    Files are kept in memory once read. ``invalid``: points with NaN or infinite coordinates are an "error", or are
+    left out ("drop"). Raises ValueError for no files and for a file with fewer points.
     """
     if not files:
         raise ValueError("no point-cloud files were given")
@@ -32,7 +35,7 @@ def cloud_batches(files: Sequence[str | Path], points: int, batch: int, seed: in
         clouds = []
         for i in r.integers(0, len(files), batch).tolist():
             if i not in read:
-                read[i] = read_cloud(files[i]).points
+                read[i] = read_cloud(files[i], invalid).points
                 if len(read[i]) < points:
                     raise ValueError(f"{files[i]} has {len(read[i])} points; batches of {points} points are asked for")
             cloud = read[i][r.choice(len(read[i]), points, replace=False)]
