@@ -20,3 +20,21 @@ def zoo_adapters() -> Mapping[str, str]:
         "spacetime": "zoo_time_series.spacetime_reference:SpaceTimeAdapter",
         "mambamixer": "zoo_time_series.tsm2:MambaMixerAdapter",
     }
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {"forecasting": "zoo_time_series.pipelines:Forecasting"}
+
+
+@hookimpl
+def zoo_validators() -> Mapping[str, str]:
+    return {"forecasting": "zoo_time_series.validation:validate_table"}
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {
+        "forecast": "zoo_time_series.commands:forecast",
+        "train-forecaster": "zoo_time_series.commands:train_forecaster",
+    }

@@ -414,10 +414,10 @@ def spacetime(
     ``lag``, ``horizon``: steps of history and of the forecast. ``input_dim``: columns that are forecast together.
     ``model_dim``: width, None for 128 a column. ``n_blocks``: counts the decoder (1 and 2: one encoder block, 3: two
     ...). ``kernel_dim``: entries of a state. ``kind``: "companion" or "shift". ``n_kernels``: of the first block,
-    shared by heads. ``embedding``: "repeat" or "linear". ``preprocessing``: of the first block: "residual", "differencing",
-    "ma_residual" or "identity". ``norm_order``: norm of the companion's column and of the decoder's b, c, k. ``skip``
-    False: no skip connections in the first block (``encoder/default_no_skip``). ``data_transform``: "mean",
-    "mean_input", "last", "standardize" or "none".
+    shared by heads. ``embedding``: "repeat" or "linear". ``preprocessing``: of the first block: "residual",
+    "differencing", "ma_residual" or "identity". ``norm_order``: norm of the companion's column and of the decoder's b,
+    c, k. ``skip`` False: no skip connections in the first block (``encoder/default_no_skip``). ``data_transform``:
+    "mean", "mean_input", "last", "standardize" or "none".
 
     Returns a model from (batch, lag, input_dim) to (batch, horizon, input_dim). Source: HazyResearch/spacetime
     ``configs/model/*``, ``setup/configs/model.py``.

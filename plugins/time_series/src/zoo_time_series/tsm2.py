@@ -46,8 +46,8 @@ class TSM2(Forecaster):
     """Patches of each variate, ``num_layers`` x (token mixer, channel mixer), one linear head for all variates.
 
     Arguments (the replication's): ``num_variates`` M, a hint: any number runs; ``seq_len`` L of history, ``pred_len``
-    H, ``patch_len`` P and ``stride`` S (N = (L - P) // S + 1 patches, a tail that fills none is not seen), ``d_model`` D,
-    ``d_state``, ``d_conv``, ``expand`` of Mamba, ``dropout``.
+    H, ``patch_len`` P and ``stride`` S (N = (L - P) // S + 1 patches, a tail that fills none is not seen), ``d_model``
+    D, ``d_state``, ``d_conv``, ``expand`` of Mamba, ``dropout``.
 
     Every mixer reads a weighted average of all earlier token and channel outputs (``alpha``, ``beta``; ``theta``,
     ``gamma``: softmax of each, so the two parts weigh 2 together). Windows are normalised by their own mean and

@@ -1,0 +1,181 @@
+"""``zoo forecast`` and ``zoo train-forecaster``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zoo.cli import output
+
+from .tables import IRREGULAR, MISSING
+
+
+@click.command()
+@click.argument("name")
+@click.argument("table", type=click.Path(path_type=Path))
+@click.option("--horizon", type=click.IntRange(min=1), help="Steps to forecast (default: the model's).")
+@click.option("--column", "columns", multiple=True, help="A column to forecast; repeatable (default: all).")
+@click.option("--date", help="The date column (default: found by name or type).")
+@click.option("--history", type=int, help="Rows of history to read (default: as many as the model was made for).")
+@click.option("--missing", type=click.Choice(MISSING), default="interpolate", show_default=True)
+@click.option("--irregular", type=click.Choice(IRREGULAR), default="error", show_default=True, help="Uneven dates.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Default: TABLE_forecast.csv."
+)
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Default: OUT with the ending .png.")
+@output.loading_options
+@output.as_json
+def forecast(
+    name: str,
+    table: Path,
+    horizon: int | None,
+    columns: tuple[str, ...],
+    date: str | None,
+    history: int | None,
+    missing: str,
+    irregular: str,
+    out: Path | None,
+    picture: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Forecast the columns of TABLE (CSV, TSV or parquet with a date column) with the model NAME.
+
+    \b
+        zoo forecast tsm2_micro.series demand.csv --horizon 48
+        zoo forecast ./run/model demand.csv --column load --out next_week.csv
+
+    Writes the forecast as a CSV file and a picture of it. NAME may be a folder of `zoo train-forecaster` (its model/).
+    """
+    import zoo
+
+    pipe = zoo.pipeline(
+        name, "forecasting", horizon=horizon, columns=list(columns) or None, date=date, history=history,
+        missing=missing, irregular=irregular, **output.loading(options),
+    )  # fmt: skip
+    result = pipe(table)
+    written = result.to_csv(out or Path(f"{table.stem}_forecast.csv"))
+    drawn = result.save_picture(picture or written.with_suffix(".png"))
+    if as_json:
+        output.emit(result.to_dict() | {"file": str(written), "picture": str(drawn)})
+        return
+    click.echo(str(result))
+    click.echo(f"-> {written}, {drawn}")
+
+
+#: What a system's name stands for: its published configuration.
+SYSTEMS = {"spacetime": "spacetime_ett_720", "tsm2": "tsm2_96"}
+
+
+@click.command("train-forecaster")
+@click.argument("model")
+@click.argument("table", type=click.Path(path_type=Path))
+@click.option("--lag", type=click.IntRange(min=2), help="Rows of history (default: the model's).")
+@click.option("--horizon", type=click.IntRange(min=1), help="Steps of the forecast (default: the model's).")
+@click.option("--column", "columns", multiple=True, help="A column to learn; repeatable (default: all).")
+@click.option("--date", help="The date column (default: found by name or type).")
+@click.option("--split", default="auto", show_default=True, help="auto, ratio (70/10/20), ett-hour or ett-minute.")
+@click.option("--missing", type=click.Choice(MISSING), default="interpolate", show_default=True)
+@click.option("--irregular", type=click.Choice(IRREGULAR), default="error", show_default=True, help="Uneven dates.")
+@click.option("--epochs", default=500, show_default=True, help="At most so many.")
+@click.option("--patience", default=20, show_default=True, help="Epochs without a better validation error.")
+@click.option("--batch-size", default=50, show_default=True)
+@click.option("--steps", type=int, help="Batches of an epoch (default: all windows).")
+@click.option("--lr", default=1e-3, show_default=True, help="AdamW's learning rate.")
+@click.option("--weight-decay", default=1e-4, show_default=True)
+@click.option("--open-loop-epochs", type=int, default=1, show_default=True,
+              help="Epochs in which SpaceTime's open-loop terms count; -1: all.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True)
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Another model argument; repeatable.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder (default: MODEL-TABLE).")
+@output.as_json
+def train_forecaster(
+    model: str,
+    table: Path,
+    lag: int | None,
+    horizon: int | None,
+    columns: tuple[str, ...],
+    date: str | None,
+    split: str,
+    missing: str,
+    irregular: str,
+    epochs: int,
+    patience: int,
+    batch_size: int,
+    steps: int | None,
+    lr: float,
+    weight_decay: float,
+    open_loop_epochs: int,
+    seed: int,
+    settings: tuple[str, ...],
+    device: str,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Train MODEL on TABLE: spacetime, tsm2, or a name of `zoo list --domain time_series`.
+
+    TABLE is a CSV, TSV or parquet file with a date column and columns of numbers. The protocol is the Informer
+    benchmark's: the first 70 % of the rows train, the last 20 % test (ETT files: 12, 4 and 4 months), columns
+    standardised by the training rows, every window of --lag and --horizon rows. Ctrl-C keeps the best epoch so far.
+    """
+    import torch
+    from rich.console import Console
+
+    from . import protocol, training
+    from .artifact import save
+    from .tables import read_table
+
+    console = Console(stderr=True)
+    name = SYSTEMS.get(model, model)
+    read = read_table(table, date)
+    chosen = (read.choose(columns) if columns else read).regular(missing, irregular)
+    torch.manual_seed(seed)
+    network = create(name, lag, horizon, len(chosen.columns), output.pairs(settings, "--set"))
+    parts, scaler = protocol.prepare(chosen, network.lag, network.horizon, split=split, apart=network.columns == 1)
+    for note in chosen.notes:
+        console.print(note, markup=False, soft_wrap=True)
+    counts = ", ".join(f"{len(parts[part])} {part}" for part in protocol.PARTS)
+    console.print(f"{len(chosen)} rows, {len(chosen.columns)} columns; windows: {counts}", soft_wrap=True)
+    wanted = training.Settings(
+        epochs, batch_size, lr, weight_decay, patience, steps, None if open_loop_epochs < 0 else open_loop_epochs, seed
+    )
+
+    def on_epoch(row: dict[str, float]) -> None:
+        console.print(
+            f"epoch {row['epoch']:.0f}: loss {row['loss']:.4f}, validation MSE {row['val_mse']:.4f}, "
+            f"MAE {row['val_mae']:.4f} ({row['seconds']:.1f} s)",
+            soft_wrap=True,
+        )
+
+    history = training.fit(network.to(device), parts["train"], parts["val"], wanted, on_epoch=on_epoch)
+    scores = {"model": training.evaluate(network, parts["test"]), **training.baselines(parts["test"])}
+    folder = save(out or Path(f"{model}-{table.stem}"), network.cpu(), scaler, history, scores, table.name)
+    if as_json:
+        output.emit({"test": scores, "best_epoch": history.best_epoch, "folder": str(folder)})
+        return
+    click.echo(f"best epoch {history.best_epoch} of {len(history.epochs)}; on the test rows, standardised:")
+    for who, found in scores.items():
+        click.echo(f"  {who:12} MSE {found['mse']:.4f}  MAE {found['mae']:.4f}")
+    click.echo(f"saved to {folder}; try: zoo forecast ./{folder}/model {table}")
+
+
+def create(name: str, lag: int | None, horizon: int | None, columns: int, arguments: dict[str, Any]) -> Any:
+    """A forecaster with random weights; ``lag`` and ``horizon`` under the names that its builder has for them."""
+    import inspect
+
+    import zoo
+    from zoo.catalog import find, import_object
+
+    card, _ = find(name)
+    accepted = inspect.signature(import_object(card.builder)).parameters
+    for value, names in ((lag, ("lag", "seq_len")), (horizon, ("horizon", "pred_len"))):
+        if value is not None:
+            arguments[next(n for n in names if n in accepted)] = value
+    if "num_variates" in accepted:
+        arguments.setdefault("num_variates", columns)
+    if card.config.get("input_dim", 1) > 1:
+        arguments.setdefault("input_dim", columns)
+    return zoo.create(name, **arguments)
