@@ -97,7 +97,7 @@ class DNAXLSTM(SequenceModel):
     def hidden(self, ids: Tensor) -> Tensor:
         """After the last norm, (batch, length, d_model); twice as wide with rcps: the sequence's own half, then that of
         its reverse complement, flipped in length and channels."""
-        return self.wide(self._through(self.embed(ids)))
+        return self.wide(self._read_through(self.embed(ids)))
 
     def wide(self, x: Tensor) -> Tensor:
         """With rcps: the reverse complement's half of the batch laid beside the other, flipped in length and channels;
@@ -115,9 +115,11 @@ class DNAXLSTM(SequenceModel):
             assert self.complement is not None
             ids = torch.cat([ids, self.complement[ids.flip(1)]])
         x = self.emb_dropout(self.embedding(ids))
-        return x if self.position_scale is None else x + self._sinusoids(x)
+        if self.position_scale is None:
+            return x
+        return x + self._sinusoids(torch.arange(ids.shape[1], device=ids.device)).to(x.dtype)
 
-    def _through(self, x: Tensor) -> Tensor:
+    def _read_through(self, x: Tensor) -> Tensor:
         how: dict[str, Any] = {}
         if self.rcps:
             how["heads_flipped_from"] = x.shape[0] // 2
@@ -148,18 +150,32 @@ class DNAXLSTM(SequenceModel):
         cos, sin = frequencies(torch.arange(length, device=self.device), mixer.headdim, 500000.0)
         return (cos, sin), (cos.flip(0), sin.flip(0))
 
-    def _sinusoids(self, x: Tensor, position: Tensor | None = None) -> Tensor:
+    def _sinusoids(self, position: Tensor) -> Tensor:
+        """(..., d_model) for positions (...,): all sines, then all cosines, times the learned scale."""
         half = self.d_model // 2
-        rates = 100000.0 ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
-        if position is None:
-            position = torch.arange(x.shape[1], device=x.device)
-        angle = position[:, None].float() * rates
+        rates = 100000.0 ** -(torch.arange(half, device=position.device, dtype=torch.float32) / half)
+        angle = position[..., None].float() * rates
         assert self.position_scale is not None
-        return torch.cat([angle.sin(), angle.cos()], dim=-1).to(x.dtype) * self.position_scale
+        return torch.cat([angle.sin(), angle.cos()], dim=-1) * self.position_scale
 
 
 class CausalDNAXLSTM(DNAXLSTM):
-    """The causal form, which also reads base by base."""
+    """The causal form, which also goes on from a state and reads base by base."""
+
+    def forward(self, ids: Tensor, *, state: State | None = None) -> Tensor:  # type: ignore[override]
+        """As :meth:`DNAXLSTM.forward`; ``state``: go on from it, it moves on in place."""
+        return self.head(self.hidden(ids, state=state))
+
+    def hidden(self, ids: Tensor, *, state: State | None = None) -> Tensor:  # type: ignore[override]
+        if state is None:
+            return super().hidden(ids)
+        self.check_ids(ids)
+        position = state.position[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        x = self._placed(self.embedding(ids), position)
+        for block, own in zip(self.blocks, state.layers, strict=True):
+            x = block(x, state=own, **self._turned(block, position))
+        state.position += ids.shape[1]
+        return self.finish(x)
 
     def init_state(self, batch: int = 1) -> State:
         """The memory of ``batch`` empty sequences."""
@@ -169,17 +185,20 @@ class CausalDNAXLSTM(DNAXLSTM):
     def step(self, token: Tensor, state: State) -> Tensor:
         """Read one base of each sequence, (batch,) ids, and return the next one's logits (batch, vocab_size)."""
         self.check_ids(token, axes=1)
-        x = self.embedding(token)
-        if self.position_scale is not None:
-            x = x + self._sinusoids(x, state.position)
+        x = self._placed(self.embedding(token), state.position)
         for block, own in zip(self.blocks, state.layers, strict=True):
-            assert isinstance(block, Block)
-            if block.is_mlstm and self.rotary_positions:
-                x = block.step(x, own, rotary=frequencies(state.position, block.mixer.headdim, 500000.0))
-            else:
-                x = block.step(x, own)
+            x = block.step(x, own, **self._turned(block, state.position))  # type: ignore[operator]
         state.position += 1
         return self.head(self.finish(x))
+
+    def _placed(self, x: Tensor, position: Tensor) -> Tensor:
+        return x if self.position_scale is None else x + self._sinusoids(position).to(x.dtype)
+
+    def _turned(self, block: nn.Module, position: Tensor) -> dict[str, Any]:
+        assert isinstance(block, Block)
+        if not (self.rotary_positions and isinstance(block.mixer, MLSTM)):
+            return {}
+        return {"rotary": frequencies(position, block.mixer.headdim, 500000.0)}
 
 
 def dna_xlstm(**config: Any) -> DNAXLSTM:

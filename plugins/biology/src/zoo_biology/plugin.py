@@ -17,3 +17,27 @@ def zoo_models() -> Iterable[ModelCard]:
 @hookimpl
 def zoo_adapters() -> Mapping[str, str]:
     return {"bio_xlstm": "zoo_biology.bio_xlstm:Adapter"}
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {
+        "dna-embedding": "zoo_biology.genomes:DNAEmbedding",
+        "dna-likelihood": "zoo_biology.genomes:DNALikelihood",
+        "protein-scoring": "zoo_biology.proteins:ProteinScoring",
+        "protein-generation": "zoo_biology.proteins:ProteinGeneration",
+        "molecule-generation": "zoo_biology.molecules:MoleculeGeneration",
+        "molecule-scoring": "zoo_biology.molecules:MoleculeScoring",
+    }
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {
+        "embed-dna": "zoo_biology.commands:embed_dna",
+        "score-dna": "zoo_biology.commands:score_dna",
+        "score-protein": "zoo_biology.commands:score_protein",
+        "generate-protein": "zoo_biology.commands:generate_protein",
+        "generate-molecules": "zoo_biology.commands:generate_molecules",
+        "score-molecules": "zoo_biology.commands:score_molecules",
+    }
