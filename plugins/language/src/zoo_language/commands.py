@@ -35,6 +35,11 @@ SAMPLING = [
         type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
         help="Instead of --device: spread a large model over devices, the CPU and the disk (needs accelerate).",
     ),
+    click.option(
+        "--draft",
+        "speculative",
+        help="Draft tokens with 'ngram' or a smaller model of the zoo and check them in trees; the text is the same.",
+    ),
     click.option("--cuda-graphs", is_flag=True, default=None, help="On CUDA: record a decoding step and replay it."),
 ]
 

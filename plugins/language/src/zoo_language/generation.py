@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from .state import State
 
 if TYPE_CHECKING:
     from .decode import Decoder
+    from .drafts import Draft
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class Text:
     tokens: list[int] = field(default_factory=list)
     reason: str = ""
     text: str | None = None  #: decoded, cut before a stop string; None without a tokenizer
+    passes: int = 0  #: with a draft: passes of the model over trees or single tokens
+    accepted: int = 0  #: with a draft: drafted tokens that were kept, so tokens = passes + accepted at most
 
 
 @torch.no_grad()
@@ -100,6 +104,7 @@ def generate(
     state: State | None = None,
     decoder: Decoder | None = None,
     cuda_graphs: bool = False,
+    speculative: Draft | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Text], State]:
     """Continue texts. Returns the texts and the state after the last token that was read.
@@ -108,7 +113,9 @@ def generate(
     empty. stop_strings need ``decode`` (ids to text). decoder: what reads the tokens of a single text
     (:meth:`CausalLM.fast_decoder`); by itself a float32 model on a CPU decodes fused where it can.
     cuda_graphs: on a CUDA device, record a step for each batch size and replay it; elsewhere a message says that it
-    does not apply. on_token(row, token) is called as tokens come.
+    does not apply. speculative: drafts trees of tokens that the model checks in one pass
+    (:class:`zoo_language.drafts.NGramDraft`, :class:`~zoo_language.drafts.ModelDraft`); the tokens are those of plain
+    decoding, row after row. on_token(row, token) is called as tokens come.
     """
     result: dict[str, Any] = {}
     for row, token in stream(
@@ -122,6 +129,7 @@ def generate(
         state=state,
         decoder=decoder,
         cuda_graphs=cuda_graphs,
+        speculative=speculative,
         result=result,
     ):
         if on_token is not None:
@@ -142,6 +150,7 @@ def stream(
     state: State | None = None,
     decoder: Decoder | None = None,
     cuda_graphs: bool = False,
+    speculative: Draft | None = None,
     result: dict[str, Any] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Like :func:`generate`, but yields (row, token) as tokens come; ``result`` receives ``texts`` and ``state``."""
@@ -166,8 +175,23 @@ def stream(
     alive = list(range(rows))  # rows of the batch that still grow; ``current`` holds their states in this order
     current, parked = state, {}
     fast = decoder_for(model) if decoder is None else decoder
+    if speculative is not None:
+        if cuda_graphs or decoder is not None:
+            raise ValueError("speculative goes with neither cuda_graphs nor a decoder of its own: give one of them")
+        from .speculation import speculate
+
+        for i in alive:
+            parked[i] = state.select(i)
+            pieces = speculate(
+                model, parked[i], texts[i], seen[i], speculative, max_new_tokens=max_new_tokens,
+                stop_tokens=stop_tokens, choose=partial(choose, how=sampling, generator=generators[i]),
+                ends=partial(_ended, texts[i], stop_strings, decode), step=model.step if fast is None else fast.step,
+            )  # fmt: skip
+            for token in pieces:
+                yield i, token
+        alive = []
     graphed = graph_decoder_for(model) if cuda_graphs else None
-    for _ in range(max_new_tokens):
+    for _ in range(max_new_tokens if alive else 0):
         logits = current.logits
         assert logits is not None
         chosen = [
@@ -182,7 +206,7 @@ def stream(
             texts[row].tokens.append(token)
             seen[row].append(token)
             yield row, token
-            if stop_strings and decode is not None and _cut(texts[row], stop_strings, decode):
+            if _ended(texts[row], stop_strings, decode):
                 parked[row] = current.select(i)
                 continue
             stay.append(i)
@@ -216,6 +240,10 @@ def _cut(text: Text, stop_strings: Sequence[str], decode: Callable[[list[int]], 
         return False
     text.text, text.reason = whole[: min(found)], "string"
     return True
+
+
+def _ended(text: Text, stop_strings: Sequence[str], decode: Callable[[list[int]], str] | None) -> bool:
+    return bool(stop_strings) and decode is not None and _cut(text, stop_strings, decode)
 
 
 def _check(

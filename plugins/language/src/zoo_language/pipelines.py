@@ -14,6 +14,7 @@ from zoo import errors
 from zoo.pipelines import Pipeline, Result
 
 from ._base import CausalLM
+from .drafts import Draft, draft_of
 from .generation import Sampling, Text, generate, stream
 from .state import State
 from .tokenizer import HubTokenizer, Tokenizer, tokenizer_of
@@ -40,7 +41,8 @@ class TextGeneration(Pipeline):
     ``max_new_tokens``, ``stop`` (strings that end a text), ``tokenizer`` (a path to a tokenizer.json, or an object with
     ``encode`` and ``decode``; default: what the weights card names), ``decode_weights`` ("bfloat16" or "int8": smaller
     weights for decoding single texts on a CPU, see :meth:`CausalLM.fast_decoder`), ``cuda_graphs`` (see
-    :mod:`zoo_language.graphs`).
+    :mod:`zoo_language.graphs`), ``speculative`` (what drafts tokens for the model to check: "ngram", the name of a
+    smaller model with the same vocabulary, or a :class:`zoo_language.drafts.Draft`; the text stays the same).
     """
 
     task = "text-generation"
@@ -61,6 +63,7 @@ class TextGeneration(Pipeline):
         tokenizer: str | Path | Tokenizer | None = None,
         decode_weights: str | None = None,
         cuda_graphs: bool = False,
+        speculative: str | Draft | None = None,
     ) -> None:
         super().__init__(model)
         if not isinstance(model, CausalLM):
@@ -72,6 +75,7 @@ class TextGeneration(Pipeline):
         self.sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         self.decoder = None if decode_weights is None else model.fast_decoder(decode_weights)
         self.cuda_graphs = cuda_graphs
+        self.speculative = draft_of(speculative, model) if isinstance(speculative, str) else speculative
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if isinstance(tokenizer, str | Path):
             self.tokenizer: Tokenizer = HubTokenizer(tokenizer, self.preprocess.get("end_of_text"))
@@ -125,6 +129,7 @@ class TextGeneration(Pipeline):
             "decode": self.tokenizer.decode,
             "decoder": self.decoder,
             "cuda_graphs": self.cuda_graphs,
+            "speculative": self.speculative,
         }
 
     def continue_from(self, prompts: list[list[int]], state: State | None = None) -> tuple[list[Text], State]:

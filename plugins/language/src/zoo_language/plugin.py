@@ -27,6 +27,7 @@ def zoo_adapters() -> Mapping[str, str]:
         "mamba3": "zoo_language.mamba:Mamba3Adapter",
         "phi_mamba": "zoo_language.phi_mamba:PhiMambaAdapter",
         "sambay": "zoo_language.sambay_formats:SambaYAdapter",
+        "stree": "zoo_language.stree:STreeAdapter",
     }
 
 
