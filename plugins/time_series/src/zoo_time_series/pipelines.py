@@ -47,7 +47,7 @@ class Forecast(Result):
             writer = csv.writer(file)
             writer.writerow([first, *self.columns])
             for date, row in zip(self.dates, self.values, strict=True):
-                writer.writerow([date, *(repr(float(v)) for v in row)])
+                writer.writerow([date, *(f"{v:.8g}" for v in row)])
         return path
 
     def picture(self) -> Image.Image | None:

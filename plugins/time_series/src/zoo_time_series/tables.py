@@ -132,16 +132,14 @@ def _interpolated(old: np.ndarray, values: np.ndarray, new: np.ndarray) -> np.nd
 
 def step_of(dates: np.ndarray) -> np.timedelta64 | None:
     """The even step of at least two dates: a time, a number of months, or None where they are uneven."""
-    steps = np.diff(dates)
-    if (steps == steps[0]).all():
-        return steps[0]
     months = dates.astype("datetime64[M]")
     apart = np.diff(months)
     offset = dates - months.astype(dates.dtype)
     ends = (months + 1).astype(dates.dtype) - dates  # the last day of a month is as even as its first
-    if (apart == apart[0]).all() and apart[0] > np.timedelta64(0) and ((offset == offset[0]).all() or _one(ends)):
+    if _one(apart) and apart[0] > np.timedelta64(0) and (_one(offset) or _one(ends)):
         return apart[0]
-    return None
+    steps = np.diff(dates)
+    return steps[0] if _one(steps) else None
 
 
 def _one(values: np.ndarray) -> bool:
