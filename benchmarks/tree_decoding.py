@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,14 @@ def demo(device: str, rounds: int, count: int) -> dict[str, dict[str, float]]:
         for name, tokens in answers.items():
             assert tokens == answers["step"], f"{name} gave other tokens than step"
     best = dict.fromkeys(contenders, float("inf"))
+
+    def every(run: Callable[[list[int]], list[int]]) -> None:
+        for prompt in prompts:
+            run(prompt)
+
     for _ in range(rounds):
         for name, run in contenders.items():
-            best[name] = min(best[name], seconds(lambda run=run: [run(p) for p in prompts], device))
+            best[name] = min(best[name], seconds(partial(every, run), device))
     passes = [generate(model, [p], max_new_tokens=count, speculative=draft)[0][0].passes for p in prompts]
     total = count * len(prompts)
     return {
