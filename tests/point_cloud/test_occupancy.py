@@ -256,6 +256,8 @@ def test_losses_of_the_head():
     assert all(found[k].item() < 0.5 * v for k, v in first.items() if k != "fine_geo_scal")
     perfect = {"coarse": 50.0 * F.one_hot(coarse_labels(labels, 2) % 255, 3).movedim(-1, 1).float()}
     assert sum(occupancy_losses(perfect, labels).values()).item() < 1e-3
+    with pytest.raises(ValueError, match=r"weights have shape .17,.; the answer has 3 classes"):
+        occupancy_losses(perfect, labels, class_weights())
     with pytest.raises(ValueError, match="a multiple of the coarse answer's grid"):
         occupancy_losses(perfect, labels[:, :6])
 
@@ -301,6 +303,17 @@ def test_points_to_a_map(tmp_path, lidar):
     assert pipe(str(tmp_path / "sweep.xyz")).grid.shape == (16, 16, 12)
 
 
+def test_values_that_are_no_numbers(lidar):
+    """A point without a place is left out, an intensity that is none counts as missing: no other voxel hears of it."""
+    points = np.random.default_rng(0).uniform(-4, 4, (500, 5)).astype(np.float32)
+    points[7, 3] = 0
+    clean = zoo.pipeline(lidar)(points).grid
+    holes = np.concatenate([points, np.full((3, 5), np.nan, np.float32)])
+    holes[7, 3] = np.nan
+    assert np.array_equal(zoo.pipeline(lidar)(holes).grid, clean)
+    assert len(np.unique(clean)) > 1
+
+
 def test_voxel_features_to_a_map(tmp_path):
     torch.manual_seed(0)
     tiny = {"in_chans": 3, "num_classes": 5, "embed_dim": 16, "down_blocks": [1], "up_blocks": [1], "fine_dim": 16}
@@ -317,6 +330,12 @@ def test_what_the_pipeline_refuses(tmp_path, lidar):
     (tmp_path / "a.bin").write_bytes(np.zeros(8, np.float32).tobytes())
     with pytest.raises(ValueError, match="columns=4"):
         zoo.pipeline(lidar)(str(tmp_path / "a.bin"))
+    for wrong in (0, "many"):
+        with pytest.raises(zoo.errors.BadArgument, match=f"columns is '?{wrong}'?; expected a whole number"):
+            zoo.pipeline(lidar, columns=wrong)
+    (tmp_path / "a.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="no readable npy file"):
+        zoo.pipeline(lidar)(str(tmp_path / "a.npy"))
     with pytest.raises(ValueError, match=r"expected \(N, 3 to 5\)"):
         zoo.pipeline(lidar)(np.zeros((0, 5), np.float32))
     with pytest.raises(ValueError, match="no point lies in the grid"):

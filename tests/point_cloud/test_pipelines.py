@@ -95,8 +95,8 @@ def test_text_with_a_heading_comments_and_other_separators(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (np.array([["a", "b", "c"]]), "has dtype <U1; expected real numbers"),
-        (np.ones((5, 3), complex), "complex128; expected real numbers"),
+        (np.array([["a", "b", "c"]]), "has dtype <U1; expected one array of real numbers"),
+        (np.ones((5, 3), complex), "complex128; expected one array of real"),
         (np.ones((1, 5, 3)), "shape .1, 5, 3.; expected one row a point"),
         ([[1.0, 2.0, 3.0]], "a list is no point cloud; expected a file"),
     ],

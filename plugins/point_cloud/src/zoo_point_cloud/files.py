@@ -73,7 +73,8 @@ def read_cloud(source: str | Path | np.ndarray | Cloud, invalid: str = "error") 
             cloud = Cloud(points, cloud.colors, cloud.normals, origin)
         return _checked(cloud, "the given cloud", invalid)
     if isinstance(source, np.ndarray) or hasattr(source, "__array__"):
-        return _checked(_from_columns(np.asarray(source), "the given array"), "the given array", invalid)
+        table = _real(np.asarray(source), "the given array")
+        return _checked(_from_columns(table, "the given array"), "the given array", invalid)
     if not isinstance(source, (str, Path)):
         raise ValueError(
             f"a {type(source).__name__} is no point cloud; expected a file, an array of one row a point ({COLUMNS}) or "
@@ -119,8 +120,6 @@ def _near(points: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
 
 def _from_columns(table: np.ndarray, where: str) -> Cloud:
     """By the number of columns, see :data:`COLUMNS`; an intensity is not kept."""
-    if table.dtype.kind not in "fiub":
-        raise ValueError(f"{where} has dtype {table.dtype}; expected real numbers")
     if table.ndim != 2 or table.shape[1] not in (3, 4, 6, 7, 9):
         raise ValueError(f"{where} has shape {table.shape}; expected one row a point: {COLUMNS}")
     points, origin = _near(table[:, :3])
@@ -205,12 +204,23 @@ def _numbers(line: str) -> list[float]:
         return []
 
 
-def _read_npy(path: Path) -> Cloud:
+def load_array(path: Path) -> np.ndarray:
+    """The real numbers of a npy file. Raises ValueError for anything else."""
     try:
         table = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: no readable npy file of numbers: {error}") from error
-    return _from_columns(table, str(path))
+    return _real(table, str(path))
+
+
+def _real(table: np.ndarray, where: str) -> np.ndarray:
+    if not isinstance(table, np.ndarray) or table.dtype.kind not in "fiub":
+        raise ValueError(f"{where} has dtype {getattr(table, 'dtype', None)}; expected one array of real numbers")
+    return table
+
+
+def _read_npy(path: Path) -> Cloud:
+    return _from_columns(load_array(path), str(path))
 
 
 def _read_pcd(path: Path) -> Cloud:

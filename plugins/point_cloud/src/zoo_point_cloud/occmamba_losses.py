@@ -110,6 +110,8 @@ def voxel_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None, 
     """The four terms for logits (B, classes, W, H, D) or (points, classes) and labels alike; 255 is ignored."""
     rows, truth = _rows(logits, labels)
     if weights is not None:
+        if weights.shape != rows.shape[1:]:
+            raise ValueError(f"weights have shape {tuple(weights.shape)}; the answer has {rows.shape[1]} classes")
         weights = weights.to(rows)
     return {
         "ce": F.cross_entropy(rows, truth, weight=weights) if len(rows) else rows.sum() * 0,

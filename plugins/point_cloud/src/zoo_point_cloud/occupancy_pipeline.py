@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from zoo.pipelines import Pipeline, Result
 from zoo_registry import errors
 
-from .files import EXTENSIONS, Cloud, read_cloud, write_labels
+from .files import EXTENSIONS, Cloud, load_array, read_cloud, write_labels
 from .occmamba import OccMambaHead, occupancy
 from .occmamba_lidar import LidarOccMamba
 from .pictures import palette, three_views
+from .pipelines import number
 
 #: Corner and cell of the published fine grid (512, 512, 40), in metres.
 LOW, CELL = (-51.2, -51.2, -5.0), 0.2
@@ -68,8 +70,8 @@ class OccupancyPrediction(Pipeline):
 
     Models of the head alone take voxel features: .npy files or arrays (channels, W, H, D). Models with the LiDAR
     encoder take points in metres around the vehicle: .bin files of float32 with ``columns`` values a point (nuScenes:
-    5, KITTI: 4), .npy files or arrays (N, 3 to 5), or any point-cloud file; missing values (intensity, time) are 0.
-    Points beyond the grid are left out, those with NaN or infinite coordinates too.
+    5, KITTI: 4), .npy files or arrays (N, 3 to 5), or any point-cloud file; values that are missing or no numbers
+    (intensity, time) are 0. Points beyond the grid are left out, those with NaN or infinite coordinates too.
     """
 
     task = "occupancy-prediction"
@@ -83,7 +85,7 @@ class OccupancyPrediction(Pipeline):
                 argument="model",
                 accepted=[],
             )
-        self.columns = int(columns)
+        self.columns = number(columns, "columns", int, 3, inf, "a whole number of values a point, 3 or more")
         self.head: OccMambaHead = model.head if isinstance(model, LidarOccMamba) else model
         names = self.labels()
         if names is None and self.head.num_classes == 17:  # nuScenes-Occupancy, what all published models answer
@@ -103,7 +105,7 @@ class OccupancyPrediction(Pipeline):
                     )
                 table = values.reshape(-1, self.columns)
             elif path.suffix.lower() == ".npy":
-                table = np.load(path, allow_pickle=False)
+                table = load_array(path)
             else:
                 table = read_cloud(path, invalid="drop").world()
         else:
@@ -126,6 +128,7 @@ class OccupancyPrediction(Pipeline):
             raise ValueError(f"the points have shape {table.shape}; expected (N, 3 to {width}), N > 0, x, y, z first")
         table = table[:, :width].astype(np.float32)
         table = table[np.isfinite(table[:, :3]).all(axis=1)]
+        table[:, 3:][~np.isfinite(table[:, 3:])] = 0
         return np.pad(table, ((0, 0), (0, width - table.shape[1])))
 
     def prepare(self, sample: np.ndarray) -> Tensor:
