@@ -20,3 +20,26 @@ def zoo_adapters() -> Mapping[str, str]:
         "decision_mamba": "zoo_rl.decision_mamba:DecisionMambaAdapter",
         "s5_rl": "zoo_rl.s5_rl:S5RLAdapter",
     }
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {"policy": "zoo_rl.pipelines:Policy"}
+
+
+@hookimpl
+def zoo_validators() -> Mapping[str, str]:
+    return {"policy": "zoo_rl.validation:validate_trajectories"}
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {"act": "zoo_rl.commands:act", "play": "zoo_rl.commands:play"}
+
+
+@hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [
+        {"model": "s5_micro.repeat_previous", "file": "demo/repeat_previous.npz"},
+        {"model": "decision_mamba_micro.glide", "file": "demo/glide.npz"},
+    ]
