@@ -21,9 +21,7 @@ from .tables import IRREGULAR, MISSING
 @click.option("--history", type=int, help="Rows of history to read (default: as many as the model was made for).")
 @click.option("--missing", type=click.Choice(MISSING), default="interpolate", show_default=True)
 @click.option("--irregular", type=click.Choice(IRREGULAR), default="error", show_default=True, help="Uneven dates.")
-@click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Default: TABLE_forecast.csv."
-)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Default: TABLE_forecast.csv.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Default: OUT with the ending .png.")
 @output.loading_options
 @output.as_json

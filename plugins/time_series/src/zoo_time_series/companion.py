@@ -24,10 +24,13 @@ from torch import Tensor
 
 from zoo.layers.ssm_kernel import exact, wide
 from zoo_kernels import long_conv
+from zoo_kernels.ops.long_conv.reference import fast_length
 
-#: radius^points of the circle: the part of the sequence that wraps is weighed with it, and rounding in double precision
-#: is magnified by its inverse root; both stay below 1e-10.
-DECAY = 2e-11
+#: Points of the circle for each step of the sequence, and radius^points. What wraps is weighed with the second;
+#: rounding in double precision is magnified by it to the power of minus one over the first. Both stay below 2e-9, for
+#: results in double precision below 1e-10.
+CIRCLE = (1.25, 1.5e-9)
+EXACT_CIRCLE = (2.0, 2e-11)
 
 
 def companion_matrix(a: Tensor) -> Tensor:
@@ -100,14 +103,15 @@ def companion_kernel(length: int, a: Tensor | None, b: Tensor, c: Tensor | None 
     if a is None:
         return _crop(direct, length).to(out)
     a = exact(a)
-    points = 1 << (2 * length - 1).bit_length()
-    falling = torch.exp(math.log(DECAY) / points * torch.arange(length, dtype=b.dtype, device=b.device))
+    share, decay = EXACT_CIRCLE if out == torch.float64 else CIRCLE
+    points = fast_length(math.ceil(share * length))
+    falling = torch.exp(math.log(decay) / points * torch.arange(length, dtype=b.dtype, device=b.device))
 
     def on_circle(series: Tensor) -> Tensor:
         return torch.fft.rfft(_crop(series, length) * falling, n=points)
 
     turn = -2 * math.pi / points * torch.arange(points // 2 + 1, dtype=b.dtype, device=b.device)
-    z = torch.polar(torch.full_like(turn, DECAY ** (1 / points)), turn)
+    z = torch.polar(torch.full_like(turn, decay ** (1 / points)), turn)
     last = on_circle(b.flip(-1)) / (1 - z * on_circle(a.flip(-1)))
     values = last if target is None else on_circle(direct) + z * on_circle(_correlation(target, a)) * last
     return (torch.fft.irfft(values, n=points)[..., :length] / falling).to(out)
