@@ -1,0 +1,145 @@
+"""The graph plugin's verbs of the command line: ``zoo predict-graphs``, ``zoo train-graphs``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zoo.cli import output
+
+
+@click.command()
+@click.argument("name")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), help="A CSV file; a folder of them for several inputs.")
+@click.option("--links", type=click.Path(path_type=Path), help="Pairs to score (columns source, target).")
+@click.option("--directed", is_flag=True, help="Edges count in their own direction only.")
+@click.option("--seed", default=0, show_default=True, help="Of orders and walks drawn at random.")
+@click.option("--keep-going", is_flag=True, help="Go on after a file that cannot be answered.")
+@output.loading_options
+@output.as_json
+def predict_graphs(
+    name: str,
+    inputs: tuple[str, ...],
+    out: Path | None,
+    links: Path | None,
+    directed: bool,
+    seed: int,
+    keep_going: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Answer for the nodes, graphs or pairs of nodes of INPUTS with the model NAME; write them as CSV.
+
+    INPUTS are folders with edges.csv and nodes.csv (or nodes.npz), .npz, .json (node-link) and .graphml files.
+
+    \b
+        zoo predict-graphs graphmamba_micro.broadcast sample/ --out answers.csv
+    """
+    import zoo
+    from zoo.pipelines import Failure
+
+    own = {"links": links, "directed": directed, "seed": seed}
+    pipe = zoo.pipeline(name, **(output.loading(options) | {k: v for k, v in own.items() if v}))
+    sources, _ = pipe.expand(list(inputs))
+    if out is not None and len(sources) > 1 and out.suffix == ".csv":
+        raise click.UsageError(f"--out is {out}, and there are {len(sources)} inputs; give a folder")
+    rows, failed = [], 0
+    for i, result in enumerate(pipe.stream(list(inputs), keep_going=keep_going)):
+        row = result.to_dict()
+        if isinstance(result, Failure):
+            failed += 1
+        elif out is not None:
+            place = out if out.suffix == ".csv" else out / f"{i:03d}_{Path(result.source).stem}.csv"
+            row["csv"] = str(result.save_csv(place))  # type: ignore[attr-defined]
+        rows.append(row)
+        if not as_json:
+            click.echo(str(result) + (f"  -> {row['csv']}" if "csv" in row else ""))
+    if as_json:
+        output.emit(rows)
+    return 1 if failed else 0
+
+
+@click.command()
+@click.argument("name")
+@click.argument("data", type=click.Path(exists=True, path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the weights.")
+@click.option("--epochs", default=200, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Graphs.")
+@click.option("--rate", default=1e-3, show_default=True, type=float)
+@click.option("--warmup", default=10, show_default=True, type=click.IntRange(min=0), help="Epochs.")
+@click.option("--directed", is_flag=True, help="Edges count in their own direction only.")
+@click.option("--encoding", type=click.Choice(["laplacian", "random-walk"]), help="For models with pe_dim.")
+@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as layers=2.")
+@output.as_json
+def train_graphs(
+    name: str,
+    data: Path,
+    out: Path,
+    epochs: int,
+    batch_size: int,
+    rate: float,
+    warmup: int,
+    directed: bool,
+    encoding: str | None,
+    seed: int,
+    device: str,
+    choices: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Train the node or graph model NAME on the labelled graphs in DATA: 80 % of them, 10 % to choose the epoch, 10 %
+    to measure.
+
+    Widths of features and the number of classes follow from the data. DATA is what `zoo predict-graphs` reads, with
+    labels (nodes.csv: a column label; npz and JSON: y).
+
+    \b
+        zoo train-graphs gmn_graph molecules.json --out trained --epochs 50
+    """
+    import numpy as np
+    import torch
+
+    import zoo
+
+    from .files import read_graphs
+    from .training import fit, score
+    from .validation import numbered
+
+    graphs = read_graphs(data, directed=directed)
+    if len(graphs) < 10:
+        raise click.UsageError(f"{data} holds {len(graphs)} graphs; at least 10 are needed")
+    arguments = output.pairs(choices, "--set")
+    shape = zoo.create(name, device="meta", **arguments)
+    own = {"node_dim": 0 if graphs[0].x is None else graphs[0].x.shape[1]}
+    if graphs[0].edge_attr is not None:
+        own["edge_dim"] = graphs[0].edge_attr.shape[1]
+    names = None
+    if shape.kind == "classification":
+        names = numbered(graphs, None)
+        own["out_dim"] = len(names)
+    torch.manual_seed(seed)
+    model = zoo.create(name, **{**own, **arguments}).to(device)
+    order = np.random.default_rng(seed).permutation(len(graphs))
+    first, second = int(0.8 * len(order)), int(0.9 * len(order))
+    parts = [[graphs[i] for i in order[a:b]] for a, b in ((0, first), (first, second), (second, len(order)))]
+
+    def report(epoch: Any) -> None:
+        if not as_json:
+            click.echo(f"epoch {epoch.number:3} loss {epoch.loss:.4f} validation {epoch.score:.4f}")
+
+    settings = {"epochs": epochs, "batch_size": batch_size, "rate": rate, "warmup_epochs": warmup}
+    fit(model, parts[0], parts[1], encoding=encoding, seed=seed, report=report, **settings)  # type: ignore[arg-type]
+    found = score(model, parts[2], batch_size=batch_size, encoding=encoding)
+    what = "mean absolute error" if model.kind == "regression" else "accuracy"
+    value = -found if model.kind == "regression" else found
+    metric = {"name": what, "value": value, "dataset": data.name, "split": f"{len(parts[2])} graphs"}
+    zoo.save(model.cpu(), out, labels=names, metrics=[metric | {"source": "measured by zoo train-graphs"}])
+    if as_json:
+        output.emit({what: value, "graphs": [len(p) for p in parts], "folder": str(out)})
+        return
+    click.echo(f"{len(parts[2])} test graphs: {what} {value:.4f}")
+    click.echo(f"saved to {out}; try: zoo predict-graphs ./{out} FILE --out answers.csv")
