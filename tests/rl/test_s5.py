@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import zoo
-from zoo_rl.s5_rl import S5ActorCritic, S5Stack, arguments_of, reset_marks
+from zoo_rl.s5_rl import S5ActorCritic, S5Stack, Unrolled, arguments_of, reset_marks
 
 H, P, LAYERS = 6, 4, 2
 
@@ -145,6 +145,19 @@ def test_whole_trajectories_equal_steps(continuous):
         torch.testing.assert_close(torch.stack([s[name] for s in steps], 1), value, rtol=1e-4, atol=1e-5)
     for a, b in zip(whole_state, step_state, strict=True):
         torch.testing.assert_close(a["ssm"], b["ssm"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("conj_sym", [True, False])
+def test_unrolled_steps_are_steps(conj_sym):
+    model = agent(C_init="trunc_standard_normal", conj_sym=conj_sym, do_norm=True, prenorm=True)
+    obs, resets = torch.randn(3, 20, 5), torch.rand(3, 20) < 0.2
+    a, b = model.init_state(3), model.init_state(3)
+    fast = Unrolled(model)
+    with torch.no_grad():
+        for t in range(20):
+            wanted, found = model.step(obs[:, t], a, resets[:, t]), fast.step(obs[:, t], b, resets[:, t])
+            for name in wanted:
+                torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_reset_forgets_everything():

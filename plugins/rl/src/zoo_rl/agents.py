@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import distributions
 from .decision_mamba import DecisionMamba
 from .envs import extended
-from .s5_rl import S5ActorCritic
+from .s5_rl import S5ActorCritic, Unrolled
 
 
 class Agent(ABC):
@@ -120,13 +120,14 @@ class S5Agent(Agent):
         self.begin()
 
     def begin(self) -> None:
+        self.unrolled = Unrolled(self.policy)
         self.state = self.policy.init_state(self.count)
         self.last: Tensor | None = None
 
     def _act(self, observation: Tensor, reward: Tensor, first: Tensor) -> Tensor:
         if observation.shape[1] != self.policy.obs_dim:
             observation = extended(observation, self.last, self.action_dim, first)
-        outputs = self.policy.step(observation, self.state, torch.ones_like(first) if self.memoryless else first)
+        outputs = self.unrolled.step(observation, self.state, torch.ones_like(first) if self.memoryless else first)
         action = distributions.mode(outputs) if self.greedy else distributions.sample(outputs, self.generator)
         self.last = action
         return action

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import distributions
 from .envs import Environment
-from .s5_rl import Memory, S5ActorCritic
+from .s5_rl import Memory, S5ActorCritic, Unrolled
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,9 @@ class Trainer:
         s, start = self.settings, [{"ssm": m["ssm"].clone()} for m in self.memory]
         rows: dict[str, list[Tensor]] = {k: [] for k in ("obs", "reset", "action", "log_prob", "value", "reward")}
         self.returns = []
+        policy = Unrolled(self.model)
         for _ in range(s.steps):
-            out = self.model.step(self.obs, self.memory, self._marks(self.reset))
+            out = policy.step(self.obs, self.memory, self._marks(self.reset))
             action = distributions.sample(out, self.generator)
             obs, reward, done = self.env.step(action)
             found = (self.obs, self.reset, action, distributions.log_prob(out, action), out["value"], reward)
@@ -148,7 +149,7 @@ class Trainer:
             self.obs, self.reset = obs, done
         # the value of what comes next, without moving the memory on
         ahead = [{"ssm": m["ssm"].clone()} for m in self.memory]
-        last = self.model.step(self.obs, ahead, self._marks(self.reset))["value"]
+        last = policy.step(self.obs, ahead, self._marks(self.reset))["value"]
         r = {name: torch.stack(values, 1) for name, values in rows.items()}
         next_resets = torch.cat([r["reset"][:, 1:], self.reset[:, None]], 1)
         advantages = advantages_of(r["value"], r["reward"], next_resets, last, s.gamma, s.gae_lambda)

@@ -199,6 +199,41 @@ class S5ActorCritic(nn.Module):
         return self._heads(self.s5.step(self._encode(obs), state, reset=reset))
 
 
+class Unrolled:
+    """:meth:`S5ActorCritic.step` with what depends on the weights alone computed once: for runs of many steps between
+    which the weights do not change. No gradients; weights that change later are not seen."""
+
+    @torch.no_grad()
+    def __init__(self, model: S5ActorCritic) -> None:
+        self.model = model
+        self.layers = []
+        for layer in model.s5.layers:
+            seq = layer.seq
+            A, B, C = seq.discrete()  # type: ignore[union-attr, operator]
+            # real and imaginary parts side by side, as complex numbers lie in memory
+            inward = torch.view_as_real(B).transpose(1, 2).flatten(0, 1).contiguous()
+            outward = torch.view_as_real(C.conj().resolve_conj()).flatten(1).contiguous()
+            self.layers.append((layer, A, inward, outward * 2 if seq.conj_sym else outward, seq.D))  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def step(self, obs: Tensor, state: Memory, reset: Tensor | None = None) -> dict[str, Tensor]:
+        """As :meth:`S5ActorCritic.step`."""
+        model = self.model
+        x = model._encode(obs)
+        for (layer, A, inward, outward, D), inside in zip(self.layers, state, strict=True):
+
+            def mix(u: Tensor, A=A, inward=inward, outward=outward, D=D, s=inside["ssm"]) -> Tensor:
+                if reset is not None and not model.no_reset:
+                    s.masked_fill_((reset != 0)[:, None], 0)
+                given = F.linear(u.to(inward.dtype), inward).unflatten(-1, (-1, 2))
+                s.mul_(A).add_(torch.view_as_complex(given))
+                y = F.linear(torch.view_as_real(s).flatten(-2), outward)
+                return (y + D * u).to(u.dtype)
+
+            x = layer._around(x, mix)  # type: ignore[union-attr, operator]
+        return model._heads(x)
+
+
 # -- the original's format --------------------------------------------------------------------------------------------
 
 STACK_RULES = Rules(
