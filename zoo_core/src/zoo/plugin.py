@@ -17,6 +17,7 @@ def zoo_models() -> Iterable[ModelCard]:
 @hookimpl
 def zoo_adapters() -> Mapping[str, str]:
     return {
+        "dsf": "zoo.systems.dsf:DSFAdapter",
         "s4": "zoo.systems.s4:S4Adapter",
         "survey_visual": "zoo.systems.survey_visual:ScanOrdersAdapter",
     }
