@@ -1,16 +1,19 @@
 """SpaceTime's flags, its streams and losses; TSM2's properties. Parity with the originals is in tests/golden."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import zoo
+import zoo.testing
 from zoo_time_series._base import TRANSFORMS, affine_of
 from zoo_time_series.spacetime import MLP, ChannelDropout, SpaceTime, rmse, spacetime
 from zoo_time_series.tsm2 import TSM2
 
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "lag": 24,
     "horizon": 7,
@@ -89,6 +92,12 @@ def test_the_original_builds_from_its_own_arguments_and_back():
     assert adapter.to_reference(again.state_dict(), model=again).keys() == state.keys()
     with pytest.raises(zoo.errors.KeysDoNotMatch):
         adapter.build(CONFIG, {k: v for k, v in state.items() if not k.endswith("ssm.k")})
+
+
+@pytest.mark.parametrize("name", ["spacetime__companion_uni", "mambamixer__tsm2_thirdparty"])
+def test_gradients_are_the_originals(name):
+    found = zoo.testing.check_golden(ROOT / "tests" / "golden" / f"{name}.safetensors", grad=True)
+    assert any(key.startswith("grad/") for key in found)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

@@ -256,7 +256,11 @@ class ClosedLoopCompanionSSM(CompanionSSM):
 
     def roll_out(self, state: Tensor, horizon: int) -> Tensor:
         """Outputs y_0 .. y_{horizon-1}, (batch, horizon, D), from a state (batch, D, d)."""
-        rows = self.kept(("rows", horizon), lambda: self._rows(horizon))
+        if self.training or torch.is_grad_enabled():
+            rows = self._rows(horizon)
+        else:  # one memory for every horizon up to the model's own: it is the largest thing that is kept
+            longest = max(horizon, self.horizon)
+            rows = self.kept(("rows", longest), lambda: self._rows(longest))[..., :horizon]
         return (state.to(rows.dtype).transpose(0, 1) @ rows).permute(1, 2, 0)
 
     def next_inputs(self, state: Tensor, horizon: int) -> Tensor:
