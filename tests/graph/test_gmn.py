@@ -127,6 +127,7 @@ def test_block_is_two_mixers():
     p = block.norm(x)
     expected = x + block.out(block.forwards(p) + block.backwards(p.flip(1)).flip(1))
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(block.last(x), expected[:, -1], rtol=1e-4, atol=1e-6)
 
 
 def test_walks_are_fixed_in_evaluation_and_new_in_training():

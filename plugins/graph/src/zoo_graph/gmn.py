@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers import Linear, Mamba
@@ -42,6 +43,14 @@ class BidirectionalMamba(nn.Module):
         there = self.forwards(p, path=path, resets=resets[0])
         back = self.backwards(p, path=path, resets=resets[1], reverse=True)
         return x + self.out(there + back)
+
+    def last(self, x: Tensor) -> Tensor:
+        """:meth:`forward` at the last position, (batch, D): where backwards begins, so that it has seen one token."""
+        p = self.norm(x)
+        y, z = self.forwards.mix(p, gate=False)
+        there = self.forwards.out_proj(y[:, -1] * F.silu(z[:, -1]))
+        back = self.backwards(p[:, -1:])[:, 0]
+        return x[:, -1] + self.out(there + back)
 
 
 class GMN(nn.Module):
@@ -101,10 +110,10 @@ class GMN(nn.Module):
         self.mpnn = nn.ModuleList(GatedGCN(dim_h, dropout) for _ in range(layers if mpnn else 0))
         self.dropout = nn.Dropout(dropout)
         self.head = Head(dim_h, out_dim, level, pooling)
-        ends = [
-            f"{name}.{len(stack) - 1}" for name, stack in (("local", self.local), ("mpnn", self.mpnn)) if len(stack)
-        ]
-        self.unused_parameters = tuple(f"{end}.bn_edge_e" for end in ends)  # their edge features go nowhere
+        # A stack's last edge features go nowhere, and the last block is read where its backward scan begins.
+        stacks = {"local": self.local, "mpnn": self.mpnn}
+        unused = [f"{k}.{len(s) - 1}.bn_edge_e" for k, s in stacks.items() if len(s)]
+        self.unused_parameters = (*unused, *([f"blocks.{layers - 1}.backwards.A_log"] if m else []))
 
     @property
     def positions(self) -> int:
@@ -162,9 +171,10 @@ class GMN(nn.Module):
         for layer in self.local:
             members, e = layer(members, edges, e)
         sequence = segment_mean(members, token, nodes * self.positions).view(nodes, self.positions, width)
-        for block in self.blocks:
+        *first, last = self.blocks
+        for block in first:
             sequence = block(sequence)
-        return sequence[:, -1]
+        return last.last(sequence)  # type: ignore[union-attr, operator]
 
     def node_sequence(self, h: Tensor, edge_index: Tensor, graph: Tensor) -> Tensor:
         """Node vectors (nodes, D) through one sequence a graph, nodes in order of degree, ascending."""
