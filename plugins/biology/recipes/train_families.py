@@ -1,6 +1,6 @@
 """Trains and measures prot_xlstm_micro.families: a model of generated protein families, homologs in context.
 
-python plugins/biology/recipes/train_families.py [--steps 2500] [--only-score]
+python plugins/biology/recipes/train_families.py [--steps 800] [--only-score]
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def auc(high: list[float], low: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--only-score", action="store_true")
     options = parser.parse_args()

@@ -24,8 +24,8 @@ def write_table(path: str | Path, columns: Mapping[str, Sequence[Any]]) -> Path:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        arrow = optional("pyarrow", "writing parquet", "pyarrow", otherwise="or write .csv")
-        parquet = optional("pyarrow.parquet", "writing parquet", "pyarrow", otherwise="or write .csv")
+        arrow = optional("pyarrow", "writing parquet", "ssm-zoo-biology[parquet]", otherwise="or write .csv")
+        parquet = optional("pyarrow.parquet", "writing parquet", "ssm-zoo-biology[parquet]", otherwise="or write .csv")
         parquet.write_table(arrow.table({name: list(values) for name, values in columns.items()}), path)
         return path
     rows = list(zip(*columns.values(), strict=True))
