@@ -12,6 +12,7 @@ from zoo_language.generation import Sampling, choose, generate, stream
 from zoo_language.hax import HaxLM
 from zoo_language.icll import InContextLM
 from zoo_language.mamba import MambaLM
+from zoo_language.memmamba import MemMambaLM
 from zoo_language.phi_mamba import PhiMambaLM
 from zoo_language.sambay import SambaY
 from zoo_language.scoring import continuation_loglikelihood, score
@@ -40,6 +41,7 @@ OTHERS = {
     "hax": lambda: HaxLM(32, 2, 50, "mamba2", "sign_bin_lsh+key_selection", 4, 3, 32, MAMBA2, causal=True),
     "hax_window": lambda: HaxLM(32, 2, 50, "mamba", "sliding_window+dilated", 4, 3, 32, {"d_state": 4}),
     "bmojo": lambda: BMojoLM(32, 2, 50, 4, 2, 6, 24, bmojo_layers=[1], window=4, ssm="gka", eidetic=2),
+    "memmamba": lambda: MemMambaLM(32, 3, 50, {"d_state": 4}, 6, 4, chunk=3, cross_layer_every=2),
     "bdh": lambda: BDH(50, levels=3, d_model=16, heads=2, multiplier=8),
 }
 MAMBA2 = {"d_state": 8, "headdim": 8}
