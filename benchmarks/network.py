@@ -60,7 +60,7 @@ def main() -> None:
         reading = shortest({"capture": prepare}, arguments.repeat)["capture"] / len(flows)
     print(f"{len(flows)} flows in the capture; {arguments.flows} at a time, {arguments.threads} threads, float32")
     for name in ("netmamba_classifier", "netmamba_micro.generated"):
-        model = (zoo.load if "." in name else zoo.create)(name).eval()
+        model = (zoo.load if "." in name else zoo.create)(name).float().eval()
         x = to_tensor(flows[: arguments.flows])
 
         def reference(model=model, x=x) -> torch.Tensor:

@@ -72,6 +72,7 @@ RAW = {
     "timestamp": (b"\x0d" + bytes(19) + b"rest", 1, 20),
     "unreachable": (b"\3\1" + bytes(6) + ipv4(udp(b""), 17), 1, None),
     "unreachable, with data": (b"\3\1" + bytes(6) + ipv4(udp(b"abcd"), 17), 1, 8 + 28),
+    "unreachable, quoting dns": (b"\3\1" + bytes(6) + ipv4(udp(bytes(12), target=53), 17), 1, 8 + 28),
     "unreachable, 8 bytes of tcp": (b"\3\1" + bytes(6) + ipv4(tcp(b"")[:8], 6, total=40), 1, None),
     "ip in ip": (ipv4(udp(b"abcd"), 17), 4, 28),
     "another protocol": (b"anything", 89, 0),

@@ -44,6 +44,8 @@ class GraphMambaAdapter(ReferenceAdapter):
         assert isinstance(model, GPSLayers)
         call = call if isinstance(call, Mapping) else {}
         train = call.get("split") == "train"  # the original's choice, whatever the module's mode
+        was = model.training
+        model.train(call.get("mode") == "train")  # of the batch norms
         x, edge_index, edge_attr = inputs["x"], inputs["edge_index"], inputs["edge_attr"]
         batch = inputs.get("batch")
         batch = edge_index.new_zeros(x.shape[0]) if batch is None else batch
@@ -66,6 +68,7 @@ class GraphMambaAdapter(ReferenceAdapter):
             }
             x, edge_attr = layer(x, edge_index, edge_attr, graph, count, train=train, **own)
             found[f"mid/layer{i}_x"] = x
+        model.train(was)
         return found | {"x": x, "edge_attr": edge_attr, "loss": x.square().mean()}
 
     def loss(self, golden, named):

@@ -110,7 +110,7 @@ class _Encoder(nn.Module):
                 f"flows have shape {tuple(flows.shape)}; expected (batch, 1, H, W) or (batch, bytes) with "
                 f"{self.byte_length} bytes a flow"
             )
-        return self.patch_embed(flows.flatten(1)) + self.pos_embed[:, :-1]
+        return self.patch_embed(flows.flatten(1).to(self.pos_embed.dtype)) + self.pos_embed[:, :-1]
 
     def with_class_token(self, x: Tensor) -> Tensor:
         token = (self.cls_token + self.pos_embed[:, -1:]).expand(x.shape[0], -1, -1)

@@ -2,8 +2,8 @@
 
 The original asks scapy for the layer "Raw", which is what scapy leaves undissected. The rules here are scapy 2.8's for
 IPv4 with TCP, UDP (DNS and NTP are dissected), ICMP and IP in IP; what follows any other protocol's number, and every
-fragment but a datagram's first, is Raw from the end of the IP header. Protocols on UDP beyond DNS and NTP that scapy
-also dissects (DHCP, SNMP, ...) are Raw here.
+fragment but a datagram's first, is Raw from the end of the IP header. Protocols beyond DNS and NTP that scapy also
+dissects on their usual ports (DHCP, SNMP, SMB, ...) are Raw here.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _raw_in_transport(protocol: int, body: bytes, quoted: bool) -> int | None:
             return None
         return _after(20 + max((body[12] >> 4) * 4 - 20, 0), body) if len(body) >= 20 else 0
     if protocol == _UDP:
-        return _raw_in_udp(body) if len(body) >= 8 else 0
+        return _raw_in_udp(body, quoted) if len(body) >= 8 else 0
     if protocol == _ICMP:
         return _raw_in_icmp(body, quoted)
     if protocol == _IPIP and len(body) >= 20:
@@ -176,12 +176,14 @@ def _raw_in_icmp(body: bytes, quoted: bool) -> int | None:
     return _after(size, body)
 
 
-def _raw_in_udp(body: bytes) -> int | None:
+def _raw_in_udp(body: bytes, quoted: bool) -> int | None:
     data = body[8:][: _u16(body, 4) - 8]
     if not data:
         return None
     ports = {_u16(body, 0), _u16(body, 2)}
     found: int | None = 0
+    if quoted:  # what an ICMP error quotes is not looked into
+        return 8
     if ports & {53, 5353}:
         found = _raw_in_dns(data)
     elif 123 in ports and len(data) >= 48 and 1 <= data[0] & 7 <= 5:
