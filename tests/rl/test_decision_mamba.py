@@ -114,6 +114,25 @@ def test_the_causal_form_steps():
         model().init_agent(1)
 
 
+def test_begins_from_a_language_model():
+    m = model(num_layers=1)
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(
+        vocab_size=8, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=1, layer_norm_epsilon=1e-5
+    )
+    language = transformers.MambaForCausalLM(config).eval()
+    m.start_from(language.state_dict())
+    x = torch.randn(2, 9, 16)
+    with torch.no_grad():
+        wanted = language.backbone.layers[0].mixer(x)
+        torch.testing.assert_close(m.layers[0].mixer(x), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(m.layers[0].group_mixer(x), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"no 'backbone\.layers\.1\.norm\.weight'"):
+        model().start_from(language.state_dict())
+    with pytest.raises(ValueError, match=r"expected \(8,\)"):
+        DecisionMamba(5, 3, 8, 1, d_state=4).start_from(language.state_dict())
+
+
 def test_bad_input():
     m = model()
     states, actions, returns, times = window()

@@ -74,7 +74,7 @@ class Agent(ABC):
         if self.batch is None:
             action = action[0]
         if isinstance(observation, Tensor):
-            return action
+            return action.to(observation.device)
         return int(action) if action.dim() == 0 else action.float().cpu().numpy() if action.is_floating_point() else (
             action.cpu().numpy()
         )  # fmt: skip

@@ -228,6 +228,25 @@ class DecisionMamba(nn.Module):
                 found |= {f"block{i}_{name}": value for name, value in inside.items()} | {f"block{i}": x}
         return self.norm_f(x)
 
+    @torch.no_grad()
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Begin from a pre-trained Mamba language model in transformers' keys ("backbone.layers.0.norm.weight"), as
+        the original does with ``from_scratch`` unset: each block's mixer fills both of ours, norms follow.
+
+        Raises ValueError that names what is missing or of another shape, and changes nothing then.
+        """
+        taken: dict[str, Tensor] = {}
+        for key, tensor in self.state_dict().items():
+            theirs = f"backbone.{key.replace('group_mixer', 'mixer')}"
+            if not re.match(r"(layers\.\d+\.(norm|mixer|group_mixer)|norm_f)\.", key):
+                continue
+            if theirs not in state:
+                raise ValueError(f"the language model has no {theirs!r}; expected a Mamba of {len(self.layers)} layers")
+            if state[theirs].shape != tensor.shape:
+                raise ValueError(f"{theirs} has shape {tuple(state[theirs].shape)}; expected {tuple(tensor.shape)}")
+            taken[key] = state[theirs]
+        self.load_state_dict({**self.state_dict(), **taken})
+
     # -- whole
 
     def forward(self, states: Tensor, actions: Tensor, returns_to_go: Tensor, timesteps: Tensor) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ matter: the released loss sets the self-evolution's weight to 0 (``evolution="re
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ class Batch:
     returns_to_go: Tensor  #: (batch, K, 1)
     timesteps: Tensor  #: (batch, K)
     mask: Tensor  #: (batch, K) bool: steps that exist
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.states, self.actions, self.returns_to_go, self.timesteps
@@ -160,6 +164,7 @@ def train(
     windows = Windows(data, length, settings.scale, model.max_ep_len, causal=causal, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / settings.warmup, 1))
+    device = next(model.parameters()).device
     past: DecisionMamba | None = None
     began = time.perf_counter()
     for iteration in range(1, settings.iterations + 1):
@@ -167,7 +172,7 @@ def train(
         model.train()
         total = 0.0
         for _ in range(settings.steps):
-            batch = windows.draw(settings.batch_size)
+            batch = windows.draw(settings.batch_size).to(device)
             before = None
             if past is not None and weight:
                 with torch.no_grad():

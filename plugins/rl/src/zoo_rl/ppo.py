@@ -118,6 +118,7 @@ class Trainer:
                 "stays whole; change either number"
             )
         self.model, self.env, self.settings, self.memoryless = model, env, settings, memoryless
+        self.device = next(model.parameters()).device  # environments and rollouts stay on the CPU
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, eps=1e-5)
         self.obs = env.reset()
@@ -129,6 +130,10 @@ class Trainer:
     def _marks(self, reset: Tensor) -> Tensor:
         return torch.ones_like(reset) if self.memoryless else reset
 
+    def _act(self, policy: Unrolled, memory: Memory) -> dict[str, Tensor]:
+        found = policy.step(self.obs.to(self.device), memory, self._marks(self.reset).to(self.device))
+        return {name: value.cpu() for name, value in found.items()}
+
     @torch.no_grad()
     def rollout(self) -> Rollout:
         """Act for ``settings.steps`` steps."""
@@ -137,7 +142,7 @@ class Trainer:
         self.returns = []
         policy = Unrolled(self.model)
         for _ in range(s.steps):
-            out = policy.step(self.obs, self.memory, self._marks(self.reset))
+            out = self._act(policy, self.memory)
             action = distributions.sample(out, self.generator)
             obs, reward, done = self.env.step(action)
             found = (self.obs, self.reset, action, distributions.log_prob(out, action), out["value"], reward)
@@ -149,7 +154,7 @@ class Trainer:
             self.obs, self.reset = obs, done
         # the value of what comes next, without moving the memory on
         ahead = [{"ssm": m["ssm"].clone()} for m in self.memory]
-        last = policy.step(self.obs, ahead, self._marks(self.reset))["value"]
+        last = self._act(policy, ahead)["value"]
         r = {name: torch.stack(values, 1) for name, values in rows.items()}
         next_resets = torch.cat([r["reset"][:, 1:], self.reset[:, None]], 1)
         advantages = advantages_of(r["value"], r["reward"], next_resets, last, s.gamma, s.gae_lambda)
@@ -166,12 +171,12 @@ class Trainer:
         for _ in range(s.epochs):
             order = torch.randperm(self.env.num_envs, generator=self.generator)
             for rows in order.split(size):
-                memory = [{"ssm": m["ssm"][rows]} for m in data.memory]
-                outputs = self.model(data.obs[rows], self._marks(data.resets[rows]), state=memory)
+                memory = [{"ssm": m["ssm"][rows.to(self.device)]} for m in data.memory]
+                part = {name: x[rows].to(self.device) for name, x in vars(data).items() if name != "memory"}
+                outputs = self.model(part["obs"], self._marks(part["resets"]), state=memory)
                 loss, parts = ppo_loss(
-                    outputs, data.actions[rows], data.log_probs[rows], data.values[rows], data.advantages[rows],
-                    data.targets[rows], s,
-                )  # fmt: skip
+                    outputs, part["actions"], part["log_probs"], part["values"], part["advantages"], part["targets"], s
+                )
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.model.parameters(), s.max_grad_norm)

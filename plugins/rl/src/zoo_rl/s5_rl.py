@@ -259,6 +259,11 @@ RULES = STACK_RULES.nested("s5/", "s5.") + Rules(
 
 STACK_KEYS = ("activation", "do_norm", "prenorm", "do_gtrxl_norm", "conj_sym", "clip_eigs", "C_init", "discretization",
               "dt_min", "dt_max")  # fmt: skip
+#: Of the original's script: how it trains.
+TRAINING_KEYS = {
+    *("lr", "num_envs", "num_steps", "total_timesteps", "update_epochs", "num_minibatches", "gamma", "gae_lambda"),
+    *("clip_eps", "ent_coef", "vf_coef", "max_grad_norm", "anneal_lr", "debug", "log", "env_name"),
+}
 OTHER_KEYS = {"d_model", "ssm_size", "n_layers", "P", "blocks", "bidirectional", "step_rescale", "action_dim",
               "obs_dim", "continuous", "no_reset"}  # fmt: skip
 
@@ -266,7 +271,7 @@ OTHER_KEYS = {"d_model", "ssm_size", "n_layers", "P", "blocks", "bidirectional",
 def arguments_of(config: Mapping[str, Any], states: int | None = None) -> dict[str, Any]:
     """Our arguments from the original's, in its own spelling or its script's ("S5_D_MODEL"). ``states``: P, if known
     from the weights. Raises ValueError for what is not built."""
-    config = {k.lower().removeprefix("s5_"): v for k, v in config.items()}
+    config = {k.lower().removeprefix("s5_"): v for k, v in config.items() if k.lower() not in TRAINING_KEYS}
     known = {k.lower(): k for k in (*STACK_KEYS, *OTHER_KEYS)}
     unknown = [k for k in config if k not in known]
     if unknown:
