@@ -124,7 +124,7 @@ def test_saving(tmp_path, name):
         text = path.read_text()
         assert "e31" in text
         assert "sequence" in text
-    with pytest.raises(ValueError, match="no table is written as .xls"):
+    with pytest.raises(ValueError, match=r"no table is written as \.xls"):
         answer.save(tmp_path / "a.xls")
 
 
@@ -142,7 +142,7 @@ def test_what_is_no_dna(tmp_path):
     (tmp_path / "e.fa").write_text(">a\n>b\nACGT\n")
     with pytest.raises(ValueError, match="'a' has no sequence"):
         pipe(tmp_path / "e.fa")
-    with pytest.raises(errors.LocalFileMissing, match="there is no file 'not_here.fa'"):
+    with pytest.raises(errors.LocalFileMissing, match=r"there is no file .not_here\.fa."):
         pipe("not_here.fa")
     for bad in ({"window": 0}, {"margin": -1}, {"pool": "mean"}, {"batch": 0}):
         with pytest.raises(errors.BadArgument):

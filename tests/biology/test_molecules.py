@@ -100,7 +100,7 @@ def test_saving(tmp_path):
 
 def test_refusals(tmp_path):
     net = model()
-    with pytest.raises(errors.BadArgument, match="init_arguments.json"):
+    with pytest.raises(errors.BadArgument, match=r"init_arguments\.json"):
         MoleculeGeneration(net)
     with pytest.raises(errors.BadArgument, match="for a model of 3"):
         MoleculeGeneration(XLSTMLM(3, 32, 1), vocabulary=WORDS)

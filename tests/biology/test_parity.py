@@ -97,6 +97,39 @@ def test_refusals_of_dna(change, message):
         Adapter().build(_config("dna_rcps_slstm") | change, {}, source="ml-jku/DNA-xLSTM@x:xLSTMLMHeadModel")
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "prefix", "wrapped"),
+    [
+        ("dna_xlstm_1k_slstm", {"d_model": 32, "num_blocks": 2, "slstm_at": [0, 1]}, "model.backbone.", True),
+        ("dna_xlstm_1k_ps", {"d_model": 32, "num_blocks": 2, "slstm_at": [0, 1]}, "backbone.", False),
+        ("protxlstm_26m", {"d_model": 32, "num_blocks": 2}, "backbone.", False),
+        ("chem_xlstm_15m", {"d_model": 64, "num_blocks": 1}, "model.", False),
+    ],
+)
+def test_a_file_of_the_authors_is_loaded(tmp_path, name, config, prefix, wrapped):
+    """A pickled state dict under the originals' keys, as their servers hold it, given as checkpoint=."""
+    model = zoo.create(name, **config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.reference_prefix = prefix
+    state = Adapter().to_reference(model.state_dict(), model=model)
+    assert all(key.startswith(prefix) for key in state)
+    torch.save({"state_dict": state, "epoch": 3} if wrapped else state, tmp_path / "file.pt")
+    if name == "dna_xlstm_1k_ps":  # no weights are known, so the card says nothing of their format
+        again = zoo.from_reference("bio_xlstm", DNA_SCRIPT, torch.load(tmp_path / "file.pt", weights_only=True))
+    else:
+        again = zoo.load(name, checkpoint=tmp_path / "file.pt", **config)
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+DNA_SCRIPT = {
+    "d_model": 32, "n_layer": 2, "vocab_size": 12, "s_lstm_at": [0, 1], "s_num_heads": 4, "s_proj_factor": 1.1,
+    "s_round_proj_up_dim_up": False, "s_round_proj_up_to_multiple_of": 8, "bidirectional": True, "rcps": True,
+}  # fmt: skip
+
+
 def test_a_published_configuration_gives_the_arguments():
     """Prot-xLSTM's config.json is its dataclass as a dictionary, private fields included."""
     config = _config("prot_rot2d_chunkwise") | {"_block_map": "0,0", "slstm_at": [], "slstm_block": None}

@@ -77,6 +77,17 @@ def test_mutations_that_do_not_fit(family, mutations, message):
         ProteinScoring(model(), target="third", mutations=mutations)(family)
 
 
+def test_candidates_are_scored_one_by_one(tmp_path, family):
+    """Each candidate's score is the one that it has as the last record of the file."""
+    (tmp_path / "new.fa").write_text(">a\nMKVLA\n>b\nMRV\n")
+    answer = ProteinScoring(model(), candidates=tmp_path / "new.fa")(family)
+    assert answer.names == ["a", "b"]
+    assert answer.scored == [6, 4]
+    for name, sequence, nats in zip("ab", ("MKVLA", "MRV"), answer.nats, strict=True):
+        (tmp_path / f"{name}.fa").write_text(A3M + f">{name}\n{sequence}\n")
+        assert abs(ProteinScoring(model())(tmp_path / f"{name}.fa").nats - nats) < 1e-5
+
+
 def test_targets(family):
     assert ProteinScoring(model())(family).target == "third"
     assert ProteinScoring(model(), target=0)(family).target == "first"

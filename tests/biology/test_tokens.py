@@ -34,7 +34,7 @@ def test_protein():
 
 
 def test_smiles_segments():
-    assert segment("C[C@@H](N)c1ccc(Br)cc1Cl") == list("C[C@@H](N)c1ccc(") + ["Br"] + list(")cc1") + ["Cl"]
+    assert segment("C[C@@H](N)c1ccc(Br)cc1Cl") == [*"C[C@@H](N)c1ccc(", "Br", *")cc1", "Cl"]
     assert segment("[Cs]C%12[Se]") == ["[", "Cs", "]", "C", "%12", "[", "Se", "]"]
     assert segment("Cs") == ["C", "s"]  # outside of a bracket two atoms
     assert segment("F/C=C\\F") == ["F", "/", "C", "=", "C", "F"]

@@ -14,29 +14,28 @@ from zoo_biology.tokens import Protein
 
 #: residues that stand in for each other
 KINDS = ("AVLIM", "FWY", "STNQ", "DE", "KRH", "G", "P", "C")
-ALPHABET = "".join(KINDS)
-KIND_OF = {residue: kind for kind in KINDS for residue in kind}
+
+
+#: residue -> the number of its kind, and the residues of each kind, repeated to equal lengths
+KIND = np.array([next(i for i, kind in enumerate(KINDS) if residue in kind) for residue in Protein.RESIDUES])
+MEMBERS = np.array([[Protein.RESIDUES.index((kind * 60)[i]) for i in range(60)] for kind in KINDS])
 
 
 class Family:
-    """An ancestor of 24 to 40 residues; 40 % of its places are fixed, the others change within their kind."""
+    """An ancestor of 24 to 40 residues (numbers in Protein.RESIDUES); 40 % of its places are fixed, the others change
+    within their kind."""
 
     def __init__(self, generator: np.random.Generator) -> None:
         length = int(generator.integers(24, 41))
-        self.ancestor = "".join(generator.choice(list(ALPHABET), length))
+        self.ancestor = generator.integers(0, 20, length)
         self.fixed = generator.random(length) < 0.4
 
-    def member(self, generator: np.random.Generator) -> str:
-        """One homolog: the ancestor with half of the variable places drawn anew from their kind."""
-        new = generator.random(len(self.ancestor)) < 0.5
-        return "".join(
-            residue if fixed or not change else str(generator.choice(list(KIND_OF[residue])))
-            for residue, fixed, change in zip(self.ancestor, self.fixed, new, strict=True)
-        )
-
     def members(self, count: int, generator: np.random.Generator) -> list[list[int]]:
-        tokens = Protein()
-        return [tokens.encode(self.member(generator)) for _ in range(count)]
+        """Homologs as token ids: the ancestor with half of the variable places drawn anew from their kind."""
+        shape = (count, len(self.ancestor))
+        change = ~self.fixed & (generator.random(shape) < 0.5)
+        drawn = MEMBERS[KIND[self.ancestor], generator.integers(0, 60, shape)]
+        return (np.where(change, drawn, self.ancestor) + Protein.FIRST).tolist()
 
 
 def main() -> None:
@@ -47,7 +46,8 @@ def main() -> None:
     options = parser.parse_args()
     generator = np.random.default_rng(options.seed)
     family = Family(generator)
-    write_fasta(options.out, [Record(f"homolog{i + 1}", family.member(generator)) for i in range(options.count)])
+    members = family.members(options.count, generator)
+    write_fasta(options.out, [Record(f"homolog{i + 1}", Protein().decode(ids)) for i, ids in enumerate(members)])
 
 
 if __name__ == "__main__":

@@ -29,22 +29,21 @@ def draw(count: int, generator: torch.Generator, family: int | None = None) -> t
     each base another one with probability ERROR: the reverse complement of such a sequence is as likely as itself.
     """
     motifs = library()
+    slots = LENGTH // (2 * WIDTH)
 
     def integers(high: int, *shape: int) -> Tensor:
         return torch.randint(0, high, shape, generator=generator)
 
-    bases, which = integers(4, count, LENGTH), torch.full((count, LENGTH), -1)
-    slots = LENGTH // (2 * WIDTH)
-    for row in range(count):
-        for slot in range(slots):
-            start = slot * 2 * WIDTH + int(integers(WIDTH, 1))
-            kind = int(integers(FAMILIES, 1)) if family is None else family
-            motif = motifs[kind]
-            wrong = torch.rand(WIDTH, generator=generator) < ERROR
-            motif = torch.where(wrong, (motif + 1 + integers(3, WIDTH)) % 4, motif)
-            if int(integers(2, 1)):
-                motif = COMPLEMENT[motif.flip(0)]
-            bases[row, start : start + WIDTH], which[row, start : start + WIDTH] = motif, kind
+    kind = integers(FAMILIES, count, slots) if family is None else torch.full((count, slots), family)
+    planted = motifs[kind]
+    wrong = torch.rand(planted.shape, generator=generator) < ERROR
+    planted = torch.where(wrong, (planted + 1 + integers(3, *planted.shape)) % 4, planted)
+    other_strand = integers(2, count, slots, 1).bool()
+    planted = torch.where(other_strand, COMPLEMENT[planted.flip(2)], planted)
+    start = torch.arange(slots) * 2 * WIDTH + integers(WIDTH, count, slots)
+    places = (start[..., None] + torch.arange(WIDTH)).flatten(1)
+    bases = integers(4, count, LENGTH).scatter(1, places, planted.flatten(1))
+    which = torch.full((count, LENGTH), -1).scatter(1, places, kind[..., None].expand_as(planted).flatten(1))
     return bases, which
 
 

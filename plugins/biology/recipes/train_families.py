@@ -1,6 +1,6 @@
 """Trains and measures prot_xlstm_micro.families: a model of generated protein families, homologs in context.
 
-python plugins/biology/recipes/train_families.py [--steps 800] [--only-score]
+python plugins/biology/recipes/train_families.py [--steps 1200] [--only-score]
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import zoo
 from zoo_biology.homologs import Context, context, draw_spans, protein, single_site
 from zoo_biology.tokens import Protein
 
-FILE, LENGTH = "prot_xlstm_micro.families.safetensors", 256
+FILE, LENGTH = "prot_xlstm_micro.families.safetensors", 224
 
 
 def sample(generator: np.random.Generator) -> Context:
     """LENGTH tokens: members of one family one after the other, patches cut out of each."""
-    family, whole, number = families.Family(generator), Context(), 0
-    while len(whole) <= LENGTH:
-        residues = family.members(1, generator)[0]
+    whole = Context()
+    for number, residues in enumerate(families.Family(generator).members(12, generator)):
         whole += protein(residues, number, draw_spans(len(residues), generator))
-        number += 1
+        if len(whole) > LENGTH:
+            break
     return Context(whole.ids[: LENGTH + 1], whole.positions[: LENGTH + 1], whole.sequences[: LENGTH + 1])
 
 
@@ -74,7 +74,8 @@ def measure(model: torch.nn.Module) -> None:
             for residue in Protein.RESIDUES:
                 if residue == wild[place]:
                     continue
-                allowed = not family.fixed[place] and families.KIND_OF[residue] == families.KIND_OF[wild[place]]
+                kinds = families.KIND[[Protein.RESIDUES.index(residue), Protein.RESIDUES.index(wild[place])]]
+                allowed = not family.fixed[place] and kinds[0] == kinds[1]
                 change = scores[Protein.RESIDUES.index(residue)] - scores[Protein.RESIDUES.index(wild[place])]
                 (kept if allowed else broken).append(float(change))
     print(f"single mutations, allowed against others in the family: AUC {auc(kept, broken):.4f}")
@@ -89,8 +90,8 @@ def auc(high: list[float], low: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--only-score", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """Trains and measures dna_xlstm_micro.motifs: a reverse-complement equivariant masked model of generated DNA.
 
-python plugins/biology/recipes/train_motifs.py [--steps 2000] [--only-score]
+python plugins/biology/recipes/train_motifs.py [--steps 900] [--only-score]
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def measure(model: torch.nn.Module) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--only-score", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)

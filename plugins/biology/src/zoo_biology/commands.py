@@ -77,6 +77,7 @@ def score_dna(model: str, fasta: Path, out: Path | None, as_json: bool, **chosen
 @click.argument("homologs", type=FILE)
 @click.option("--target", default="-1", show_default=True, help="Name or number of the record to score.")
 @click.option("--mutations", default="", help="'all', or a list like A10G,L3P.")
+@click.option("--candidates", type=FILE, help="Score each protein of this FASTA file after all HOMOLOGS instead.")
 @click.option("--context-tokens", default=131072, show_default=True, help="Residues of homologs read at most.")
 @options(LOADING)
 def score_protein(model: str, homologs: Path, out: Path | None, as_json: bool, **chosen: Any) -> None:

@@ -95,7 +95,8 @@ class _DNAPipeline(SequencePipeline):
             yield record
 
     def encode(self, record: Record) -> Tensor:
-        return torch.tensor(self.tokens.encode(record.sequence, f"the record {record.name!r}"))
+        """(length,) uint8: a chromosome takes as many bytes as it has bases."""
+        return torch.from_numpy(self.tokens.codes(record.sequence, f"the record {record.name!r}"))
 
 
 class DNAEmbedding(_DNAPipeline):
@@ -166,7 +167,7 @@ class DNAEmbedding(_DNAPipeline):
             yield from self._embed(waiting)
 
     def _embed(self, pieces: list[tuple[int, int, int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-        rows = torch.stack([piece[3] for piece in pieces]).to(self.device)
+        rows = torch.stack([piece[3] for piece in pieces]).to(self.device, torch.long)
         x = self._hidden(rows)
         if self.both_strands and not self.dna.rcps:
             complement = torch.tensor([0, 1, 2, 3, 4, 5, 6, 10, 9, 8, 7, 11], device=self.device)
@@ -212,13 +213,13 @@ class DNALikelihood(_DNAPipeline):
         state = self.dna.init_state(1)
         yield ids.new_zeros(0, dtype=torch.float32)
         for start in range(0, len(ids) - 1, self.window):
-            piece = ids[start : min(start + self.window, len(ids) - 1)]
-            logits = self.dna(piece[None], state=state)[0].float()
-            yield -logits.log_softmax(-1).gather(1, ids[start + 1 : start + 1 + len(piece), None])[:, 0]
+            end = min(start + self.window, len(ids) - 1)
+            logits = self.dna(ids[None, start:end].long(), state=state)[0].float()
+            yield -logits.log_softmax(-1).gather(1, ids[start + 1 : end + 1, None].long())[:, 0]
 
     def _hidden_ones(self, ids: Tensor) -> Iterator[Tensor]:
         for start in range(0, len(ids), self.window):
-            piece = ids[start : start + self.window]
+            piece = ids[start : start + self.window].long()
             every = min(EVERY, len(piece))
             asked = torch.arange(len(piece), device=piece.device) % every == torch.arange(
                 every, device=piece.device

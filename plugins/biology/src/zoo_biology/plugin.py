@@ -32,6 +32,15 @@ def zoo_pipelines() -> Mapping[str, str]:
 
 
 @hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [
+        {"model": "dna_xlstm_micro.motifs", "file": "examples/motifs.fa"},
+        {"model": "prot_xlstm_micro.families", "file": "examples/family.fa"},
+        {"model": "chem_xlstm_micro.series", "file": "examples/series.smi"},
+    ]
+
+
+@hookimpl
 def zoo_commands() -> Mapping[str, str]:
     return {
         "embed-dna": "zoo_biology.commands:embed_dna",

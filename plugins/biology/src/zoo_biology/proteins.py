@@ -15,6 +15,7 @@ from zoo.pipelines import Result
 from zoo_registry import errors
 
 from ._base import SequencePipeline, at_least_one
+from .genomes import Likelihoods
 from .homologs import Context, context, protein, single_site
 from .outputs import write_table
 from .protein import ProtXLSTM
@@ -178,7 +179,9 @@ class ProteinScoring(_ProteinPipeline):
     Inputs: a FASTA or A3M file (gaps are taken out, insertions become residues), a list of records, or one sequence.
     Options: ``target``: name or number of the record that is scored (default: the last one); ``mutations``: "all", a
     list, or a string like "A10G,L3P" (residues counted from 1 in the target without gaps); ``context_tokens``: at most
-    so many of the homologs' residues are read, the last homologs first; ``batch``: places at a time.
+    so many of the homologs' residues are read, the last homologs first; ``candidates``: a FASTA file or records, each
+    of which is scored after all homologs of the input instead (its answer has a row for each); ``batch``: places at a
+    time.
 
     For mutations the target itself is read once as the last homolog, as the authors do.
     """
@@ -191,24 +194,27 @@ class ProteinScoring(_ProteinPipeline):
         target: str | int = -1,
         mutations: str | Sequence[str] = (),
         context_tokens: int = 131072,
+        candidates: str | Path | Sequence[Record] | None = None,
         batch: int = 16,
     ) -> None:
         super().__init__(model, target, context_tokens)
         at_least_one(batch=batch)
+        self.candidates: list[Record] = []
+        if candidates is not None:
+            self.candidates = read_fasta(candidates) if isinstance(candidates, str | Path) else list(candidates)
         if isinstance(mutations, str) and mutations != "all":
             mutations = [text.strip() for text in mutations.split(",") if text.strip()]
         self.mutations, self.batch = mutations, batch
 
-    def answer(self, sample: Homologs) -> ProteinScores:
+    def answer(self, sample: Homologs) -> Result:
+        if self.candidates:
+            return self._each(sample)
         wanted = self._asked(sample)
         state = self.after(context(sample.others))[1]
         number = len(sample.others)
         whole = protein(sample.target_ids, number)
-        logits = self._logits([whole], state.fork())[0]
-        expected = torch.tensor([*whole.ids[1:], Protein.CLS])
-        nats = -logits.log_softmax(-1).gather(1, expected[:, None])
         found = ProteinScores(
-            target=sample.target.name, homologs=number, residues=len(sample.target_ids), nats=float(nats.mean()),
+            target=sample.target.name, homologs=number, residues=len(sample.target_ids), nats=self._cost(whole, state),
             notes=sample.notes,
         )  # fmt: skip
         if not wanted:
@@ -226,6 +232,24 @@ class ProteinScoring(_ProteinPipeline):
             found.mutations.append(f"{Protein.LETTERS[wild]}{place + 1}{Protein.RESIDUES[mutant]}")
             found.effects.append(float(scores[place][mutant] - scores[place][wild]))
         return found
+
+    def _each(self, sample: Homologs) -> Likelihoods:
+        """The candidates, each by itself after all of the homologs."""
+        others = [*sample.others, sample.target_ids]
+        state = self.after(context(others))[1]
+        found = Likelihoods()
+        for record in self.candidates:
+            ids = self.tokens.encode(record.sequence, f"the candidate {record.name!r}")
+            found.names.append(record.name)
+            found.scored.append(len(ids) + 1)
+            found.nats.append(self._cost(protein(ids, len(others)), state))
+        return found
+
+    def _cost(self, whole: Context, state: State) -> float:
+        """Mean -ln p of a protein's residues and its end after what ``state``, which stays, has read."""
+        logits = self._logits([whole], state.fork())[0]
+        expected = torch.tensor([*whole.ids[1:], Protein.CLS])
+        return -float(logits.log_softmax(-1).gather(1, expected[:, None]).mean())
 
     def _logits(self, rows: Sequence[Context], state: State) -> Tensor:
         """(rows, length, vocabulary) on the CPU, for contexts of one length."""

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 # -- DNA --------------------------------------------------------------------------------------------------------------
 
 
@@ -19,6 +21,7 @@ class DNA:
     """[CLS] 0, [SEP] 1, [BOS] 2, [MASK] 3, [PAD] 4, [RESERVED] 5, [UNK] 6, A 7, C 8, G 9, T 10, N 11."""
 
     MASK, PAD, UNK = 3, 4, 6
+    _STRANGE = 255
     BASES = "ACGTN"
     #: IUPAC's codes for what is not known exactly, U (RNA) aside
     AMBIGUOUS = "RYSWKMBDHV"
@@ -29,24 +32,29 @@ class DNA:
         in training."""
         if ambiguous not in ("N", "unk"):
             raise ValueError(f"ambiguous is {ambiguous!r}; expected 'N' or 'unk'")
-        self._ids = {base: 7 + i for i, base in enumerate(self.BASES)}
-        self._ids |= dict.fromkeys(self.AMBIGUOUS, self._ids["N"] if ambiguous == "N" else self.UNK)
+        self._table = np.full(256, self._STRANGE, np.uint8)
+        other = 7 + self.BASES.index("N") if ambiguous == "N" else self.UNK
+        for letters, ids in ((self.BASES, range(7, 12)), (self.AMBIGUOUS, [other] * len(self.AMBIGUOUS))):
+            for letter, i in zip(letters, ids, strict=True):
+                self._table[[ord(letter), ord(letter.lower())]] = i
 
-    def encode(self, sequence: str, name: str = "the sequence") -> list[int]:
-        """Ids of a sequence; lower case (soft-masked) letters are as good as upper ones.
+    def codes(self, sequence: str, name: str = "the sequence") -> np.ndarray:
+        """Ids of a sequence, (length,) uint8; lower case (soft-masked) letters are as good as upper ones.
 
         Raises ValueError naming letters that are no DNA.
         """
-        ids = self._ids
-        letters = sequence.upper()
-        try:
-            return [ids[letter] for letter in letters]
-        except KeyError:
-            strange = sorted(set(letters) - set(ids))
+        found = self._table[np.frombuffer(sequence.encode("latin-1", "replace"), np.uint8)]
+        if not (found == self._STRANGE).any():
+            return found
+        strange = sorted(c for c in set(sequence.upper()) if self._table[min(ord(c), 255)] == self._STRANGE)
         hint = "RNA: write T for U" if strange == ["U"] else "is it a protein? Those go to Prot-xLSTM models"
         raise ValueError(
             f"{name} holds {', '.join(map(repr, strange[:6]))}, which is no DNA (A, C, G, T, N, IUPAC); {hint}"
         )
+
+    def encode(self, sequence: str, name: str = "the sequence") -> list[int]:
+        """The same as a list."""
+        return self.codes(sequence, name).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Letters of ids; "." for those that stand for no base."""
