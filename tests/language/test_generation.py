@@ -8,6 +8,7 @@ import torch
 from zoo_language.bdh import BDH
 from zoo_language.birdie_lm import BirdieLM
 from zoo_language.bmojo_lm import BMojoLM
+from zoo_language.dynamax import DynamaxLM
 from zoo_language.generation import Sampling, choose, generate, stream
 from zoo_language.hax import HaxLM
 from zoo_language.icll import InContextLM
@@ -42,8 +43,10 @@ OTHERS = {
     "hax_window": lambda: HaxLM(32, 2, 50, "mamba", "sliding_window+dilated", 4, 3, 32, {"d_state": 4}),
     "bmojo": lambda: BMojoLM(32, 2, 50, 4, 2, 6, 24, bmojo_layers=[1], window=4, ssm="gka", eidetic=2),
     "memmamba": lambda: MemMambaLM(32, 3, 50, {"d_state": 4}, 6, 4, chunk=3, cross_layer_every=2),
+    "dynamax": lambda: DynamaxLM({**EXITS, "layer": "Mamba2", "ssm": MAMBA2}, stride=1, exit_kind="mamba"),
     "bdh": lambda: BDH(50, levels=3, d_model=16, heads=2, multiplier=8),
 }
+EXITS = {"d_model": 32, "n_layer": 3, "vocab_size": 50}
 MAMBA2 = {"d_state": 8, "headdim": 8}
 MIXER = {"d_state": 8, "v_heads": 4, "qk_heads": 2}
 
