@@ -114,12 +114,21 @@ def test_the_causal_form_steps():
         model().init_agent(1)
 
 
-def test_begins_from_a_language_model():
-    m = model(num_layers=1)
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {}),
+        ({"bias": True, "conv_bias": False}, {"use_bias": True, "use_conv_bias": False}),
+        ({"d_conv": 3, "expand": 3, "dt_rank": 5}, {"conv_kernel": 3, "expand": 3, "time_step_rank": 5}),
+    ],
+)
+def test_begins_from_a_language_model(ours, theirs):
+    m = model(num_layers=1, **ours)
     transformers = pytest.importorskip("transformers")
     config = transformers.MambaConfig(
-        vocab_size=8, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=1, layer_norm_epsilon=1e-5
-    )
+        **{"vocab_size": 8, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "time_step_rank": 1,
+           "layer_norm_epsilon": 1e-5, **theirs}
+    )  # fmt: skip
     language = transformers.MambaForCausalLM(config).eval()
     m.start_from(language.state_dict())
     x = torch.randn(2, 9, 16)
@@ -128,9 +137,9 @@ def test_begins_from_a_language_model():
         torch.testing.assert_close(m.layers[0].mixer(x), wanted, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(m.layers[0].group_mixer(x), wanted, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"no 'backbone\.layers\.1\.norm\.weight'"):
-        model().start_from(language.state_dict())
-    with pytest.raises(ValueError, match=r"expected \(8,\)"):
-        DecisionMamba(5, 3, 8, 1, d_state=4).start_from(language.state_dict())
+        model(**ours).start_from(language.state_dict())
+    with pytest.raises(ValueError, match="expected "):
+        DecisionMamba(5, 3, 8, 1, d_state=4, **ours).start_from(language.state_dict())
 
 
 def test_bad_input():

@@ -160,6 +160,39 @@ def test_unrolled_steps_are_steps(conj_sym):
                 torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("continuous", [False, True])
+def test_the_originals_agent_both_ways(continuous):
+    adapter = zoo.reference("s5_rl")
+    first = agent(continuous=continuous, C_init="trunc_standard_normal")
+    if continuous:
+        torch.nn.init.normal_(first.log_std)
+    state = adapter.to_reference(first.state_dict(), model=first)
+    assert {"encoder_0/kernel", "s5/layers_1/out2/bias", "value_decoder/bias"} <= state.keys()
+    assert ("log_std" in state) == continuous
+    assert state["encoder_0/kernel"].shape == (5, 12)
+    config = {"d_model": 16, "ssm_size": 16, "blocks": 1, "n_layers": 2, "continuous": continuous, "obs_dim": 5,
+              "action_dim": 3, "P": 8, "C_init": "trunc_standard_normal"}  # fmt: skip
+    again = adapter.build(config, state)
+    obs, dones = torch.randn(7, 2, 5), (torch.rand(7, 2) < 0.3).float()
+    hidden = {f"hidden{i}": torch.randn(1, 2, 8, dtype=torch.complex64) for i in range(2)}
+    with torch.no_grad():
+        found = adapter.run(again, {"obs": obs, "dones": dones, **hidden})
+        kept = [{"ssm": h[0].clone()} for h in hidden.values()]
+        wanted = first(obs.transpose(0, 1), dones.transpose(0, 1), state=kept)
+    assert found["value"].shape == (7, 2)
+    assert found["hidden1"].shape == (1, 2, 8)
+    torch.testing.assert_close(found["hidden1"][0], kept[1]["ssm"])
+    for name, value in wanted.items():
+        if name != "std":
+            torch.testing.assert_close(found[name].transpose(0, 1), value)
+    if continuous:  # the original's scale is one vector
+        torch.testing.assert_close(found["scale"], first.log_std.detach().exp())
+    ignoring = adapter.build({**config, "NO_RESET": True}, state)
+    with torch.no_grad():
+        never = adapter.run(again, {"obs": obs, "dones": torch.zeros(7, 2), **hidden})["value"]
+        torch.testing.assert_close(adapter.run(ignoring, {"obs": obs, "dones": dones, **hidden})["value"], never)
+
+
 def test_a_reset_forgets_everything():
     model = agent(C_init="trunc_standard_normal")
     obs, other = torch.randn(1, 12, 5), torch.randn(1, 12, 5)
