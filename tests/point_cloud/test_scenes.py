@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import zoo
-from zoo_point_cloud.blocks import blended, scene_blocks
+from zoo_point_cloud import blocks as blocks_module
+from zoo_point_cloud.blocks import SIZES, blended, scene_blocks
 from zoo_point_cloud.files import Cloud
 from zoo_point_cloud.pipelines import first_of_each_voxel
 
@@ -45,6 +46,25 @@ def test_few_points_and_equal_points():
         next(scene_blocks(scene(), 10, least=20))
     with pytest.raises(ValueError, match="overlap is 2"):
         next(scene_blocks(scene(), 10, 2))
+
+
+def test_blocks_come_in_few_sizes(monkeypatch):
+    """So that the number of shapes that a model sees does not grow with a scene; what fills a block up lies next to it
+    and counts least."""
+    r = np.random.default_rng(0)
+    points = np.column_stack([r.random(30_000) * 40, r.beta(1, 3, 30_000) * 25, r.random(30_000)])
+    blocks = list(scene_blocks(points, 600, least=100))
+    sizes = {len(block.index) for block in blocks}
+    assert len(blocks) > 60
+    assert sizes <= {50 * (i + 1) for i in range(SIZES)} | {100}
+    monkeypatch.setattr(blocks_module, "SIZES", 600)  # any size: what the blocks are without being filled up
+    for filled, plain in zip(blocks, scene_blocks(points, 600, least=100), strict=True):
+        assert np.isin(plain.index, filled.index).all()
+        assert (np.diff(filled.index) > 0).all()
+        added = ~np.isin(filled.index, plain.index)
+        assert added.sum() < 50
+        assert np.array_equal(filled.weight[~added], plain.weight)
+        assert (filled.weight[added] == np.float32(0.01)).all()
 
 
 def test_blending_by_definition():

@@ -23,12 +23,18 @@ class Block:
     weight: np.ndarray
 
 
+#: Sizes that blocks come in. Every size that was not seen before makes oneDNN build and keep kernels for its shapes,
+#: 10 MB for a published model, until it holds a thousand of them: the memory of a scene would grow with its blocks.
+SIZES = 12
+
+
 def scene_blocks(points: np.ndarray, most: int, overlap: float = 0.25, least: int = 1) -> Iterator[Block]:
     """Blocks that cover every point of a scene (N, 3), each of ``least`` to ``most`` points (all of them where the
     scene has fewer than ``least``).
 
     The scene is halved across the longer side in x and y until a part and its margin hold at most ``most`` points; the
     margin is ``overlap`` times the part's own extent on each side, as far as the scene goes. Heights are not divided.
+    The nearest points beyond fill a block up to the next of :data:`SIZES` sizes, and count least.
     Parts that cannot be halved any more (many points above one place) are taken in several interleaved passes.
     Raises ValueError unless 0 < least <= most and 0 <= overlap <= 1.
     """
@@ -60,12 +66,30 @@ def scene_blocks(points: np.ndarray, most: int, overlap: float = 0.25, least: in
             continue
         if len(index) < least:
             index = _nearest(plan, (low + high) / 2, min(least, len(plan)), core)
+        elif len(index) < min(whole := _size(len(index), most), len(plan)):
+            index = _filled(plan, low - margin, high + margin, min(whole, len(plan)))
         yield Block(index, _weights(plan[index], low, high, margin))
 
 
 def _inside(plan: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     x, y = plan[:, 0], plan[:, 1]
     return np.flatnonzero((x >= low[0]) & (x <= high[0]) & (y >= low[1]) & (y <= high[1]))
+
+
+def _size(count: int, most: int) -> int:
+    """The least of the sizes of blocks that holds ``count`` points."""
+    step = -(-most // SIZES)
+    return min(-(-count // step) * step, most)
+
+
+def _filled(plan: np.ndarray, low: np.ndarray, high: np.ndarray, count: int) -> np.ndarray:
+    """The points inside, at most ``count``, and the nearest outside, ``count`` together, in the scene's order."""
+    return np.sort(np.argpartition(_beyond(plan, low, high).max(axis=1), count - 1)[:count])
+
+
+def _beyond(plan: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """How far points lie outside of a part along x and y: (N, 2), 0 inside."""
+    return np.maximum(np.maximum(low - plan, plan - high), 0.0)
 
 
 def _nearest(plan: np.ndarray, centre: np.ndarray, count: int, core: np.ndarray) -> np.ndarray:
@@ -77,8 +101,7 @@ def _nearest(plan: np.ndarray, centre: np.ndarray, count: int, core: np.ndarray)
 
 def _weights(plan: np.ndarray, low: np.ndarray, high: np.ndarray, margin: np.ndarray) -> np.ndarray:
     """1 in the core, falling in a straight line to 1 % at the far edge of the margin."""
-    outside = np.maximum(np.maximum(low - plan, plan - high), 0.0)
-    share = (outside / np.maximum(margin, 1e-12)).max(axis=1)
+    share = (_beyond(plan, low, high) / np.maximum(margin, 1e-12)).max(axis=1)
     return np.maximum(1.0 - share, 0.01).astype(np.float32)
 
 

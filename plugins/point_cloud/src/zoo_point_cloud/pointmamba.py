@@ -47,7 +47,7 @@ from .layers import (
 Recorder = Callable[[str, Tensor], None]
 ORDERS = ("hilbert", "hilbert-trans")
 #: Rows of patches that are worked on at once in inference on a CPU.
-PATCH_ROWS = 1024
+PATCH_ROWS = 2048
 
 
 def _nothing(_name: str, _tensor: Tensor) -> None:
