@@ -11,6 +11,7 @@ from zoo_language.bmojo_lm import BMojoLM
 from zoo_language.dynamax import DynamaxLM
 from zoo_language.generation import Sampling, choose, generate, stream
 from zoo_language.hax import HaxLM
+from zoo_language.hydra_lm import HydraLM
 from zoo_language.icll import InContextLM
 from zoo_language.mamba import MambaLM
 from zoo_language.memmamba import MemMambaLM
@@ -44,6 +45,7 @@ OTHERS = {
     "bmojo": lambda: BMojoLM(32, 2, 50, 4, 2, 6, 24, bmojo_layers=[1], window=4, ssm="gka", eidetic=2),
     "memmamba": lambda: MemMambaLM(32, 3, 50, {"d_state": 4}, 6, 4, chunk=3, cross_layer_every=2),
     "dynamax": lambda: DynamaxLM({**EXITS, "layer": "Mamba2", "ssm": MAMBA2}, stride=1, exit_kind="mamba"),
+    "hydra_lm": lambda: HydraLM(16, 2, 50, ssm={"d_state": 4}, heads=2, window=4, chunk=3, attention_every=2, slots=2),
     "bdh": lambda: BDH(50, levels=3, d_model=16, heads=2, multiplier=8),
 }
 EXITS = {"d_model": 32, "n_layer": 3, "vocab_size": 50}
