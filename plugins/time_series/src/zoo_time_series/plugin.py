@@ -38,3 +38,8 @@ def zoo_commands() -> Mapping[str, str]:
         "forecast": "zoo_time_series.commands:forecast",
         "train-forecaster": "zoo_time_series.commands:train_forecaster",
     }
+
+
+@hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [{"model": "tsm2_micro.series", "file": "demo/samples/demand.csv", "picture": "yes"}]
