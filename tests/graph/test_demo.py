@@ -46,6 +46,7 @@ def test_sample():
     """Every node, however far, names the colour of the marked leaf of its graph."""
     answer = zoo.pipeline(MODEL)(SAMPLE)
     colour = truth()
+    assert len(set(colour.values())) == 3
     assert len(answer.rows) == sum(len(g.nodes) for g in read_graphs(SAMPLE))
     right = [row["label"] == colour[row["graph"]] for row in answer.rows]
     assert sum(right) / len(right) > 0.95
@@ -157,6 +158,13 @@ def test_losses():
     )
     torch.testing.assert_close(loss_of("multilabel", output, target), known)
     assert float(loss_of("regression", output, torch.zeros(2, 2))) == pytest.approx(4.5 / 4)
+
+
+def test_targets_of_another_level(broadcast):
+    """A graph model and labels of nodes: an error that says so."""
+    graphs, _ = broadcast.trees(4, 1)
+    with pytest.raises(ValueError, match="the model gives 2 answers; expected labels of nodes for a node model"):
+        fit(GraphMamba(node_dim=5, out_dim=4, dim_h=8, layers=1), graphs, graphs, epochs=1, batch_size=2)
 
 
 def test_labels_become_numbers():

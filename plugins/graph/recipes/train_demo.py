@@ -60,7 +60,7 @@ def main() -> None:
             weights = {k: v.contiguous() for k, v in model.state_dict().items()}
             save_file(weights, demo / "graphmamba_micro.broadcast.safetensors")
             (demo / "colours.txt").write_text("\n".join(broadcast.COLOURS) + "\n", encoding="utf-8")
-            broadcast.write_folder(demo / "sample", 3, 4, labels=False)
+            broadcast.write_folder(demo / "sample", 3, 6, labels=False)  # three colours
     print(json.dumps(found, indent=1))
 
 

@@ -30,6 +30,7 @@ class Epoch:
 
 def loss_of(kind: str, output: Tensor, target: Tensor) -> Tensor:
     """Cross entropy, binary cross entropy a label (labels that are NaN are left out), or L1."""
+    check_targets(kind, output, target)
     if kind == "classification":
         return F.cross_entropy(output, target.long())
     target = target.to(output.dtype).reshape(output.shape)
@@ -37,6 +38,16 @@ def loss_of(kind: str, output: Tensor, target: Tensor) -> Tensor:
         known = ~torch.isnan(target)
         return F.binary_cross_entropy_with_logits(output[known], target[known])
     return F.l1_loss(output, target)
+
+
+def check_targets(kind: str, output: Tensor, target: Tensor) -> None:
+    """Raises ValueError where there are not as many targets as answers."""
+    wanted = len(output) if kind == "classification" else output.numel()
+    if target.numel() != wanted:
+        raise ValueError(
+            f"there are {target.numel()} targets, and the model gives {len(output)} answers; expected labels "
+            "of nodes for a node model, of graphs for a graph model"
+        )
 
 
 def settings_for(model: nn.Module) -> dict[str, bool]:
@@ -140,6 +151,7 @@ def score(model: nn.Module, graphs: Sequence[Graph], *, batch_size: int = 32, en
     output, target = answers(model, graphs, batch_size=batch_size, encoding=encoding)
     if target is None:
         raise ValueError("not all graphs have targets; expected a number for each node, or one for each graph")
+    check_targets(str(model.kind), output, target)
     if model.kind == "classification":
         return float((output.argmax(1) == target).float().mean())
     target = target.reshape(output.shape)

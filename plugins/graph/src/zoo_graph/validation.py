@@ -15,7 +15,7 @@ from zoo_registry import errors
 
 from .files import Graph, read_graphs
 from .pipelines import GraphPredictions
-from .training import answers
+from .training import answers, check_targets
 
 
 def numbered(graphs: Sequence[Graph], names: Sequence[str] | None) -> list[str]:
@@ -58,6 +58,10 @@ def validate_graphs(
         raise errors.BadArgument(str(error), argument="data", accepted=[]) from error
     if target is None:
         raise errors.BadArgument(f"{data}: not all graphs have numbers as targets", argument="data", accepted=[])
+    try:
+        check_targets(pipe.kind, output, target)
+    except ValueError as error:
+        raise errors.BadArgument(f"{data}: {error}", argument="data", accepted=[]) from error
     per_class: dict[str, dict[str, float]] = {}
     if pipe.kind == "classification":
         right = output.argmax(1) == target
