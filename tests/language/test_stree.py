@@ -14,7 +14,7 @@ from zoo_language.commands import generate as command
 from zoo_language.drafts import STATIC_TREE, ModelDraft, NGramDraft, draft_of
 from zoo_language.generation import Sampling, generate
 from zoo_language.mamba import MambaLM
-from zoo_language.tree_pass import TreePass
+from zoo_language.tree_pass import TreePass, mamba2_replay, mamba2_tree
 from zoo_language.tree_verification import Tree, match_greedy, speculative_sampling
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "stree__tree9_g1.safetensors"
@@ -262,3 +262,24 @@ def test_on_the_command_line():
     assert len(texts) == 1
     with pytest.raises(ValueError, match="cannot draft"):
         draft_of("mamba2_micro", build("mamba2"))
+
+
+def test_rows_of_a_batch_accept_differently():
+    torch.manual_seed(0)
+    mixer = build("groups").layers[0].mixer
+    u, mask = torch.randn(2, 9, 32), TREE.mask()[None].expand(2, -1, -1)
+    state = {k: torch.randn_like(v) for k, v in mixer.init_state(2).items()}
+    paths = [[0, 1, 4, 6, 8], [0, 2]]
+    accepted = torch.zeros(2, 9, dtype=torch.bool)
+    for row, path in enumerate(paths):
+        accepted[row, path] = True
+    moved = {k: v.clone() for k, v in state.items()}
+    with torch.no_grad():
+        _, kept = mamba2_tree(mixer, u, state, mask)
+        mamba2_replay(mixer, kept, moved, accepted)
+        for row, path in enumerate(paths):
+            alone = {k: v[row : row + 1].clone() for k, v in state.items()}
+            for node in path:
+                mixer.step(u[row : row + 1, node], alone)
+            for name, value in alone.items():
+                torch.testing.assert_close(moved[name][row], value[0], rtol=1e-4, atol=1e-5)

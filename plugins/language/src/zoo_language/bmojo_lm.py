@@ -149,6 +149,12 @@ _KNOWN = {
     "attention_dropout", "bmojo_config", "qk_norm", "mamba2_config", "gdn_config", "gka_config", "rope_theta",
     "max_position_embeddings",
 }  # fmt: skip
+#: Of the Transformer around the layer.
+_AROUND = {
+    "num_hidden_layers", "intermediate_size", "hidden_act", "vocab_size", "model_type", "initializer_range",
+    "use_cache", "tie_word_embeddings", "rope_scaling", "architectures", "torch_dtype", "transformers_version", "bos_token_id",
+    "eos_token_id", "pad_token_id", "hybrid_override_pattern",
+}  # fmt: skip
 
 
 def layer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def layer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for keys that the original does not have.
     """
-    unknown = sorted(set(config) - _KNOWN)
+    unknown = sorted(set(config) - _KNOWN - _AROUND)
     if unknown:
         raise ValueError(f"bmojo has no configuration key {', '.join(unknown)}; known: {', '.join(sorted(_KNOWN))}")
     own = dict(config.get("bmojo_config") or {})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.layers import Mamba2
-from zoo_kernels.ops.ssd import causal_conv1d_tree, ssd_replay, ssd_tree
+from zoo_kernels.ops.ssd import ancestor_windows, causal_conv1d_tree, ssd_replay, ssd_tree
 
 from ._base import Block, CausalLM, normed
 from .attention import MultiHeadAttention, rotary
@@ -50,13 +50,13 @@ def mamba2_tree(mixer: Mamba2, u: Tensor, state: LayerState, mask: Tensor) -> tu
 
 
 def mamba2_replay(mixer: Mamba2, kept: Kept, state: LayerState, accepted: Tensor) -> None:
-    """Move a layer's state over the accepted nodes, (batch, nodes) with as many in every row, in place."""
+    """Move a layer's state over the accepted nodes, (batch, nodes) bool, in place."""
     final = ssd_replay(
         kept["x"], kept["dt"], -torch.exp(mixer.A_log.float()), kept["B"], mixer.dt_bias.float(), accepted=accepted,
         initial_state=state["ssm"], dt_softplus=True, dt_limit=mixer.dt_limit,
     )  # fmt: skip
     state["ssm"].copy_(final)
-    state["conv"].copy_(_last(state["conv"], _rows(kept["xBC"], accepted)))
+    state["conv"].copy_(_last(state["conv"], kept["xBC"], accepted))
 
 
 def _rows(x: Tensor, accepted: Tensor) -> Tensor:
@@ -65,9 +65,13 @@ def _rows(x: Tensor, accepted: Tensor) -> Tensor:
     return x[accepted.bool()].view(x.shape[0], count, *x.shape[2:])
 
 
-def _last(old: Tensor, new: Tensor) -> Tensor:
-    """The last rows of (old, new), as many as old has."""
-    return torch.cat([old, new.to(old.dtype)], dim=1)[:, -old.shape[1] :]
+def _last(old: Tensor, new: Tensor, accepted: Tensor) -> Tensor:
+    """The last rows of old and the accepted ones of new, as many as old has; rows of a batch may accept differently."""
+    width = old.shape[1]
+    on = torch.nn.functional.pad(accepted.bool(), (width, 0), value=True)
+    index = ancestor_windows(on[:, None], width)[:, 0]  # (batch, width)
+    rows = torch.cat([old, new.to(old.dtype)], dim=1)
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
 
 
 def attention_tree(
@@ -98,7 +102,7 @@ def attention_replay(
     k, v = (_rows(kept[name], accepted) for name in "kv")
     mixer.cache.write(state, k, v, position, None)
     if mixer.conv1d is not None:
-        state["conv"].copy_(_last(state["conv"], _rows(kept["raw"], accepted)))
+        state["conv"].copy_(_last(state["conv"], kept["raw"], accepted))
 
 
 class TreePass:
