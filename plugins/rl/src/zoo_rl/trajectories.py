@@ -128,8 +128,10 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile and numpy each have their own
-        raise ValueError(f"{path}: not an npz file of plain arrays: {error}") from error
+    except Exception as error:  # zipfile and numpy each have their own, and numpy's offers to unpickle
+        raise ValueError(
+            f"{path}: not an npz file of plain arrays (damaged, another format, or with Python objects, which stay unread)"
+        ) from error
 
 
 def _hdf5(path: Path) -> dict[str, np.ndarray]:
