@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import zoo
 from zoo_rl import envs
 
 
@@ -74,6 +75,20 @@ def test_the_previous_action_and_the_flag():
         wanted = [[0, 0, 0, 0, 1]] * 2 if t == 51 else [[0, 1, 0, 0, 0], [0, 0, 0, 1, 0]]
         assert seen[:, 4:].tolist() == wanted
     assert bool(done.all())
+
+
+@pytest.mark.parametrize(
+    ("name", "env"),
+    [
+        ("s5_popgym_repeat_previous", envs.RepeatPrevious),
+        ("s5_popgym_cartpole", envs.StatelessCartPole),
+        ("s5_popgym_meta_cartpole", envs.MetaCartPole),
+        ("s5_micro", envs.RepeatPrevious),
+    ],
+)
+def test_cards_have_the_sizes_of_their_environments(name, env):
+    config, wrapped = zoo.info(name).card.config, envs.PreviousAction(env(1))
+    assert (config["obs_dim"], config["action_dim"]) == (wrapped.obs_dim, wrapped.action_dim)
 
 
 def test_glide_rewards_the_goal():

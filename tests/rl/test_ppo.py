@@ -78,9 +78,17 @@ def test_distributions_agree_with_torchs():
     assert float(many.float().mean()) == pytest.approx(0.75, abs=0.03)
 
 
-@pytest.mark.parametrize("continuous", [False, True])
-def test_the_update_sees_what_the_rollout_saw(continuous):
-    env = envs.Glide(8, max_steps=5) if continuous else envs.StatelessCartPole(8, max_steps=7)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: envs.Glide(8, max_steps=5),
+        lambda: envs.StatelessCartPole(8, max_steps=7),
+        lambda: envs.PreviousAction(envs.MetaCartPole(8, trials=2, max_steps=4)),
+    ],
+    ids=["continuous", "discrete", "in context"],
+)
+def test_the_update_sees_what_the_rollout_saw(make):
+    env = make()
     trainer = Trainer(small(env), env, Settings(steps=12, epochs=1, minibatches=2))
     trainer.rollout()  # so that the next one begins in the middle of episodes
     data = trainer.rollout()

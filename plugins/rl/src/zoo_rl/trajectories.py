@@ -130,7 +130,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except Exception as error:  # zipfile and numpy each have their own, and numpy's offers to unpickle
         raise ValueError(
-            f"{path}: not an npz file of plain arrays (damaged, another format, or with Python objects, which stay unread)"
+            f"{path}: not an npz file of plain arrays; it is damaged, of another format, or holds Python objects"
         ) from error
 
 
