@@ -94,9 +94,20 @@ def test_the_original_builds_from_its_own_arguments_and_back():
         adapter.build(CONFIG, {k: v for k, v in state.items() if not k.endswith("ssm.k")})
 
 
-@pytest.mark.parametrize("name", ["spacetime__companion_uni", "mambamixer__tsm2_thirdparty"])
-def test_gradients_are_the_originals(name):
-    found = zoo.testing.check_golden(ROOT / "tests" / "golden" / f"{name}.safetensors", grad=True)
+#: Golden files with gradients, and files of other flags that were recorded with the original's code in the same way:
+#: shift SSMs with stored a and b, linear embedding, all kinds of preprocessing, several columns, other norms, MLPs.
+RECORDED = [
+    *(
+        ROOT / "tests" / "golden" / f"{n}.safetensors"
+        for n in ("spacetime__companion_uni", "mambamixer__tsm2_thirdparty")
+    ),
+    *sorted((Path(__file__).parent / "recorded").glob("*.safetensors")),
+]
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_outputs_and_gradients_are_the_originals(path):
+    found = zoo.testing.check_golden(path, grad=True)
     assert any(key.startswith("grad/") for key in found)
 
 
