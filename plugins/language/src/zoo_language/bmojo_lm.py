@@ -152,8 +152,8 @@ _KNOWN = {
 #: Of the Transformer around the layer.
 _AROUND = {
     "num_hidden_layers", "intermediate_size", "hidden_act", "vocab_size", "model_type", "initializer_range",
-    "use_cache", "tie_word_embeddings", "rope_scaling", "architectures", "torch_dtype", "transformers_version", "bos_token_id",
-    "eos_token_id", "pad_token_id", "hybrid_override_pattern",
+    "use_cache", "tie_word_embeddings", "rope_scaling", "architectures", "torch_dtype", "transformers_version",
+    "bos_token_id", "eos_token_id", "pad_token_id", "hybrid_override_pattern",
 }  # fmt: skip
 
 
