@@ -7,7 +7,8 @@ The peer is the definition as the original computes it, in the same run: kernels
 convolutions by torch.fft over twice the length, the decoder's states of every step of the window by one such
 convolution of which the last is used, the rollout of every sample's states by repeated squaring. For kernels the
 original's own fast form (on the unit circle; its model does not call it) is timed as well. Nothing is timed before its
-result agreed with the peer's. Contenders take turns; figures are the best round.
+result agreed with the peer's. TSM2's peer is the same network on zoo_kernels' reference operators. Contenders take
+turns; figures are the best round.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+import zoo
+import zoo_kernels
 from zoo_time_series._base import affine_of
 from zoo_time_series.companion import companion_kernel, companion_krylov, companion_matrix, krylov
 from zoo_time_series.spacetime import SpaceTime, spacetime
@@ -161,16 +164,33 @@ def stream(rounds: int) -> None:
     )
 
 
+def tsm2(rounds: int) -> None:
+    print("tsm2_96 (look-back 512, 7 variates): the reference operators (zoo_kernels.backend) / ours")
+    torch.manual_seed(0)
+    model = zoo.create("tsm2_96", dropout=0.0).eval()
+    for batch in (1, 16):
+        series = torch.randn(batch, 512, 7)
+
+        def reference(series: Tensor = series) -> Tensor:
+            with zoo_kernels.backend("reference"):
+                return model(series)
+
+        with torch.inference_mode():
+            agree(model(series), reference(), "forecasts")
+            spent = best({"ours": lambda series=series: model(series), "peer": reference}, rounds)
+        print(f"  batch {batch:3}: {spent['peer'] / spent['ours']:6.1f} (ours {1e3 * spent['ours']:.1f} ms)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["kernels", "network", "stream"])
+    parser.add_argument("what", nargs="*", default=["kernels", "network", "stream", "tsm2"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} threads, float32, best of {arguments.rounds} rounds")
     for what in arguments.what:
-        {"kernels": kernels, "network": network, "stream": stream}[what](arguments.rounds)
+        {"kernels": kernels, "network": network, "stream": stream, "tsm2": tsm2}[what](arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         kind, method = pre_config["method"], ssm_config["method"]
-        if kind not in (*PREPROCESSING, "identity", None):
+        if kind not in (*PREPROCESSING, "identity", "none", None):
             raise ValueError(f"preprocessing is {kind!r}; expected {', '.join(PREPROCESSING)} or identity")
         if method not in SSMS:
             raise ValueError(f"the ssm's method is {method!r}; expected one of {', '.join(SSMS)}")
