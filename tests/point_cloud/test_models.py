@@ -7,6 +7,7 @@ import zoo
 from zoo_point_cloud.occmamba import occupancy
 from zoo_point_cloud.pcm import tiles
 from zoo_point_cloud.pointmamba import chamfer
+from zoo_registry import resolve
 
 ENCODER = {
     "in_channels": 3, "embed_dim": 12, "groups": 1, "res_expansion": 1.0, "use_xyz": True, "dim_expansion": [1, 2],
@@ -223,3 +224,25 @@ def test_occmamba_out_refine_changes_only_unsure_voxels():
     changed = (refined != plain).any(1)
     assert torch.equal(changed, unsure)
     assert 0 < int(unsure.sum()) < unsure.numel()
+
+
+@pytest.mark.parametrize("name", ["pcm_tiny_shapenetpart", "pointmamba_shapenetpart"])
+@pytest.mark.parametrize("kinds", [[1, -1], [1, 16], [1]])
+def test_kinds_of_objects_that_are_not_known(name, kinds):
+    model = zoo.create(name, **resolve(name).card.tiny).eval()
+    points = torch.rand(2, 96, 3)
+    features = (torch.rand(2, 7, 96),) if name.startswith("pcm") else ()
+    with pytest.raises(ValueError, match="expected 2 numbers from 0 to 15"):
+        model(points, *features, torch.tensor(kinds))
+
+
+def test_masks_and_orders_that_cannot_be():
+    model = zoo.create("pointmamba_pretrain", **resolve("pointmamba_pretrain").card.tiny)
+    points, groups = torch.rand(2, 24, 3), 8
+    uneven = torch.zeros(2, groups)
+    uneven[0, :3] = uneven[1, :4] = 1
+    for mask in (torch.zeros(2, groups), torch.ones(2, groups), uneven, torch.ones(2, 3)):
+        with pytest.raises(ValueError, match="one number a row, from 1 to 7"):
+            model(points, mask)
+    with pytest.raises(ValueError, match="order is 'z'; expected 'hilbert' or 'hilbert-trans'"):
+        model(points, order="z")

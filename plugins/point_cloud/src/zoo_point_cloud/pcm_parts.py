@@ -181,7 +181,7 @@ class Decoder(nn.Module):
                 )
             shape = shape.reshape(-1)
             if shape.shape[0] != x.shape[0] or (
-                not torch.compiler.is_compiling() and bool((shape >= self.shapes).any())
+                not torch.compiler.is_compiling() and bool(((shape < 0) | (shape >= self.shapes)).any())
             ):
                 raise ValueError(f"cls is {shape.tolist()}; expected {x.shape[0]} numbers from 0 to {self.shapes - 1}")
             one_hot = nn.functional.one_hot(shape, self.shapes).to(x.dtype)

@@ -345,6 +345,8 @@ class PointMambaMAE(nn.Module):
     ) -> dict[str, Tensor]:
         """mask: (B, G) bool in sequence order, the same number a row; order: of :data:`ORDERS`; None draws them."""
         trunk = self.trunk
+        if order is not None and order not in ORDERS:
+            raise ValueError(f"order is {order!r}; expected {' or '.join(map(repr, ORDERS))}, or None")
         which = int(torch.randint(2, ())) if order is None else ORDERS.index(order)
         patches, centres = trunk.group(points)
         walk = trunk.order(centres, ORDERS[which])
@@ -356,9 +358,11 @@ class PointMambaMAE(nn.Module):
         record("tokens", tokens)
         mask = self.draw_mask(centres) if mask is None else mask.bool()
         batch, groups, dim = tokens.shape
-        if mask.shape != (batch, groups) or bool((mask.sum(1) != mask[0].sum()).any()):
+        hidden = mask.sum(1).tolist() if mask.shape == (batch, groups) else []
+        if len(set(hidden)) != 1 or not 0 < hidden[0] < groups:
             raise ValueError(
-                f"mask has shape {tuple(mask.shape)}; expected ({batch}, {groups}), one number hidden a row"
+                f"mask has shape {tuple(mask.shape)} and hides {hidden} patches; expected ({batch}, {groups}), one "
+                f"number a row, from 1 to {groups - 1}"
             )
         seen = tokens[~mask].view(batch, -1, dim)
         seen_pos = trunk.pos_embed(centres[~mask].view(batch, -1, 3).to(dtype))
@@ -422,7 +426,7 @@ class PointMambaSegmentation(PointMambaTrunk):
             back = [gather(h[:, k * groups : (k + 1) * groups], paths.inverse(order)) for k, order in enumerate(orders)]
             streams.append((back[0] + back[1]) / 2)
         x = torch.cat(streams, dim=-1)
-        if bool((cls >= self.shapes).any()) or cls.reshape(-1).shape[0] != points.shape[0]:
+        if bool(((cls < 0) | (cls >= self.shapes)).any()) or cls.reshape(-1).shape[0] != points.shape[0]:
             raise ValueError(f"cls is {cls.tolist()}; expected {points.shape[0]} numbers from 0 to {self.shapes - 1}")
         code = self.shape_code(nn.functional.one_hot(cls.reshape(-1), self.shapes).to(x.dtype))
         whole = torch.cat([x.amax(dim=1), x.mean(dim=1), code], dim=-1).unsqueeze(1)
