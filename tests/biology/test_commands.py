@@ -41,13 +41,13 @@ def test_score_protein(capsys, tmp_path):
         "--target",
         "homolog3",
         "--mutations",
-        "L1A",
+        "G1A",
         "--out",
         str(out),
     )
     assert found["target"] == "homolog3"
-    assert found["mutations"] == ["L1A"]
-    assert out.read_text().startswith("mutation,effect\nL1A,")
+    assert found["mutations"] == ["G1A"]
+    assert out.read_text().startswith("mutation,effect\nG1A,")
 
 
 def test_generate_protein(capsys, tmp_path):
@@ -83,7 +83,7 @@ def test_predict_takes_the_cards_task(capsys):
     [
         (("embed-dna", "dna_xlstm_micro", FAMILY), "is no DNA"),
         (("score-protein", "prot_xlstm_micro", MOTIFS), "it is DNA"),
-        (("score-protein", "prot_xlstm_micro", FAMILY, "--mutations", "W1A"), "has L at 1, not W"),
+        (("score-protein", "prot_xlstm_micro", FAMILY, "--mutations", "W1A"), "has G at 1, not W"),
         (("embed-dna", "chem_xlstm_micro", MOTIFS), "is no DNA model"),
         (("generate-molecules", "chem_xlstm_micro", "--temperature", "-1"), "expected temperature"),
         (("embed-dna", "dna_xlstm_1k_slstm", MOTIFS), "ml.jku.at"),
