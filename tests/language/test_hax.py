@@ -1,5 +1,8 @@
 """HAX: which keys each pattern gives, the causal form, decoding, the task."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -181,6 +184,13 @@ def test_no_item_comes_twice():
     assert len({tuple(x) for x in first + second}) == 130
     with pytest.raises(ValueError, match="too few different items"):
         list(task.items(3, smallest=1))  # one context, one key, two values
+
+
+def test_recipe_runs(monkeypatch, capsys):
+    recipe = Path(__file__).parents[2] / "plugins/language/recipes/train_recall.py"
+    monkeypatch.setattr("sys.argv", [str(recipe), "mamba2_key_selection", "--steps", "2", "--batch-size", "4"])
+    runpy.run_path(str(recipe), run_name="__main__")
+    assert "mamba2_key_selection: recall 0." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
