@@ -113,6 +113,8 @@ def test_generation(tmp_path, family):
     assert all(len(s) <= 12 and set(s) <= set(Protein.LETTERS) for s in answer.sequences)
     assert ProteinGeneration(net, count=4, max_length=12, seed=1)(family).sequences == answer.sequences
     assert ProteinGeneration(net, count=4, max_length=12, seed=2)(family).sequences != answer.sequences
+    longer = ProteinGeneration(net, count=8, max_length=60, seed=1)(family)
+    assert all(done == (len(s) < 60) for s, done in zip(longer.sequences, longer.complete, strict=True))
     path = answer.save(tmp_path / "new.fa")
     assert [r.sequence for r in read_fasta(path)] == answer.sequences
     assert "nats" in answer.save(tmp_path / "new.csv").read_text()
@@ -127,7 +129,9 @@ def test_greedy_generation_is_the_models_own(family):
     costs = []
     with torch.no_grad():
         for place in range(8):
-            scores = net(**whole.tensors())[0, -1].log_softmax(0)
+            scores = net(**whole.tensors())[0, -1]
+            scores[[1, 2, 3, *range(29, 38)]] = -torch.inf  # residues and <cls> alone
+            scores = scores.log_softmax(0)
             token = int(scores.argmax())
             costs.append(-float(scores[token]))
             if token not in range(4, 29):

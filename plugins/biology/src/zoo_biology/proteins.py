@@ -289,6 +289,9 @@ class ProteinGeneration(_ProteinPipeline):
     ``count``; ``max_length`` residues; ``temperature``, ``top_k``, ``top_p``, ``seed``; ``fill``: instead of new
     proteins, fill these parts of the target anew: "10-20" or "10-20,31-35" (residues from 1, both ends meant); the
     target is then not context. ``context_tokens``: as there.
+
+    Whole proteins are drawn in order, until <cls>. (The original also draws the marks of cut-out parts, which training
+    put into every other protein, and puts the parts in their places afterwards.)
     """
 
     task = "protein-generation"
@@ -364,11 +367,15 @@ class ProteinGeneration(_ProteinPipeline):
     def _draw(
         self, logits: Tensor, state: State, position: int, number: int, generator: torch.Generator, waits: bool = False
     ) -> tuple[list[tuple[list[int], float, bool]], State]:
-        """(residues, -ln p of them and of the end, whether it came) of every row; with ``waits`` also the state of each
-        row before its end."""
+        """(residues, -ln p of them and of the end, whether it came) of every row; with ``waits``, for a part of a
+        protein, any other token is its end and the state of each row stays before it. Whole proteins are drawn from
+        residues and <cls> alone, and so in order."""
+        others = [i for i in range(logits.shape[-1]) if i not in RESIDUES and i != Protein.CLS]
         tokens: list[list[int]] = [[] for _ in range(self.count)]
         costs, done = [0.0] * self.count, [False] * self.count
         for _ in range(self.max_length):
+            if not waits:
+                logits = logits.index_fill(-1, torch.tensor(others, device=logits.device), -torch.inf)
             token, cost = self.sampling.draw(logits, generator)
             for row in (row for row in range(self.count) if not done[row]):
                 costs[row] += float(cost[row])
