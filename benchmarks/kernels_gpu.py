@@ -19,6 +19,7 @@ import argparse
 import importlib
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -289,13 +290,31 @@ def timed(name: str, dtype: torch.dtype, device: Device, repeat: int) -> dict[st
         everything, "memory": memory, "limit_s": least, "bound": bound, "share_of_limit": least / forward, "peers": {},
     }  # fmt: skip
     for peer, call in case.peers.items():
-        theirs = both(call)
+        try:
+            theirs = both(call)
+        except Exception as error:  # a peer may refuse this device or these versions: say so and go on
+            sys.stderr.write(f"{peer} is left out: {type(error).__name__}: {error}\n")
+            continue
         record["peers"][peer] = {
             "forward": theirs[0] / forward,
             "forward_backward": theirs[1] / everything,
             "memory": memory / theirs[2],
         }
     return record
+
+
+def save(device: Device, records: list[dict[str, Any]]) -> None:
+    import triton
+
+    RESULTS.mkdir(exist_ok=True)
+    name = torch.cuda.get_device_name(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = {
+        "device": name, "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
+        "torch": torch.__version__, "triton": triton.__version__, "limits": device._asdict(), "records": records,
+    }  # fmt: skip
+    label = name.replace(" ", "_").replace("/", "_")
+    (RESULTS / f"kernels_gpu_{label}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -324,6 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     errors = {name: verified(CASES[name], dtype, place) for name in names}
     for name, error in errors.items():
         write(f"{name:24}agrees with the float64 reference to {error:.1e}\n")
+    sys.stdout.flush()
     if options.smoke:
         return 0
     device, records = measured_device(), []
@@ -334,6 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         record = timed(name, dtype, device, options.repeat) | {"error": errors[name]}
         records.append(record)
+        save(device, records)  # after each, so that a run that is cut off has not been for nothing
         write(
             f"{name:24}forward {record['forward_s'] * 1e6:9.1f} us, {record['share_of_limit']:.0%} of the limit "
             f"({record['bound']}); with backward {record['forward_backward_s'] * 1e6:9.1f} us\n"
@@ -343,15 +364,6 @@ def main(argv: list[str] | None = None) -> int:
                 f"    {peer}: forward {ratio['forward']:.2f}x, with backward {ratio['forward_backward']:.2f}x as long; "
                 f"we take {ratio['memory']:.2f} of its memory\n"
             )
-    RESULTS.mkdir(exist_ok=True)
-    label = torch.cuda.get_device_name(0).replace(" ", "_").replace("/", "_")
-    found = {
-        "device": torch.cuda.get_device_name(0),
-        "torch": torch.__version__,
-        "limits": device._asdict(),
-        "records": records,
-    }
-    (RESULTS / f"kernels_gpu_{label}.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

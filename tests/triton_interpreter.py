@@ -1,7 +1,8 @@
-"""Shared by the tests of the Triton kernels: run in the interpreter, compare with the float64 reference, poison memory.
+"""Shared by the tests of the Triton kernels: where they run, compare with the float64 reference, poison memory.
 
-Triton decides when it is imported whether it interprets, so these tests run in a process of their own with
-TRITON_INTERPRET=1, which ``kernels/test_triton_interpreter.py`` starts. To run some of them by hand::
+On a machine with a GPU they run on it (``pytest -m gpu tests/kernels``). Triton decides when it is imported whether it
+interprets, so without one these tests run in a process of their own with TRITON_INTERPRET=1, which
+``kernels/test_triton_interpreter.py`` starts. To run some of them by hand::
 
     TRITON_INTERPRET=1 python -m pytest tests/kernels/test_triton_ssd.py
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = not INTERPRET and torch.cuda.is_available()
 pytest.importorskip("triton")
 
 
@@ -43,8 +45,10 @@ if INTERPRET and (reason := _broken()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 
-def interpreted(test: Callable[..., None]) -> Callable[..., None] | None:
-    """Collect this test only where Triton interprets."""
+def kernel_test(test: Callable[..., None]) -> Callable[..., None] | None:
+    """Collect this test where Triton interprets, or where there is a GPU (marked ``gpu``, tensors made on it)."""
+    if ON_GPU:
+        return pytest.mark.gpu(pytest.mark.usefixtures("made_on_gpu")(test))
     return test if INTERPRET else None
 
 

@@ -30,3 +30,12 @@ def native():
     if reason is not None:
         pytest.skip(reason)
     return _native
+
+
+@pytest.fixture
+def made_on_gpu(monkeypatch):
+    """Tensors, and the random numbers in them, are made on the GPU unless a test says otherwise."""
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cuda": generator(device=device))
+    with torch.device("cuda"):
+        yield

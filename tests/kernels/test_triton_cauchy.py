@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import agrees, interpreted, poisoned  # noqa: F401
+from triton_interpreter import agrees, kernel_test, poisoned  # noqa: F401
 
 from zoo_kernels import cauchy, unit_roots
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("heads", "channels", "N", "length"), [(1, 1, 1, 1), (2, 3, 5, 16), (1, 2, 33, 301)])
 def test_sums(heads, channels, N, length):

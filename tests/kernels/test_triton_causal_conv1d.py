@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import agrees, difference, interpreted, kinds, poisoned  # noqa: F401
+from triton_interpreter import agrees, difference, kernel_test, kinds, poisoned  # noqa: F401
 
 import zoo_kernels
 from zoo_kernels import causal_conv1d, causal_conv1d_step
@@ -20,7 +20,7 @@ def problem(batch, length, channels, width):
     }  # fmt: skip
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("shape", "dtype"), kinds([(2, 0, 3, 4), (1, 1, 5, 2), (2, 7, 129, 3), (1, 65, 3, 8)]))
 @pytest.mark.parametrize("reverse", [False, True])
@@ -29,7 +29,7 @@ def test_plain(shape, dtype, reverse):
     agrees(causal_conv1d, problem(*shape), options, dtype, TOLERANCE[dtype])
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("state", [False, True])
@@ -44,7 +44,7 @@ def test_path_lengths_and_resets(reverse, state):
     agrees(causal_conv1d, t, options)
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 def test_several_paths():
     t = problem(2, 13, 5, 4)
@@ -53,7 +53,7 @@ def test_several_paths():
     agrees(causal_conv1d, t, options)
 
 
-@interpreted
+@kernel_test
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_step(dtype):
     t = problem(2, 1, 130, 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import agrees, interpreted, kinds, poisoned  # noqa: F401
+from triton_interpreter import agrees, kernel_test, kinds, poisoned  # noqa: F401
 
 from zoo_kernels import linear_attention
 
@@ -24,7 +24,7 @@ def problem(batch, length, heads, headdim, state):
     }  # fmt: skip
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("shape", "dtype"), kinds([(1, 0, 1, 3, 2), (1, 1, 2, 4, 3), (2, 7, 2, 5, 4), (1, 9, 1, 33, 65)])
@@ -35,7 +35,7 @@ def test_plain(shape, dtype, strict):
     agrees(linear_attention, problem(*shape), options, dtype, TOLERANCE[dtype], ("decay", "initial_state"))
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("strict", [False, True])
 def test_path_lengths_and_resets(strict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import agrees, difference, interpreted, kinds, poisoned  # noqa: F401
+from triton_interpreter import agrees, difference, kernel_test, kinds, poisoned  # noqa: F401
 
 import zoo_kernels
 from zoo_kernels import linear_scan
@@ -22,7 +22,7 @@ def problem(batch, length, channels, shared=(False, False), complex_=False):
     }  # fmt: skip
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("shape", "dtype"), kinds([(2, 0, 3), (1, 1, 5), (2, 7, 3)]))
 @pytest.mark.parametrize("reverse", [False, True])
@@ -30,7 +30,7 @@ def test_real(shape, dtype, reverse):
     agrees(linear_scan, problem(*shape), {"reverse": reverse, "return_final_state": True}, dtype, TOLERANCE[dtype])
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("complex_", [False, True])
 @pytest.mark.parametrize("shared", [(False, False), (True, False), (False, True), (True, True)])
@@ -47,7 +47,7 @@ def test_paths_lengths_resets_and_shared_factors(complex_, shared):
     agrees(linear_scan, t, options)
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("complex_", [False, True])
 def test_segments_agree_with_one_walk(complex_):
@@ -66,7 +66,7 @@ def test_segments_agree_with_one_walk(complex_):
         assert difference(many, one) < 2e-6
 
 
-@interpreted
+@kernel_test
 def test_a_reset_drops_an_infinite_state():
     t = problem(1, 9, 3)
     t["x"][0, 2, 1] = float("inf")

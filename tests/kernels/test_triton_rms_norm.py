@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import agrees, interpreted, kinds, poisoned  # noqa: F401
+from triton_interpreter import agrees, kernel_test, kinds, poisoned  # noqa: F401
 
 from zoo_kernels import gated_rms_norm, rms_norm
 
@@ -17,7 +17,7 @@ def problem(rows, dim):
     return {name: torch.randn(*shape, generator=g) for name, shape in shapes.items()}
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("first", [False, True])
@@ -32,7 +32,7 @@ def test_gated(shape, first, centred, dtype):
     agrees(function, problem(rows, dim), options, dtype, TOLERANCE[dtype])
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("names", [("x",), ("x", "weight")])
 def test_plain(names):

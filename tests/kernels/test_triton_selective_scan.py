@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import agrees, difference, interpreted, poisoned  # noqa: F401
+from triton_interpreter import agrees, difference, kernel_test, poisoned  # noqa: F401
 
 import zoo_kernels
 from zoo_kernels import selective_scan
@@ -30,7 +30,7 @@ def problem(batch, length, channels, state, K=1, groups=1, shared=True, seed=0):
     }  # fmt: skip
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("shape", "dtype"),
@@ -51,7 +51,7 @@ def test_one_path(shape, dtype, reverse):
     agrees(selective_scan, t, options, dtype, TOLERANCE[dtype])
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -63,7 +63,7 @@ def test_four_paths(shared, dtype):
     agrees(selective_scan, t, options, dtype, TOLERANCE[dtype])
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 def test_partial_paths_lengths_and_resets():
     t = problem(3, 9, 4, 2, K=2)
@@ -75,7 +75,7 @@ def test_partial_paths_lengths_and_resets():
     agrees(selective_scan, t, options)
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("K", [1, 2])
 def test_dt_as_a_product(K):
@@ -84,7 +84,7 @@ def test_dt_as_a_product(K):
     agrees(selective_scan, t, {"dt_softplus": True})
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 def test_bare_arguments():
     t = {name: v for name, v in problem(1, 5, 4, 2).items() if name in ("u", "dt", "A", "B", "C")}
@@ -92,7 +92,7 @@ def test_bare_arguments():
     agrees(selective_scan, t, {})
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("lengths", [None, torch.tensor([65, 30])])
 def test_segments_of_the_length_agree_with_one_walk(lengths):
@@ -118,23 +118,29 @@ def test_segments_of_the_length_agree_with_one_walk(lengths):
         assert difference(many, one) < 2e-6
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
-def test_polynomial_exponentials_agree():
+@pytest.mark.parametrize("sets", [1, 2])
+def test_every_shape_of_the_tile_agrees(sets):
+    """Longer than an iteration of either walk, and channels that fill no block."""
     from zoo_kernels.ops.selective_scan import gpu
 
-    t = problem(1, 7, 5, 3)
+    t = problem(1, 21, 19, 3)
     args = [
-        t["u"][:, :, None], 10 * t["dt"][:, :, None], t["A"][None], t["B"][:, :, None, None], t["C"][:, :, None, None],
-        None, None, None, True, None, [False], None, True, None, None,
+        t["u"][:, :, None], t["dt"][:, :, None], t["A"][None], t["B"][:, :, None, None], t["C"][:, :, None, None],
+        t["D"][None], t["z"], t["dt_bias"][None], True, None, [False], None, True, None, None, None,
     ]  # fmt: skip
-    plain = gpu.forward(*args, save=False, config=gpu.Config(32, 4, 0))
-    poly = gpu.forward(*args, save=False, config=gpu.Config(32, 4, 4))
-    assert difference(poly[0], plain[0]) < 1e-6
-    assert difference(poly[1], plain[1]) < 1e-6
+    results = []
+    for config in (gpu.FORWARD[0], gpu.Config(16, 4, 1)):
+        y, final, borders = gpu.forward(*args, save=True, config=config)
+        config = gpu.Config(16, 4, 2, sets) if results else gpu.Config(32, 2, 1)
+        found = gpu.backward((y.sin(), final.cos()), args, (borders,), [True] * 10, config=config)
+        results.append([y, final, *found[:8]])
+    for one, other in zip(*results, strict=True):
+        assert difference(other, one) < 2e-6
 
 
-@interpreted
+@kernel_test
 def test_strided_inputs_are_read_in_place_and_left_alone():
     t = problem(2, 5, 4, 2)
     wide = torch.randn(2, 5, 3 * 4)
@@ -148,7 +154,7 @@ def test_strided_inputs_are_read_in_place_and_left_alone():
     assert difference(y, want) < 1e-6
 
 
-@interpreted
+@kernel_test
 def test_offsets_beyond_two_to_the_31():
     """Rows 2^30 elements apart: the third is beyond what 32 bits reach. Memory that is not touched costs nothing."""
     apart = 1 << 30
@@ -164,7 +170,7 @@ def test_offsets_beyond_two_to_the_31():
     assert difference(y, want) < 2e-3
 
 
-@interpreted
+@kernel_test
 def test_nan_stays_in_its_channel():
     t = problem(1, 6, 4, 2)
     t["u"][0, 2, 1] = float("nan")
@@ -175,7 +181,7 @@ def test_nan_stays_in_its_channel():
     assert y.isfinite().all()
 
 
-@interpreted
+@kernel_test
 def test_repeats_bit_by_bit():
     t = {name: v.requires_grad_() for name, v in problem(2, 7, 40, 2).items()}
     runs = []
@@ -187,7 +193,7 @@ def test_repeats_bit_by_bit():
         assert torch.equal(one, two)
 
 
-@interpreted
+@kernel_test
 def test_more_programs_than_an_axis_of_the_grid(monkeypatch):
     from zoo_kernels import _gpu
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import agrees, interpreted, kinds, poisoned  # noqa: F401
+from triton_interpreter import agrees, kernel_test, kinds, poisoned  # noqa: F401
 
 from zoo_kernels import slstm
 
@@ -25,7 +25,7 @@ def problem(batch, length, heads, headdim):
     }  # fmt: skip
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("shape", "dtype"), kinds([(1, 0, 1, 3), (1, 1, 2, 4), (2, 7, 2, 5), (17, 3, 1, 4), (1, 4, 1, 70)])
@@ -34,7 +34,7 @@ def test_plain(shape, dtype):
     agrees(slstm, problem(*shape), {"return_final_state": True}, dtype, TOLERANCE[dtype], ("initial_state",))
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("bare", [False, True])
 def test_path_lengths_and_resets(bare):

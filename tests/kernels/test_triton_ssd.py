@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import agrees, interpreted, kinds, poisoned  # noqa: F401
+from triton_interpreter import agrees, kernel_test, kinds, poisoned  # noqa: F401
 
 from zoo_kernels import linear_attention, mlstm, ssd
 from zoo_kernels.ops.ssd.core import scan
@@ -29,7 +29,7 @@ def core(v, k, q, decay=None, weight=None, D=None, state=None, resets=None, orde
     return scan(v, decay, weight, k, q, D, state, resets, order, strict)
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("shape", "dtype"),
@@ -40,7 +40,7 @@ def test_core(shape, dtype):
     agrees(core, problem(*shape), {}, dtype, TOLERANCE[dtype], keep)
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("strict", [False, True])
 def test_core_along_an_order_with_resets(strict):
@@ -51,14 +51,14 @@ def test_core_along_an_order_with_resets(strict):
     agrees(core, t, {"order": order, "resets": torch.rand(2, 75) < 0.05, "strict": strict})
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 def test_core_bare():
     t = problem(1, 66, 2, 4, 1, 4)
     agrees(core, {name: t[name] for name in ("v", "k", "q")}, {"order": torch.arange(66)[None].flip(1)})
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 def test_strong_decays_keep_their_accuracy():
     """Sums of decays reach thousands inside a chunk; the last steps do not decay."""
@@ -67,7 +67,7 @@ def test_strong_decays_keep_their_accuracy():
     agrees(core, t, {}, tolerance=1e-5)
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("paths", [1, 2])
 def test_ssd(paths):
@@ -83,7 +83,7 @@ def test_ssd(paths):
     agrees(ssd, t, {"dt_softplus": True, "reverse": True, "lengths": torch.tensor([9, 4]), "dt_limit": (0.01, 5.0)})
 
 
-@interpreted
+@kernel_test
 @pytest.mark.usefixtures("poisoned")
 def test_linear_attention_and_mlstm():
     g = torch.Generator().manual_seed(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import difference, interpreted
+from triton_interpreter import difference, kernel_test
 
 import zoo_kernels
 from zoo_kernels import linear, linear_attention_step, mamba3_step, mlstm_step, selective_scan_step, ssd_step
@@ -45,7 +45,7 @@ def compare(function, tensors, state, options, dtype):
             assert all(difference(a, b) < TOLERANCE[dtype] for a, b in zip(*pairs, strict=True))
 
 
-@interpreted
+@kernel_test
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_selective_scan_step(dtype, groups):
@@ -56,7 +56,7 @@ def test_selective_scan_step(dtype, groups):
     compare(selective_scan_step, t, r(2, 70, 3), {"dt_softplus": True}, dtype)
 
 
-@interpreted
+@kernel_test
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("full", [False, True])
 def test_ssd_step(dtype, full):
@@ -68,7 +68,7 @@ def test_ssd_step(dtype, full):
     compare(ssd_step, t, r(2, 4, 9, 5), {"dt_softplus": full, "dt_limit": (0.1, 2.0)}, dtype)
 
 
-@interpreted
+@kernel_test
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     ("decay", "normalize", "strict"),
@@ -82,7 +82,7 @@ def test_linear_attention_step(dtype, decay, normalize, strict):
     compare(linear_attention_step, t, state, {"scale": 0.5, "strict": strict, "eps": 0.1}, dtype)
 
 
-@interpreted
+@kernel_test
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("ranks", [0, 2, 3])
@@ -101,14 +101,14 @@ def test_mamba3_step(dtype, halves, ranks):
     compare(mamba3_step, t, state, {"rotate_halves": halves}, dtype)
 
 
-@interpreted
+@kernel_test
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_mlstm_step(dtype):
     t = {"q": r(2, 3, 5), "k": r(2, 3, 5, seed=1), "v": r(2, 3, 9), "i": 3 * r(2, 3), "f": 3 * r(2, 3, seed=1)}
     compare(mlstm_step, t, (r(2, 3, 9, 5), r(2, 3, 5, seed=2), r(2, 3, seed=2)), {}, dtype)
 
 
-@interpreted
+@kernel_test
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_linear(dtype, rows):

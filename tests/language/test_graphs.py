@@ -88,6 +88,7 @@ def test_growing_caches_are_refused() -> None:
         GraphDecoder(model, capture=replayed).adopt(state)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_cuda_device(model) -> None:
     model = model.cuda()

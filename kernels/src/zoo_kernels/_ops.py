@@ -44,9 +44,9 @@ An operator that updates an argument in place (a decoding step) names it in ``mu
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -278,34 +278,22 @@ class Operator:
     def _recompute(
         self, module: Any, grads: Sequence[Tensor], arguments: Sequence[Any], needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Autograd through ``module.forward``, in a thread of its own.
-
-        Inside a custom operator the dispatcher's autograd keys are excluded for the current thread, and torch offers
-        no public way to bring them back; a new thread starts with the defaults.
-        """
+        """Autograd through ``module.forward``."""
         wanted = [i for i, need in zip(self.differentiable, needs, strict=True) if need]
-        result: list[Any] = []
-
-        def work() -> None:
-            values = list(arguments)
-            for i in wanted:
-                values[i] = values[i].detach().requires_grad_()
-            with torch.enable_grad():
-                outputs = module.forward(*values, save=False)
-                outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-                pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if o.requires_grad and o.numel()]
-                if not pairs:
-                    result.append([None] * len(wanted))
-                    return
-                result.append(
-                    torch.autograd.grad(
-                        [o for o, _ in pairs], [values[i] for i in wanted], [g for _, g in pairs], allow_unused=True
-                    )
+        values = list(arguments)
+        for i in wanted:
+            values[i] = values[i].detach().requires_grad_()
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        with _autograd_inside_an_operator():
+            outputs = module.forward(*values, save=False)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if o.requires_grad and o.numel()]
+            if pairs:
+                found = torch.autograd.grad(
+                    [o for o, _ in pairs], [values[i] for i in wanted], [g for _, g in pairs], allow_unused=True
                 )
-
-        _in_fresh_thread(work, arguments[self.tensors[0]].device)
-        found = dict(zip(wanted, result[0], strict=True))
-        return [found.get(i) for i in self.differentiable]
+        given = dict(zip(wanted, found, strict=True))
+        return [given.get(i) for i in self.differentiable]
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *args, _, ctx.backend = inputs
@@ -330,23 +318,16 @@ class Operator:
         return tuple(out)
 
 
-def _in_fresh_thread(work: Callable[[], None], device: torch.device) -> None:
-    """Run ``work`` in a new thread on the current stream; an exception in it is raised here."""
-    errors: list[BaseException] = []
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+@contextlib.contextmanager
+def _autograd_inside_an_operator() -> Iterator[None]:
+    """Autograd records again, though torch leaves its dispatch keys out while a custom operator runs.
 
-    def body() -> None:
-        try:
-            if stream is None:
-                work()
-            else:
-                with torch.cuda.stream(stream):
-                    work()
-        except BaseException as error:  # carried to the caller below
-            errors.append(error)
-
-    thread = threading.Thread(target=body, name="zoo_kernels-recompute")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
+    In this very thread: a backward pass on a GPU runs in the one thread that torch's engine has for the device, and a
+    second thread's pass would wait for it for ever. torch offers no public way.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield

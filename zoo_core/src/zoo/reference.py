@@ -112,24 +112,26 @@ class ReferenceAdapter(ABC):
         whose cards name it (``config_file``). Raises ValueError or KeyError for one that it cannot read."""
         raise ValueError(f"the adapter {type(self).__name__} reads no configuration files")
 
-    def replay(self, path: str | Path, *, grad: bool = False) -> dict[str, Tensor]:
+    def replay(self, path: str | Path, *, grad: bool = False, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """Recompute every ``out/`` and ``mid/`` tensor of a golden file, under the same names.
 
         With ``grad=True`` also ``grad/<key>``: gradients of :meth:`loss` with respect to the original's keys.
+        ``device``: where the model runs; results come back to the CPU.
         """
         golden = read_golden(path)
-        model = self.build(golden.config, golden.state, source=golden.source)
+        model = self.build(golden.config, golden.state, source=golden.source).to(device)
+        inputs = {name: tensor.to(device) for name, tensor in golden.inputs.items()}
         more: dict[str, Any] = {}
         if "wanted" in inspect.signature(self.run).parameters:
             more["wanted"] = [*golden.outputs, *(f"mid/{k}" for k in golden.mids)]
         with torch.enable_grad() if grad else torch.no_grad():
-            found = self.run(model, golden.inputs, call=golden.call, **more)
+            found = self.run(model, inputs, call=golden.call, **more)
             named = {k if k.startswith(("mid/", "out/")) else f"out/{k}": v for k, v in found.items()}
             if grad:
                 self.loss(golden, named).backward()
                 gradients = self.gradients(model)
                 named.update({f"grad/{k}": gradients[k] for k in golden.grads if k in gradients})
-        return {k: v.detach() for k, v in named.items()}
+        return {k: v.detach().cpu() for k, v in named.items()}
 
     def loss(self, golden: Golden, named: Mapping[str, Tensor]) -> Tensor:
         """The scalar whose gradients the golden file holds: mean(output^2) of the output that its notes name, as

@@ -444,13 +444,13 @@ class PhiMambaAdapter(ReferenceAdapter):
         found["student_logits"], found["teacher_logits"] = student(ids), teacher(ids)
         return found
 
-    def replay(self, path, *, grad: bool = False) -> dict[str, Tensor]:
+    def replay(self, path, *, grad: bool = False, device="cpu") -> dict[str, Tensor]:
         from zoo.reference import read_golden
 
         golden = read_golden(path)
         if not grad or "teacher" not in golden.config:
-            return super().replay(path, grad=grad)
-        found = super().replay(path)
+            return super().replay(path, grad=grad, device=device)
+        found = super().replay(path, device=device)
         for stage, loss in (("stage1", "stage1_loss"), ("stage2", "stage2_loss_mixer")):
             pair = self._pair(golden.config, golden.state)
             losses = self._losses(pair, golden.inputs["input_ids"])

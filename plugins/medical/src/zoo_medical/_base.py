@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.reference import Golden, ReferenceAdapter
@@ -26,14 +27,16 @@ class MedicalAdapter(ReferenceAdapter):
         """The dotted name of our module that does what the original's submodule ``path`` does."""
         return path
 
-    def replay(self, path: str | Path, *, grad: bool = False) -> dict[str, Tensor]:
+    def replay(
+        self, path: str | Path, *, grad: bool = False, device: str | torch.device = "cpu"
+    ) -> dict[str, Tensor]:
         from safetensors import safe_open
 
         with safe_open(str(path), framework="pt") as file:
             named = json.loads((file.metadata() or {}).get("mids", "{}"))
         self._watch = {k: self.our_path(v) for k, v in named.items() if not k.startswith("_")}
         try:
-            return super().replay(path, grad=grad)
+            return super().replay(path, grad=grad, device=device)
         finally:
             self._watch = {}
 

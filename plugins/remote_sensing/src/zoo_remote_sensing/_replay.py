@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,12 @@ class PathAdapter(ReferenceAdapter):
         """The sum over all outputs of mean(output^2), as these files say."""
         return torch.stack([v.float().pow(2).mean() for k, v in named.items() if k.startswith("out/")]).sum()
 
-    def replay(self, path: str | Path, *, grad: bool = False) -> dict[str, Tensor]:
+    def replay(
+        self, path: str | Path, *, grad: bool = False, device: str | torch.device = "cpu"
+    ) -> dict[str, Tensor]:
         golden = read_golden(path)
-        model = self.build(golden.config, golden.state, source=golden.source)
+        golden = replace(golden, inputs={name: tensor.to(device) for name, tensor in golden.inputs.items()})
+        model = self.build(golden.config, golden.state, source=golden.source).to(device)
         if isinstance(model, Losses):
             return self._replay_losses(golden, model, grad=grad)
         found: dict[str, Tensor] = {}
@@ -68,7 +72,7 @@ class PathAdapter(ReferenceAdapter):
                 self.loss(golden, named).backward()
                 gradients = self.gradients(model)
                 named.update({f"grad/{k}": gradients[k] for k in golden.grads if k in gradients})
-        return {k: v.detach() for k, v in (named | found).items()}
+        return {k: v.detach().cpu() for k, v in (named | found).items()}
 
     def _replay_losses(self, golden: Golden, model: nn.Module, *, grad: bool) -> dict[str, Tensor]:
         """Losses have no parameters: the gradients of such a file are those of ``loss_output`` for the inputs."""
@@ -77,7 +81,7 @@ class PathAdapter(ReferenceAdapter):
         if grad and golden.grads:
             named[f"out/{self.loss_output}"].sum().backward()
             named.update({f"grad/{k}": g for k in golden.grads if (g := inputs[k].grad) is not None})
-        return {k: v.detach() for k, v in named.items()}
+        return {k: v.detach().cpu() for k, v in named.items()}
 
     @contextmanager
     def _watch(self, model: nn.Module, path: str | Path, golden: Golden, found: dict[str, Tensor]) -> Iterator[None]:

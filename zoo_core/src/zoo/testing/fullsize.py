@@ -6,6 +6,7 @@ and statistics with sampled values of its outputs. Nothing is stored but the car
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -61,11 +62,12 @@ def check_fullsize(
     within its tolerance (relative l2). ``forward=None``: run the model when it has at most 200 million parameters or
     ``ZOO_TEST_FULLSIZE=1`` is set; without it the model is built on the meta device, which needs no memory.
     ``arguments``: what makes the named model the card's form of it (a card may be the backbone of a named
-    classifier). Returns the error of each output.
+    classifier). A card may be gzipped (``.json.gz``). Returns the error of each output.
     """
     import zoo
 
-    card = json.loads(Path(path).read_text(encoding="utf-8"))
+    data = Path(path).read_bytes()
+    card = json.loads(gzip.decompress(data) if Path(path).suffix == ".gz" else data)
     adapter = zoo.reference(card["system"])
     outputs = card["outputs"]
     if forward is None:

@@ -19,17 +19,18 @@ def check_golden(
     tolerance: float = 1e-4,
     grad_tolerance: float = GRAD_TOLERANCE,
     skip_mid: tuple[str, ...] = (),
+    device: str = "cpu",
 ) -> dict[str, float]:
     """Recompute every ``out/`` and ``mid/`` tensor of a golden file with the zoo's code and compare.
 
     Floats within ``tolerance`` of the largest value, integers exactly. ``grad``: also the ``grad/`` tensors.
-    ``skip_mid``: intermediates that our formulation does not have (say why beside the call). Returns the error of each
-    tensor. An adapter that is not installed is a failure, not a skip.
+    ``skip_mid``: intermediates that our formulation does not have (say why beside the call). ``device``: where the
+    model runs. Returns the error of each tensor. An adapter that is not installed is a failure, not a skip.
     """
     from zoo.reference import adapter, read_golden
 
     golden = read_golden(path)
-    found = adapter(golden.system).replay(path, grad=grad)
+    found = adapter(golden.system).replay(path, grad=grad, device=device)
     expected: dict[str, Tensor] = {f"out/{k}": v for k, v in golden.outputs.items()}
     expected |= {f"mid/{k}": v for k, v in golden.mids.items() if k not in skip_mid}
     if grad:

@@ -7,8 +7,9 @@ follows. Gradients replay the states from the borders that forward kept; sums ov
 partial sums added in a fixed order, so that runs repeat bit by bit.
 
 Limit: per state and step one exponential on the special-function units (16 a clock and multiprocessor on sm_80 and
-sm_90, that is 8 cycles a warp and scheduler) beside about 9 issue slots of multiply-adds and loads. ``POLY`` of every
-``U`` steps may take their exponentials on the multiply-add units instead (``exp2_fma``); the tuner decides.
+sm_90, that is 8 cycles a warp and scheduler) beside about 6 issue slots of multiply-adds and loads. A walk has few
+warps, so nothing hides the way from memory but loads that are issued early: u, dt and z an iteration ahead, the rows of
+B and C, which the second-level cache holds, a group ahead.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ CHUNK = 64  # as in __init__.empty_borders
 
 
 class Config(NamedTuple):
-    """channels a program walks, steps a group, of these with polynomial exponentials."""
+    """channels a program walks; steps a group; groups an iteration, whose u, dt and z are read one iteration ahead;
+    backward: sets that the channels are in."""
 
     BC: int
     U: int
-    POLY: int = 0
+    GROUPS: int
+    SETS: int = 1
 
 
-FORWARD = (Config(128, 4), Config(32, 4), Config(64, 4), Config(128, 8), Config(128, 8, 1))
-BACKWARD = (Config(64, 2), Config(32, 2), Config(128, 2), Config(32, 4))
+FORWARD = (Config(16, 2, 4), Config(16, 2, 8), Config(32, 2, 4), Config(128, 4, 2))
+BACKWARD = (Config(32, 2, 4, 2), Config(16, 2, 4), Config(32, 2, 4), Config(128, 2, 4))
 
 
 def unavailable() -> str | None:
@@ -78,16 +81,23 @@ class _Problem:
         return value.to(torch.float32).contiguous()
 
     def plan(self, config: Config, split: int | None) -> dict[str, int]:
-        BC = min(config.BC, _gpu.power_of_two(self.width, 32))
+        BC = max(config.SETS, min(config.BC, _gpu.power_of_two(self.width, 16)))
         blocks = triton.cdiv(self.width, BC)
         programs = self.batch * self.G * blocks
-        # Half the states go through registers 32 channels a warp; 16 warps a multiprocessor keep its schedulers busy.
-        warps = max(1, BC // 32) * max(1, _gpu.power_of_two(self.N) // 32)
-        wanted = 16 * _gpu.multiprocessors(self.u) // max(1, programs * warps) if split is None else split
+        warps = max(1, BC // config.SETS // 32) * max(1, _gpu.power_of_two(self.N) // 32)
+        wanted = 1 if split is None else split
+        # A walk in segments costs nearly two walks: worth it where most of the four schedulers of each multiprocessor
+        # would have no warp.
+        if split is None and programs * warps < 2 * _gpu.multiprocessors(self.u):
+            wanted = 6 * _gpu.multiprocessors(self.u) // max(1, programs * warps)
         segments = max(1, min(wanted, self.chunks))
         span = triton.cdiv(max(1, self.chunks), segments) * CHUNK
         segments = max(1, triton.cdiv(self.steps, span))
         return {"BC": BC, "blocks": blocks, "programs": programs, "warps": warps, "segments": segments, "span": span}
+
+    def wide(self, *strides: int) -> bool:
+        """Whether offsets inside one sequence need 64 bits: rows ``strides`` apart, or as our own tensors have them."""
+        return self.length * max(*strides, self.channels, self.G * self.N) >= 1 << 31
 
     def path_of(self, k: int) -> tuple[Tensor | None, int]:
         if self.path is None:
@@ -115,7 +125,7 @@ def _walk(p: _Problem, k: int, z, y, borders, final, add: bool, config: Config, 
         "N": p.N, "G": p.G, "BN": _gpu.power_of_two(p.N), "BC": plan["BC"], "num_warps": plan["warps"],
     }  # fmt: skip
     walk = {
-        "U": config.U, "CHUNK": CHUNK, "POLY": config.POLY, "SOFTPLUS": p.softplus, "REVERSE": a["reverse"],
+        "U": config.U, "GROUPS": config.GROUPS, "CHUNK": CHUNK, "SOFTPLUS": p.softplus, "REVERSE": a["reverse"],
     }  # fmt: skip
     z_b, z_l = (0, 0) if z is None else (z.stride(0), z.stride(1))
     segments, programs = plan["segments"], plan["programs"]
@@ -128,7 +138,7 @@ def _walk(p: _Problem, k: int, z, y, borders, final, add: bool, config: Config, 
             a["path"], p.resets, p.lengths, states, y, borders, final, decay, keep, a["u_b"], a["u_l"], a["dt_b"],
             a["dt_l"], z_b, z_l, a["path_b"], 0 if borders is None else borders.stride(0), state_b, state_s, final_b,
             p.length, p.steps, p.channels, p.width, plan["blocks"], segments, plan["span"], SUMMARY=summary, ADD=add,
-            **meta, **walk,
+            WIDE=p.wide(a["u_l"], a["dt_l"], z_l), **meta, **walk,
         )  # fmt: skip
 
     if segments > 1:
@@ -241,9 +251,12 @@ def _backward_path(
     a, plan = p.of(k), p.plan(config, split)
     segments, blocks, programs = plan["segments"], plan["blocks"], plan["programs"]
     meta = {"N": p.N, "G": p.G, "BN": _gpu.power_of_two(p.N), "BC": plan["BC"], "num_warps": plan["warps"]}
-    flags = {"U": config.U, "SOFTPLUS": p.softplus, "REVERSE": a["reverse"]}
     z = p.z if dz is not None else None
     z_b, z_l = (0, 0) if z is None else (z.stride(0), z.stride(1))
+    flags = {
+        "U": config.U, "SOFTPLUS": p.softplus, "REVERSE": a["reverse"],
+        "WIDE": p.wide(a["u_l"], a["dt_l"], z_l, du.stride(1), ddt.stride(1)),
+    }  # fmt: skip
     f32 = {"dtype": torch.float32, "device": p.u.device}
     inner = p.N * p.channels
     incoming, d_b, d_s = (None, 0, 0) if dfinal is None else (dfinal[:, k], dfinal.stride(0), 0)
@@ -274,7 +287,7 @@ def _backward_path(
         dinit, scratch, a["u_b"], a["u_l"], a["dt_b"], a["dt_l"], z_b, z_l, a["path_b"], borders.stride(0), d_b, d_s,
         du.stride(0), du.stride(1), ddt.stride(0), ddt.stride(1), 0 if dinit is None else dinit.stride(0), p.batch,
         p.length, p.steps, p.channels, p.width, blocks, segments, plan["span"], programs * segments, CHUNK=CHUNK,
-        ADD=add, **meta, **flags,
+        SETS=config.SETS, GROUPS=config.GROUPS, ADD=add, **meta, **flags,
     )  # fmt: skip
     dA[k] = parts_A.sum((0, 1))
     dB[:, :, k], dC[:, :, k] = parts_B.sum(0), parts_C.sum(0)
