@@ -99,8 +99,45 @@ def test_status_is_plain_data() -> None:
 
 
 def test_self_check_passes_here() -> None:
-    for record in zk.self_check(operators=["selective_scan", "causal_conv1d", "linear", "selective_scan_step"]):
+    for record in zk.self_check():
         assert record["ok"] in (True, None), record
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_self_check_passes_on_a_gpu(dtype) -> None:
+    for record in zk.self_check("cuda", dtype):
+        assert record["ok"] in (True, None), record
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_reference_differentiates_on_a_gpu() -> None:
+    """Inside a backward pass, whose thread is the device's only one: a second thread would wait for ever."""
+    x = torch.randn(1, 4, 3, device="cuda", dtype=torch.float64, requires_grad=True)
+    with zk.backend("reference"):
+        y, _ = zk.causal_conv1d(x, torch.ones(3, 2, device="cuda", dtype=torch.float64))
+        y.sum().backward()
+    assert torch.equal(x.grad[:, :-1], torch.full((1, 3, 3), 2.0, device="cuda", dtype=torch.float64))
+
+
+def test_the_reference_differentiates_in_the_thread_of_the_backward_pass(monkeypatch) -> None:
+    import threading
+
+    from zoo_kernels.ops.causal_conv1d import reference
+
+    seen = []
+    original = reference.forward
+    monkeypatch.setattr(
+        reference, "forward", lambda *a, **k: (seen.append(threading.get_ident()), original(*a, **k))[1]
+    )
+    x = torch.randn(1, 4, 3, requires_grad=True)
+    with zk.backend("reference"):
+        y, _ = zk.causal_conv1d(x, torch.ones(3, 2))
+        y.sum().backward()
+    assert len(seen) == 2
+    assert set(seen) == {threading.get_ident()}
 
 
 def test_a_module_that_does_not_import_costs_only_its_back_end(monkeypatch, tmp_path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from zoo_kernels import _gpu_compile, _ops, ops
+from zoo_kernels import _gpu, _gpu_compile, _ops, ops
 
 # Each kernel for each target once: float32 for the older, bfloat16 for the newer.
 # What a block may take on the smallest of the devices: 99 KiB on sm_86 and sm_89.
@@ -72,15 +72,17 @@ OPERATORS = operators()
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 @pytest.mark.parametrize("name", OPERATORS)
-def test_compiles_with_wide_offsets(name):
+def test_compiles_with_wide_offsets(name, monkeypatch):
     seen = 0
     for dtype, capability in TARGETS:
+        monkeypatch.setattr(_gpu, "warpgroups", lambda tensor, hopper=capability == 90: hopper)
         for launch in launches(OPERATORS[name], dtype):
             kernel = _gpu_compile.compiled(launch, capability)
             assert kernel.asm["cubin"]
             assert kernel.metadata.shared <= SHARED, f"{launch.name} needs {kernel.metadata.shared} bytes"
             if launch.meta.get("WIDE") is False:  # taken only where 32 bits reach every offset
                 kernel = _gpu_compile.compiled(launch._replace(meta={**launch.meta, "WIDE": True}), capability)
+            assert "wgmma" not in kernel.asm["ptx"], f"{launch.name}: see _gpu.warpgroups"
             narrow = narrow_offsets(kernel.asm["ttir"])
             assert not narrow, f"{launch.name} adds 32-bit products to pointers: {narrow}"
             seen += 1

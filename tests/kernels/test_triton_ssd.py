@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton_interpreter import agrees, kernel_test, kinds, poisoned  # noqa: F401
 
-from zoo_kernels import linear_attention, mlstm, ssd
+from zoo_kernels import _gpu, linear_attention, mlstm, ssd
 from zoo_kernels.ops.ssd.core import scan
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -38,6 +38,16 @@ def core(v, k, q, decay=None, weight=None, D=None, state=None, resets=None, orde
 def test_core(shape, dtype):
     keep = ("decay", "weight", "D", "state")
     agrees(core, problem(*shape), {}, dtype, TOLERANCE[dtype], keep)
+
+
+@kernel_test
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hopper", [False, True])
+def test_core_in_the_tiles_of_either_device(dtype, hopper, monkeypatch):
+    monkeypatch.setattr(_gpu, "warpgroups", lambda tensor: hopper)
+    keep = ("decay", "weight", "D", "state")
+    agrees(core, problem(1, 70, 2, 40, 1, 36), {}, dtype, TOLERANCE[dtype], keep)
 
 
 @kernel_test

@@ -83,6 +83,21 @@ def multiprocessors(tensor: Tensor) -> int:
     return _multiprocessors(tensor.device.index) if tensor.device.type == "cuda" else 2
 
 
+@functools.cache
+def _capability(index: int) -> int:
+    return torch.cuda.get_device_capability(index)[0]
+
+
+def warpgroups(tensor: Tensor) -> bool:
+    """Whether Triton would multiply tiles of 64 rows by Hopper's warpgroup instructions on the tensor's device.
+
+    Its releases up to 3.7 (at least) and the assemblers in them make wrong code of some such products: seen here as
+    wrong sums and as illegal addresses with 3.6 on an H200, reported in flash-linear-attention's issues 640 and 984.
+    Tiles of 32 rows are multiplied by the instructions that Ampere has.
+    """
+    return tensor.device.type == "cuda" and _capability(tensor.device.index) == 9
+
+
 def rows(tensor: Tensor) -> Tensor:
     """The tensor itself if its last axis is contiguous, as the kernels want it; else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

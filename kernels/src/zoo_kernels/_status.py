@@ -106,7 +106,8 @@ def _results(op: Operator, args: list[Any], name: str) -> list[Tensor]:
             args[i].requires_grad_()
     outputs = op.op(*args, bool(op.saved), name)
     outputs = (outputs if isinstance(outputs, tuple) else (outputs,))[: len(op.outputs)]
-    results = [o.detach() for o in outputs] + [args[op.arguments.index(m)] for m in op.mutates]
+    moved = (args[op.arguments.index(name)] for name in op.mutates)
+    results = [o.detach() for o in outputs] + [t for t in moved if t is not None]
     if op.differentiable:
         total = sum(
             (o.double() * torch.linspace(-1, 1, o.numel(), device=o.device, dtype=torch.float64).view(o.shape)).sum()

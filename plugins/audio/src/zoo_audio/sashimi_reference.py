@@ -142,7 +142,7 @@ def steps(model: nn.Module, x: Tensor, mode: str = "linear") -> Tensor:
 
 @torch.no_grad()
 def _greedy(model: SashimiLM, batch: int, length: int) -> Tensor:
-    token = torch.full((batch,), model.vocab_size // 2)
+    token = torch.full((batch,), model.vocab_size // 2, device=next(model.parameters()).device)
     state, ids = model.init_state(batch), []
     for _ in range(length):
         token = model.step(token, state).argmax(-1)

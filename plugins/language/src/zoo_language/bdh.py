@@ -183,5 +183,7 @@ class BDHAdapter(ReferenceAdapter):
 
             prompt, total = int(greedy.group(1)), int(greedy.group(2))
             texts, _ = generate(model, ids[:, :prompt].tolist(), max_new_tokens=total - prompt)
-            found["generated"] = torch.cat([ids[:, :prompt], torch.tensor([t.tokens for t in texts])], dim=1)
+            found["generated"] = torch.cat(
+                [ids[:, :prompt], torch.tensor([t.tokens for t in texts], device=ids.device)], dim=1
+            )
         return found

@@ -417,7 +417,9 @@ class PhiMambaAdapter(ReferenceAdapter):
 
             prompt, total = int(greedy.group(1)), int(greedy.group(2))
             texts, _ = generate(model, ids[:, :prompt].tolist(), max_new_tokens=total - prompt)
-            found["generated"] = torch.cat([ids[:, :prompt], torch.tensor([t.tokens for t in texts])], dim=1)
+            found["generated"] = torch.cat(
+                [ids[:, :prompt], torch.tensor([t.tokens for t in texts], device=ids.device)], dim=1
+            )
         return found
 
     def _losses(self, pair: nn.ModuleDict, ids: Tensor) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ class TreeReplay(nn.Module):
             )  # fmt: skip
             found["mss.final_distribution"] = last[None]
         for name, accepted in answers.items():
-            new = torch.tensor([accepted.tokens], dtype=sequence.dtype)
+            new = torch.tensor([accepted.tokens], dtype=sequence.dtype, device=sequence.device)
             found |= {
                 f"{name}.sequence": torch.cat([sequence, new], dim=1),
                 f"{name}.num_new": torch.tensor(len(accepted.tokens)),

@@ -27,9 +27,7 @@ class MedicalAdapter(ReferenceAdapter):
         """The dotted name of our module that does what the original's submodule ``path`` does."""
         return path
 
-    def replay(
-        self, path: str | Path, *, grad: bool = False, device: str | torch.device = "cpu"
-    ) -> dict[str, Tensor]:
+    def replay(self, path: str | Path, *, grad: bool = False, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         from safetensors import safe_open
 
         with safe_open(str(path), framework="pt") as file:

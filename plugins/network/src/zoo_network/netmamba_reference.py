@@ -40,7 +40,7 @@ class CaptureBytes(nn.Module):
 
     def forward(self, capture: Tensor, augment: bool = False) -> Tensor:
         """(file bytes,) uint8 to (flow bytes,), or with ``augment`` to (windows, flow bytes)."""
-        packets = read_capture(capture.numpy().tobytes()).packets
+        packets = read_capture(capture.cpu().numpy().tobytes()).packets
         if augment:
             return torch.from_numpy(self.representation.windows(packets))
         return torch.from_numpy(self.representation(packets))

@@ -308,7 +308,7 @@ class ProtocolReplay(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         table = prepare(
-            inputs["user"].numpy(), inputs["item"].numpy(), inputs["timestamp"].numpy(), core=self.config["core"]
+            *(inputs[name].cpu().numpy() for name in ("user", "item", "timestamp")), core=self.config["core"]
         )
         found = {
             "user_tokens_by_id": torch.tensor([int(t) for t in table.user_tokens[1:]]),

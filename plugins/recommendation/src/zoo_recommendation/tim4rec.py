@@ -304,7 +304,7 @@ class TiM4RecAdapter(ReferenceAdapter):
             return model(inputs)
         assert isinstance(model, TiM4Rec)
         items, lengths, times = inputs["item_seq"], inputs["item_seq_len"], inputs.get("timestamp_list")
-        behind = torch.arange(items.shape[1]) >= lengths[:, None]
+        behind = torch.arange(items.shape[1], device=items.device) >= lengths[:, None]
         if times is not None and bool((times[behind] != 0).any()):
             # Full-size cards give raw draws, to be sorted and cut at the length; real histories are that already.
             items, times = items.masked_fill(behind, 0), times.sort(dim=1).values.masked_fill(behind, 0)

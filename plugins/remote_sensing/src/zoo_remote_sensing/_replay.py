@@ -57,9 +57,7 @@ class PathAdapter(ReferenceAdapter):
         """The sum over all outputs of mean(output^2), as these files say."""
         return torch.stack([v.float().pow(2).mean() for k, v in named.items() if k.startswith("out/")]).sum()
 
-    def replay(
-        self, path: str | Path, *, grad: bool = False, device: str | torch.device = "cpu"
-    ) -> dict[str, Tensor]:
+    def replay(self, path: str | Path, *, grad: bool = False, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         golden = read_golden(path)
         golden = replace(golden, inputs={name: tensor.to(device) for name, tensor in golden.inputs.items()})
         model = self.build(golden.config, golden.state, source=golden.source).to(device)

@@ -7,10 +7,12 @@ does not have it, so that a suite can skip them visibly; the others return True.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -388,6 +390,57 @@ def check_bfloat16(what: str | Case) -> bool:
             error = relative_error(found, tensor)
             assert error < 0.25, f"{c.name}: {name} in bfloat16 is {error:.2g} away from float32"
     return True
+
+
+def check_device(what: str | Case) -> bool:
+    """Nothing is made on the CPU while a model runs elsewhere: a forward pass and a step on a GPU.
+
+    Where there is none, on tensors that only say that they are on one (torch's FakeTensorMode). Such a run cannot
+    follow what depends on values: a forward pass that does is not checked, nor is such a step.
+    """
+    c = case(what)
+    model = c.build().eval()
+    if torch.cuda.is_available():
+        inputs = {k: v.to("cuda") for k, v in c.inputs().items()}
+        with torch.no_grad():
+            call(model.to("cuda"), inputs)
+            _one_step(model, inputs)
+        return True
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensorMode,
+    )
+
+    def moved(tensor: Tensor) -> Tensor:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cuda:0")
+
+    # The last: cuDNN's recurrent layers ask the driver.
+    unknown = (DataDependentOutputException, DynamicOutputShapeException, torch.AcceleratorError)
+    current = mock.patch.object(torch.cuda, "current_device", return_value=0)
+    started = mock.patch.object(torch.cuda, "is_initialized", return_value=True)
+    with current, started, FakeTensorMode(), torch.no_grad():
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(moved(parameter), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = moved(buffer)
+        inputs = {k: moved(v) for k, v in c.inputs().items()}
+        try:
+            call(model, inputs)
+        except unknown:
+            return False
+        with contextlib.suppress(*unknown):
+            _one_step(model, inputs)
+    return True
+
+
+def _one_step(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    if hasattr(model, "step") and hasattr(model, "init_state"):
+        sequence = next(iter(inputs.values()))
+        model.step(sequence[:, 0], model.init_state(sequence.shape[0]))  # type: ignore[operator]
 
 
 def check_compile(what: str | Case, *, backend: str = "eager") -> bool:

@@ -63,6 +63,9 @@ class ModelTests:
     def test_bfloat16(self, name: str) -> None:
         _apply(contract.check_bfloat16, name)
 
+    def test_device(self, name: str) -> None:
+        _apply(contract.check_device, name)
+
     def test_compile(self, name: str) -> None:
         _apply(contract.check_compile, name)
 

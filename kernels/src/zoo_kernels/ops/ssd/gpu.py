@@ -1,4 +1,4 @@
-"""The Triton path of the scan with one decay per head, in chunks of 64 or 128 steps; it serves all forms of ``ssd``,
+"""The Triton path of the scan with one decay per head, in chunks of 32 to 128 steps; it serves all forms of ``ssd``,
 ``linear_attention``, ``mlstm`` and ``mamba3_scan``.
 
 Forward: one kernel walks the chunks and leaves the state before each of them, a second one computes all outputs at
@@ -34,14 +34,32 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# bfloat16: the first serves where nothing was timed. Longer chunks write fewer states. The gradient of keys holds three
-# accumulators and two masks at once: narrow tiles, or more threads.
-FORWARD = (Tiles(64, 64, 64, 4, 2), Tiles(128, 64, 64, 8, 2), Tiles(64, 64, 64, 8, 2), Tiles(64, 64, 128, 8, 1))
-BACKWARD = (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 8, 2))
-KEYS = (Tiles(64, 32, 32, 8, 1), Tiles(64, 64, 64, 8, 1), Tiles(64, 32, 64, 8, 1), Tiles(64, 32, 128, 8, 1))
-# Products in (several) tf32.
-EXACT = Tiles(64, 64, 64, 8, 1)
-EXACT_KEYS = Tiles(64, 16, 16, 8, 1)
+class Choice(NamedTuple):
+    """Tiles to choose from; the first serves where nothing was timed."""
+
+    forward: tuple[Tiles, ...]
+    backward: tuple[Tiles, ...]
+    keys: tuple[Tiles, ...]
+
+
+# Longer chunks write fewer states. The gradient of keys holds three accumulators and two masks at once: narrow tiles,
+# or more threads.
+LOW = Choice(
+    (Tiles(64, 64, 64, 4, 2), Tiles(128, 64, 64, 8, 2), Tiles(64, 64, 64, 8, 2)),
+    (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 8, 2)),
+    (Tiles(64, 32, 32, 8, 1), Tiles(64, 64, 64, 8, 1)),
+)
+EXACT = Choice((Tiles(64, 64, 64, 8, 1),), (Tiles(64, 64, 64, 8, 1),), (Tiles(64, 16, 16, 8, 1),))  # products in tf32
+# No tile has 64 rows (see _gpu.warpgroups).
+NARROW_LOW = Choice(*[(Tiles(32, 32, 32, 4, 1),)] * 3)
+NARROW_EXACT = Choice((Tiles(32, 32, 32, 4, 1),), (Tiles(32, 32, 32, 4, 1),), (Tiles(32, 16, 16, 2, 1),))
+
+
+def choice(v: Tensor, k: Tensor, q: Tensor) -> Choice:
+    low = _low(v, k, q)
+    if _gpu.warpgroups(v):
+        return NARROW_LOW if low else NARROW_EXACT
+    return LOW if low else EXACT
 
 
 def _low(*tensors: Tensor) -> bool:
@@ -131,7 +149,7 @@ def forward(v, decay, weight, k, q, D, state, resets, order, strict, *, save=Fal
     arguments = (v, decay, weight, k, q, D, state, resets, order, strict)
     with _gpu.guard(v):
         if tiles is None:
-            candidates = FORWARD if _low(v, k, q) else (EXACT,)
+            candidates = choice(v, k, q).forward
             tiles = _tuned("ssd", candidates, v, k, lambda one: _forward(_Problem(*arguments, tiles=one)))
         return _forward(_Problem(*arguments, tiles=tiles))
 
@@ -152,16 +170,16 @@ def backward(grads, arguments, saved, needs):
     """Gradients of v, decay, weight, k, q, D, state."""
     v, k, q = arguments[0], arguments[3], arguments[4]
     grads = [t.contiguous() for t in grads]
-    low = _low(v, k, q)
+    candidates = choice(v, k, q)
     with _gpu.guard(v):
         tiles = _tuned(
-            "ssd_backward", BACKWARD if low else (EXACT,), v, k,
+            "ssd_backward", candidates.backward, v, k,
             lambda one: _of_values(_Problem(*arguments, tiles=one), *grads),
         )  # fmt: skip
         p = _Problem(*arguments, tiles=tiles)
         borders, dborders, dv, dweight, dD, dstate = _of_values(p, *grads)
         keys = _tuned(
-            "ssd_keys", KEYS if low else (EXACT_KEYS,), v, k,
+            "ssd_keys", candidates.keys, v, k,
             lambda one: _of_keys(p, grads[0], borders, dborders, one),
         )  # fmt: skip
         dk, dq, ddecay = _of_keys(p, grads[0], borders, dborders, keys)
