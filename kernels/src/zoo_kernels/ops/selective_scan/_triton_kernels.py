@@ -5,9 +5,13 @@
 
 One program walks a segment of one path for one sequence and a block of channels. The tile of states is (state,
 channel), channels along the threads: a thread owns all states of its channel, so that the sum over states needs no
-exchange between threads, and the row of B or C is one broadcast load. Steps go in groups of ``U``: first the loads of
-the whole group, then its arithmetic, then its stores, so that no store keeps a load waiting. A is multiplied by log2(e)
-beforehand: exp is exp2.
+exchange between threads, and the row of B or C is one broadcast load (two threads share a channel in blocks of 16
+channels: twice the warps, for one exchange). Few warps walk a sequence, so nothing hides the way from memory but loads
+that start early: an iteration takes GROUPS groups of U steps and begins by reading u, dt and z of the iteration after
+it; a group begins by reading the rows of B and C of the group after it. Loads are never masked by the step: those past
+the end repeat the last row. A is multiplied by log2(e) beforehand: exp is exp2.
+
+Offsets inside a sequence are 32 bits wide where all of them fit (WIDE says that they do not).
 
 Pointers that decide the layout of the tile (A, states) are not specialised on alignment: wide vector loads would spread
 the states of one channel over several threads.
