@@ -62,6 +62,14 @@ def test_forward_that_changes_its_input(toys, monkeypatch):
         contract.check_forward("toy_small")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU torch says it in other words")
+def test_forward_that_makes_a_tensor_on_the_cpu(toys, monkeypatch):
+    forward = forward_of()
+    broken(monkeypatch, forward=lambda self, x: forward(self, x) + torch.ones(3).sum(0, keepdim=True))
+    with pytest.raises(AssertionError, match="on another device than the CPU"):
+        contract.check_device("toy_small")
+
+
 def test_parameters_without_a_gradient(toys, monkeypatch):
     forward = forward_of()
     broken(monkeypatch, forward=lambda self, x: forward(self, x.detach()).detach() + self.head.bias)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.layers import Mamba, Mamba2, RMSNorm
-from zoo_kernels import _backends
+from zoo_kernels import runtime
 from zoo_kernels.ops.mamba_step import MambaBlock, MambaStep, Matrix, unavailable
 
 from ._base import Block, CausalLM
@@ -100,7 +100,7 @@ def decoder_for(model: CausalLM) -> Decoder | None:
     if model.training or any(p.dtype != torch.float32 for p in model.parameters()) or why_not(model) is not None:
         return None
     if unavailable() is not None:
-        _backends.passed_over("mamba_step", "native", unavailable() or "")
+        runtime.passed_over("mamba_step", "native", unavailable() or "")
         return None
     key = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
     found = _decoders.get(model)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo_kernels import _backends
+from zoo_kernels import runtime
 
 
 class Dropout(nn.Dropout):
@@ -26,7 +26,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
-        torchs = x.device.type != "cpu" or tracing or _backends.forced() not in ("", "native")
+        torchs = x.device.type != "cpu" or tracing or runtime.forced_backend() not in ("", "native")
         if not self.training or not 0 < self.p < 1 or self.inplace or torchs:
             return super().forward(x)
         threshold = round(self.p * 65536)

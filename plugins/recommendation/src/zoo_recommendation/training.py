@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from zoo_kernels import _backends
+from zoo_kernels import runtime
 
 from ._base import SequentialRecommender
 from .protocol import Ranking, Samples
@@ -146,7 +146,7 @@ def keep_freed_memory() -> None:
 def _pieces(batch: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
     """The batch in pieces of equal size, of about :data:`ROWS` rows; whole off the CPU and under a forced reference."""
     count, length = batch["item_seq"].shape
-    if batch["item_seq"].device.type != "cpu" or _backends.forced() not in ("", "native"):
+    if batch["item_seq"].device.type != "cpu" or runtime.forced_backend() not in ("", "native"):
         yield batch
         return
     size = math.ceil(count / math.ceil(count * length / ROWS))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from zoo.layers.bands import conv_norm, folded
 from zoo.layers.inference import by_rows, results_only, reusing_memory, settled
 from zoo.layers.linear import call, linear
-from zoo_kernels._memory import empty
+from zoo_kernels.runtime import empty
 
 from .encoder import PairModel, check_options, make_block, make_encoder
 

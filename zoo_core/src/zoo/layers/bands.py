@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo_kernels._memory import empty
+from zoo_kernels.runtime import empty
 
 from .inference import results_only, settled, untouched
 from .linear import ACTIVATIONS, activation_name

@@ -14,8 +14,8 @@ import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from zoo_kernels import _backends
-from zoo_kernels._memory import empty, reusing
+from zoo_kernels import runtime
+from zoo_kernels.runtime import empty, reusing
 
 #: Rows in a block. With the widths of the models here (96 to 3072) what a chain of layers makes of them stays in a
 #: core's own cache or the one behind it, and the calls cost little; 512 to 4096 rows are within 5 % of each other.
@@ -30,7 +30,7 @@ def results_only(*tensors: Tensor | None) -> bool:
     """
     grad = torch.is_grad_enabled()
     return (
-        _backends.forced() in ("", "native")
+        runtime.forced_backend() in ("", "native")
         and all(
             t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu and not (grad and t.requires_grad))
             for t in tensors

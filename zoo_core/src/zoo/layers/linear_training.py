@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from zoo_kernels import _backends
+from zoo_kernels import runtime
 
 PRODUCTS = 1 << 22  # multiplications; below, calling is what takes the time
 
@@ -27,7 +27,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         not torch.jit.is_tracing()
         and not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
-        and _backends.forced() in ("", "native")  # under a forced reference everything is torch's own
+        and runtime.forced_backend() in ("", "native")  # under a forced reference everything is torch's own
         and x.dim() >= 2
         and x.numel() * weight.shape[0] >= PRODUCTS
         and _ordinary(x)

@@ -419,7 +419,7 @@ def check_device(what: str | Case) -> bool:
     unknown = (DataDependentOutputException, DynamicOutputShapeException, torch.AcceleratorError)
     current = mock.patch.object(torch.cuda, "current_device", return_value=0)
     started = mock.patch.object(torch.cuda, "is_initialized", return_value=True)
-    with current, started, FakeTensorMode(), torch.no_grad():
+    with current, started, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -432,6 +432,8 @@ def check_device(what: str | Case) -> bool:
             call(model, inputs)
         except unknown:
             return False
+        except RuntimeError as error:
+            raise AssertionError(f"{c.name}: on another device than the CPU, {error}") from error
         with contextlib.suppress(*unknown):
             _one_step(model, inputs)
     return True

@@ -1,0 +1,12 @@
+"""What layers built on these operators may ask and share: which back end is forced, and memory for large results.
+
+- :func:`forced_backend`: its name, or ``""``. A layer's fast paths step aside for all but ``""`` and ``"native"``.
+- :func:`passed_over`: say once, on the logger ``zoo_kernels``, why something does not run on a back end.
+- :func:`empty`, :func:`reusing`: large CPU tensors in huge pages, and blocks in which freed ones are taken again.
+"""
+
+from ._backends import forced as forced_backend
+from ._backends import passed_over
+from ._memory import empty, reusing
+
+__all__ = ["empty", "forced_backend", "passed_over", "reusing"]
