@@ -17,10 +17,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from zoo_kernels import _gpu_compile, _ops
+from zoo_kernels import _gpu, _gpu_compile, _ops
 
 RESULTS = Path(__file__).parent / "results"
 SHOWN = ("MUFU", "FFMA", "FMUL", "FADD", "HMMA", "HGMMA", "LDG", "STG", "LDS", "STS", "SHFL", "BAR", "LDL", "STL")
@@ -84,7 +85,8 @@ def report(name: str, folder: str, arguments: tuple[Any, ...], capability: int) 
     module = operator.module("triton")
     if isinstance(module, str):
         return [{"operator": name, "reason": module}]
-    with _gpu_compile.recorded() as launches:
+    hopper = mock.patch.object(_gpu, "warpgroups", return_value=capability == 90)  # which decides the tiles there
+    with hopper, _gpu_compile.recorded() as launches:
         result = module.forward(*arguments, save=True)
         result = result if isinstance(result, tuple) else (result,)
         if hasattr(module, "backward"):

@@ -12,13 +12,11 @@ from torch import Tensor
 import zoo_kernels
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-#: Files of operators whose systems have no adapter in this repository yet.
-OPERATORS = Path(__file__).parent / "golden"
 LIMIT = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def _path(name: str) -> Path:
-    return next(p for p in (OPERATORS / f"{name}.safetensors", GOLDEN / f"{name}.safetensors") if p.exists())
+    return GOLDEN / f"{name}.safetensors"
 
 
 def golden(name: str) -> dict[str, Tensor]:

@@ -39,27 +39,10 @@ def predict_graphs(
         zoo predict-graphs graphmamba_micro.broadcast sample/ --out answers.csv
     """
     import zoo
-    from zoo.pipelines import Failure
 
     own = {"links": links, "directed": directed, "seed": seed}
     pipe = zoo.pipeline(name, **(output.loading(options) | {k: v for k, v in own.items() if v}))
-    sources, _ = pipe.expand(list(inputs))
-    if out is not None and len(sources) > 1 and out.suffix == ".csv":
-        raise click.UsageError(f"--out is {out}, and there are {len(sources)} inputs; give a folder")
-    rows, failed = [], 0
-    for i, result in enumerate(pipe.stream(list(inputs), keep_going=keep_going)):
-        row = result.to_dict()
-        if isinstance(result, Failure):
-            failed += 1
-        elif out is not None:
-            place = out if out.suffix == ".csv" else out / f"{i:03d}_{Path(result.source).stem}.csv"
-            row["csv"] = str(result.save_csv(place))  # type: ignore[attr-defined]
-        rows.append(row)
-        if not as_json:
-            click.echo(str(result) + (f"  -> {row['csv']}" if "csv" in row else ""))
-    if as_json:
-        output.emit(rows)
-    return 1 if failed else 0
+    return output.answers(pipe, inputs, out, keep_going=keep_going, as_json=as_json)
 
 
 @click.command()

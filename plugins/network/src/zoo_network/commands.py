@@ -40,29 +40,11 @@ def classify_flows(
         zoo classify-flows netmamba_iscxvpn2016 day/ --checkpoint tuned.safetensors --labels iscxvpn2016 --json
     """
     import zoo
-    from zoo.pipelines import Failure
 
     own = {"bidirectional": bidirectional, "timeout": timeout, "labels": labels}
     arguments = output.loading(options) | {k: v for k, v in own.items() if v} | output.pairs(choices, "--option")
     pipe = zoo.pipeline(name, "traffic-classification", **arguments)
-    sources, _ = pipe.expand(list(inputs))
-    if out is not None and len(sources) > 1 and out.suffix == ".csv":
-        raise click.UsageError(f"--out is {out}, and there are {len(sources)} captures; give a folder")
-    rows, failed = [], 0
-    for i, result in enumerate(pipe.stream(list(inputs), keep_going=keep_going)):
-        row = result.to_dict()
-        if isinstance(result, Failure):
-            failed += 1
-        elif out is not None:
-            # The number keeps files of equal names in several folders apart.
-            place = out if out.suffix == ".csv" else out / f"{i:03d}_{Path(result.source).stem}.csv"
-            row["csv"] = str(result.save_csv(place))  # type: ignore[attr-defined]
-        rows.append(row)
-        if not as_json:
-            click.echo(str(result) + (f"\n  -> {row['csv']}" if "csv" in row else ""))
-    if as_json:
-        output.emit(rows)
-    return 1 if failed else 0
+    return output.answers(pipe, inputs, out, keep_going=keep_going, as_json=as_json, between="\n  ")
 
 
 @click.command()

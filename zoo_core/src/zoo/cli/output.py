@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -60,6 +61,36 @@ def params(count: int | None) -> str:
     if count < 1_000_000:
         return f"{count / 1e3:.1f} k"
     return f"{count / 1e6:.1f} M" if count < 1_000_000_000 else f"{count / 1e9:.2f} G"
+
+
+def answers(
+    pipe: Any, inputs: Sequence[str], out: Path | None, *, keep_going: bool, as_json: bool, between: str = "  "
+) -> int:
+    """Stream ``inputs`` through a pipeline whose results have ``save_csv``; print them, write each to a CSV file.
+
+    ``out``: a file for one input, else a folder, where a number keeps files of equal names apart; ``between``: what
+    stands before the file's name. Returns the exit status, 1 where an input failed. Raises click.UsageError for one
+    file and several inputs.
+    """
+    from zoo.pipelines import Failure
+
+    sources, _ = pipe.expand(list(inputs))
+    if out is not None and len(sources) > 1 and out.suffix == ".csv":
+        raise click.UsageError(f"--out is {out}, and there are {len(sources)} inputs; give a folder")
+    rows, failed = [], 0
+    for i, result in enumerate(pipe.stream(list(inputs), keep_going=keep_going)):
+        row = result.to_dict()
+        if isinstance(result, Failure):
+            failed += 1
+        elif out is not None:
+            place = out if out.suffix == ".csv" else out / f"{i:03d}_{Path(result.source).stem}.csv"
+            row["csv"] = str(result.save_csv(place))
+        rows.append(row)
+        if not as_json:
+            click.echo(str(result) + (f"{between}-> {row['csv']}" if "csv" in row else ""))
+    if as_json:
+        emit(rows)
+    return 1 if failed else 0
 
 
 def pairs(values: tuple[str, ...], what: str) -> dict[str, Any]:
