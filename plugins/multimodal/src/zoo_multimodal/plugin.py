@@ -1,0 +1,5 @@
+"""The hooks of the multimodal plugin: names only. Nothing here imports torch or a model."""
+
+from __future__ import annotations
+
+ZOO_PLUGIN_API = 1
