@@ -11,15 +11,15 @@ from zoo.reference import read_golden
 
 ROOT = Path(__file__).parents[1]
 SYSTEMS = ("umamba", "vm_unet", "segmamba", "swin_umamba", "mambamim")
-GOLDEN = sorted(p for s in SYSTEMS for p in (ROOT / "golden").glob(f"{s}__*.safetensors"))
+GOLDEN = sorted(p for s in SYSTEMS for p in (ROOT / "golden").glob(f"{s}__*.safetensors*"))
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.name.split(".")[0])
 def test_golden(path):
     zoo.testing.check_golden(path, grad=True, grad_tolerance=1e-4)
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.name.split(".")[0])
 def test_the_originals_file_is_written_again(path):
     golden = read_golden(path)
     adapter = zoo.reference(golden.system)

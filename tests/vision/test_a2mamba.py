@@ -19,7 +19,7 @@ from zoo.reference import read_golden
 from zoo_vision.a2mamba import A2MambaAdapter, a2mamba
 
 TESTS = Path(__file__).parents[1]
-GOLDEN = sorted((TESTS / "golden").glob("a2mamba__*.safetensors"))
+GOLDEN = sorted((TESTS / "golden").glob("a2mamba__*.safetensors*"))
 TINY = {
     "dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1), "heads": (2, 2, 4, 4), "windows": (5, 3, 3, 3),
     "mlp_ratios": (2, 2, 2, 2), "projection": 32, "img_size": 96, "num_classes": 7,
@@ -35,12 +35,12 @@ def tiny(**config):
     return a2mamba(**{**TINY, **config}).eval()
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.name.split(".")[0])
 def test_golden(path):
     zoo.testing.check_golden(path, grad=True)
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.name.split(".")[0])
 def test_state_dict_goes_back_to_the_original(path):
     assert len(GOLDEN) == 2
     golden, adapter = read_golden(path), A2MambaAdapter()

@@ -12,7 +12,7 @@ from zoo_vision.res_vmamba import ResVMambaAdapter, res_vmamba
 from zoo_vision.vmamba import vmamba
 
 TESTS = Path(__file__).parents[1]
-GOLDEN = sorted((TESTS / "golden").glob("res_vmamba__*.safetensors"))
+GOLDEN = sorted((TESTS / "golden").glob("res_vmamba__*.safetensors*"))
 TINY = {
     "depths": (1, 1, 1, 1), "dims": 8, "num_classes": 7, "state": 2, "patch_overlap": False, "downsample": "merge",
     "gate": True, "mlp_ratio": 0.0,
@@ -24,7 +24,7 @@ def tiny(**config):
     return res_vmamba(**{**TINY, **config}).eval()
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.name.split(".")[0])
 def test_golden(path):
     zoo.testing.check_golden(path, grad=True)
 

@@ -1,6 +1,8 @@
 """The test kit itself: a good model passes, and each check fails for the fault that it is there for."""
 
 import json
+import lzma
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 import zoo
 import zoo.testing
+from zoo.reference import read_golden
 from zoo.testing import Case, contract
 from zoo.testing.fullsize import _compare
 
@@ -325,3 +328,16 @@ def test_golden(toys, tmp_path):
     meta["system"] = "absent"
     with pytest.raises(zoo.errors.UnknownSystem):
         check(tensors)
+
+
+def test_a_compressed_golden_file_is_read_by_either_name(tmp_path):
+    source = next((Path(__file__).parents[1] / "golden").glob("mamba__*.safetensors"))
+    (tmp_path / "g.safetensors.xz").write_bytes(lzma.compress(source.read_bytes()))
+    plain = read_golden(source)
+    for name in ("g.safetensors", "g.safetensors.xz"):
+        packed = read_golden(tmp_path / name)
+        assert (packed.system, packed.config, packed.mids_of) == (plain.system, plain.config, plain.mids_of)
+        assert list(packed.state) == list(plain.state)
+        assert all(torch.equal(packed.state[k], plain.state[k]) for k in plain.state)
+    with pytest.raises(FileNotFoundError):
+        read_golden(tmp_path / "none.safetensors")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import lzma
 import re
 import sys
 import types
@@ -38,6 +39,7 @@ class Golden:
     config: dict[str, Any]
     call: Any
     notes: str
+    mids_of: dict[str, str]  # where the original's intermediates come from: name to its submodule
     state: dict[str, Tensor] = field(repr=False)
     inputs: dict[str, Tensor] = field(repr=False)
     outputs: dict[str, Tensor] = field(repr=False)
@@ -51,21 +53,20 @@ class Golden:
 
 
 def read_golden(path: str | Path) -> Golden:
-    """Read a golden file (safetensors; ``::complex`` keys become complex tensors)."""
-    from safetensors import safe_open
+    """Read a golden file: safetensors, or the same compressed (``path`` or ``path`` with ``.xz`` behind it).
 
+    Keys that end in ``::complex`` become complex tensors.
+    """
     groups: dict[str, dict[str, Tensor]] = {"state": {}, "in": {}, "out": {}, "mid": {}, "grad": {}}
-    with safe_open(str(path), framework="pt") as file:
-        meta = file.metadata() or {}
-        for key in file.keys():  # noqa: SIM118 - not a dict
-            tensor = file.get_tensor(key)
-            group, _, name = key.partition("/")
-            if group not in groups:
-                raise ValueError(f"{path}: tensor {key!r} is in no known group; expected one of {sorted(groups)}")
-            if name.endswith("::complex"):
-                # a copy: complex numbers of 16 bytes must be aligned to them, and a mapped file is to 8
-                name, tensor = name.removesuffix("::complex"), torch.view_as_complex(tensor.clone())
-            groups[group][name] = tensor
+    meta, tensors = _read_safetensors(Path(path))
+    for key, tensor in tensors.items():
+        group, _, name = key.partition("/")
+        if group not in groups:
+            raise ValueError(f"{path}: tensor {key!r} is in no known group; expected one of {sorted(groups)}")
+        if name.endswith("::complex"):
+            # a copy: complex numbers of 16 bytes must be aligned to them, and a mapped file is to 8
+            name, tensor = name.removesuffix("::complex"), torch.view_as_complex(tensor.clone())
+        groups[group][name] = tensor
     call = meta.get("call", "")
     with contextlib.suppress(ValueError):  # a plain sentence, not JSON
         call = json.loads(call)
@@ -75,12 +76,28 @@ def read_golden(path: str | Path) -> Golden:
         config=json.loads(meta.get("config", "{}") or "{}"),
         call=call,
         notes=meta.get("notes", ""),
+        mids_of=json.loads(meta.get("mids", "{}") or "{}"),
         state=groups["state"],
         inputs=groups["in"],
         outputs=groups["out"],
         mids=groups["mid"],
         grads=groups["grad"],
     )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file, in the file's order."""
+    from safetensors import safe_open
+    from safetensors.torch import load
+
+    packed = path if path.suffix == ".xz" else path.with_name(f"{path.name}.xz")
+    if path != packed and (path.exists() or not packed.exists()):
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
+    with lzma.open(packed) as file:
+        data = file.read()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the format: length, JSON, numbers
+    return header.get("__metadata__", {}), load(data)
 
 
 class ReferenceAdapter(ABC):

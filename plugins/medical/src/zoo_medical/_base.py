@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.reference import Golden, ReferenceAdapter
+from zoo.reference import Golden, ReferenceAdapter, read_golden
 
 
 class MedicalAdapter(ReferenceAdapter):
@@ -28,11 +27,7 @@ class MedicalAdapter(ReferenceAdapter):
         return path
 
     def replay(self, path: str | Path, *, grad: bool = False, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        from safetensors import safe_open
-
-        with safe_open(str(path), framework="pt") as file:
-            named = json.loads((file.metadata() or {}).get("mids", "{}"))
-        self._watch = {k: self.our_path(v) for k, v in named.items() if not k.startswith("_")}
+        self._watch = {k: self.our_path(v) for k, v in read_golden(path).mids_of.items() if not k.startswith("_")}
         try:
             return super().replay(path, grad=grad, device=device)
         finally:

@@ -1,3 +1,3 @@
-"""zoo_neuro: neuroscience models of the zoo of state-space models: EEGDM and encoder-attender-decoder networks of touch."""
+"""zoo_neuro: neuroscience models of the zoo of state-space models: EEGDM, tactile encoder-attender-decoders."""
 
 __version__ = "0.1.0"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,7 +63,7 @@ class PathAdapter(ReferenceAdapter):
         if isinstance(model, Losses):
             return self._replay_losses(golden, model, grad=grad)
         found: dict[str, Tensor] = {}
-        with torch.set_grad_enabled(grad), self._watch(model, path, golden, found):
+        with torch.set_grad_enabled(grad), self._watch(model, golden, found):
             named = {f"out/{k}": v for k, v in self.run(model, golden.inputs, call=golden.call).items()}
             if grad:
                 self.loss(golden, named).backward()
@@ -82,16 +81,14 @@ class PathAdapter(ReferenceAdapter):
         return {k: v.detach().cpu() for k, v in named.items()}
 
     @contextmanager
-    def _watch(self, model: nn.Module, path: str | Path, golden: Golden, found: dict[str, Tensor]) -> Iterator[None]:
+    def _watch(self, model: nn.Module, golden: Golden, found: dict[str, Tensor]) -> Iterator[None]:
         """Fill ``found`` with the ``mid/`` tensors of the file while the model runs.
 
         A name's suffixes: ``.i`` element i of a list (of the last call), ``#n`` the n-th call.
         """
-        from safetensors import safe_open
-
-        with safe_open(str(path), framework="pt") as file:
-            table: dict[str, str] = json.loads((file.metadata() or {}).get("mids", "{}"))
-        wanted = {n: p for n, p in table.items() if not n.startswith("_") and any(_base(k) == n for k in golden.mids)}
+        wanted = {
+            n: p for n, p in golden.mids_of.items() if not n.startswith("_") and any(_base(k) == n for k in golden.mids)
+        }
         outputs: dict[str, list[Any]] = {name: [] for name in wanted}
         handles = []
         for name, original in wanted.items():
