@@ -331,13 +331,13 @@ def test_golden(toys, tmp_path):
 
 
 def test_a_compressed_golden_file_is_read_by_either_name(tmp_path):
-    source = next((Path(__file__).parents[1] / "golden").glob("mamba__*.safetensors"))
+    source = Path(__file__).parents[1] / "golden" / "rsmamba__forward_cls_head.safetensors"
     (tmp_path / "g.safetensors.xz").write_bytes(lzma.compress(source.read_bytes()))
     plain = read_golden(source)
     for name in ("g.safetensors", "g.safetensors.xz"):
         packed = read_golden(tmp_path / name)
         assert (packed.system, packed.config, packed.mids_of) == (plain.system, plain.config, plain.mids_of)
-        assert list(packed.state) == list(plain.state)
+        assert packed.state.keys() == plain.state.keys()
         assert all(torch.equal(packed.state[k], plain.state[k]) for k in plain.state)
     with pytest.raises(FileNotFoundError):
         read_golden(tmp_path / "none.safetensors")

@@ -86,7 +86,7 @@ def read_golden(path: str | Path) -> Golden:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file, in the file's order."""
+    """Metadata and tensors of a file."""
     from safetensors import safe_open
     from safetensors.torch import load
 
@@ -97,7 +97,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     with lzma.open(packed) as file:
         data = file.read()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the format: length, JSON, numbers
-    return header.get("__metadata__", {}), load(data)
+    tensors = load(data)
+    return header.pop("__metadata__", {}), {key: tensors[key] for key in header}
 
 
 class ReferenceAdapter(ABC):
