@@ -29,7 +29,7 @@ def recipe(monkeypatch):
 
 def test_motifs_are_known_on_both_strands(recipe):
     motifs = recipe("motifs")
-    model = zoo.load("dna_xlstm_micro.motifs", dtype="float32")
+    model = zoo.load("dna_xlstm_micro.motifs")
     generator = torch.Generator().manual_seed(5)
     bases, which = motifs.draw(24, generator)
     asked = torch.rand(bases.shape, generator=generator) < 0.15
@@ -45,7 +45,7 @@ def test_motifs_are_known_on_both_strands(recipe):
 
 def test_homologs_help(recipe):
     families = recipe("families")
-    model = zoo.load("prot_xlstm_micro.families", dtype="float32")
+    model = zoo.load("prot_xlstm_micro.families")
     generator = np.random.default_rng(5)
     first, last = [], []
     for _ in range(12):
@@ -74,13 +74,6 @@ def test_a_series_is_continued(recipe):
         formed += sum(map(well_formed, found))
     assert formed >= 54  # of 60
     assert same >= 42
-
-
-@pytest.mark.parametrize("name", ["dna_xlstm_micro", "prot_xlstm_micro", "chem_xlstm_micro"])
-def test_half_precision_is_for_storing(name):
-    assert zoo.load(name).embedding.weight.dtype == torch.float16
-    assert zoo.pipeline(name).model.embedding.weight.dtype == torch.float32
-    assert zoo.pipeline(name, dtype="bfloat16").model.embedding.weight.dtype == torch.bfloat16
 
 
 def test_samples_are_answered():

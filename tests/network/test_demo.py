@@ -200,7 +200,7 @@ def test_the_cards_figures_hold(monkeypatch):
     from zoo_network.training import predict, scores
 
     test = recipe.flows_of(150, 3)
-    found, _ = scores(predict(zoo.load(MODEL, dtype="float32"), test.flows), test.labels, recipe.CLASSES)
+    found, _ = scores(predict(zoo.load(MODEL), test.flows), test.labels, recipe.CLASSES)
     for metric in zoo.info(MODEL).weights.metrics:
         assert found[metric.name] == pytest.approx(metric.value, abs=0.002)
     sys.modules.pop("traffic", None)

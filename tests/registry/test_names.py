@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from zoo_registry import HubRepo, LocalPath, ModelName, WeightsCard, natural_sorted, parse, resolve
@@ -120,6 +120,7 @@ def test_a_file_of_that_name_is_pointed_out(tmp_path, monkeypatch):
 
 
 @given(st.text(max_size=30))
+@example("~\\")  # the home of a user that does not exist
 def test_parse_never_fails_in_another_way(text):
     try:
         parse(text)

@@ -13,13 +13,6 @@ from zoo_rl import agents, envs
 DEMO = Path(zoo_rl.__file__).parent / "demo"
 
 
-def test_half_precision_is_for_the_disk():
-    model = zoo.load("s5_micro.repeat_previous")
-    assert next(model.parameters()).dtype == torch.float16
-    zoo_rl.agent(model)
-    assert next(model.parameters()).dtype == torch.float32
-
-
 def test_s5_remembers_four_cards():
     model = zoo.load("s5_micro.repeat_previous")
     figure = zoo.info("s5_micro.repeat_previous").weights.metrics[0].value

@@ -55,11 +55,12 @@ def test_list(cli):
         "toy_small.elsewhere",
         "toy_small.original",
         "toy_small.packed",
+        "toy_small.small",
         "toy_small.wide",
     ]
     loadable = cli("list", "toy*", "--pretrained")[1].split()
-    assert loadable == ["toy_small.original", "toy_small.packed", "toy_small.wide"]
-    assert cli("list", "--domain", "toys", "--exclude", "*large")[1].count("\n") == 4
+    assert loadable == ["toy_small.original", "toy_small.packed", "toy_small.small", "toy_small.wide"]
+    assert cli("list", "--domain", "toys", "--exclude", "*large")[1].count("\n") == 5
     assert cli("list", "toy*", "--max-params", "1k")[1].split()[0] == "toy_small.elsewhere"
     long = cli("list", "toy*", "--long")[1]
     assert "hf-hub:toys/original" in long
@@ -80,7 +81,7 @@ def test_list_mistakes(cli):
 
 def test_info(cli):
     out = cli("info", "toy_small")[1]
-    for words in ("toy_small.packed", "packed (default), original, wide, elsewhere", "accuracy 0.5", "mit"):
+    for words in ("toy_small.packed", "packed (default), small, original, wide, elsewhere", "accuracy 0.5", "mit"):
         assert words in out
     assert json.loads(cli("info", "toy_small", "--json")[1])["loadable"] is True
 

@@ -52,6 +52,13 @@ def test_dtype_and_device(toys):
     assert zoo.load("toy_small", device="cpu").stem.weight.device.type == "cpu"
 
 
+def test_the_card_says_what_stored_weights_become(toys, tmp_path):
+    assert zoo.load("toy_small.small").ramp.dtype == torch.bfloat16
+    assert zoo.load("toy_small.small", dtype="float32").ramp.dtype == torch.float32
+    folder = zoo.save(zoo.load("toy_small.small", dtype="float32"), tmp_path / "saved")
+    assert zoo.load(folder).ramp.dtype == torch.float32, "a saved folder holds what it was given"
+
+
 @pytest.mark.parametrize(
     ("source", "error", "text"),
     [

@@ -34,6 +34,7 @@ import msgspec
 Faithful = Literal["code", "paper"]
 #: File formats that the converter knows. ``torch`` is a pickle, opened with ``weights_only=True`` alone.
 Format = Literal["safetensors", "torch", "flax-msgpack", "orbax", "numpy"]
+DType = Literal["float32", "bfloat16", "float16"]
 
 #: Names of models, systems and domains: lower case, digits, underscores, beginning with a letter.
 NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -97,6 +98,9 @@ class WeightsCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     config: dict[str, Any] = {}  #: overrides of the model card's config that belong to this checkpoint
     config_file: str | None = None  #: JSON in the repository with the original's own configuration, which then counts
     # -- how to use them
+    dtype: DType | None = (
+        None  #: what stored numbers become on loading; None: they stay as they are
+    )
     labels: str | None = None  #: named label set or a text file of the plugin, one label a line
     num_classes: int | None = None
     preprocess: dict[str, Any] = {}

@@ -7,12 +7,12 @@ right: the nearest names, the tags that exist, the plugin that is not installed.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from os import PathLike, fspath
 from pathlib import Path
 
 from .cards import NAME, TAG, ModelCard, WeightsCard
@@ -64,7 +64,7 @@ class LocalPath:
 Source = ModelName | HubRepo | LocalPath
 
 
-def parse(source: str | PathLike[str] | Source) -> Source:
+def parse(source: str | os.PathLike[str] | Source) -> Source:
     """What a user means by ``source``.
 
     - ``arch`` or ``arch.tag``: a name of the registry
@@ -78,7 +78,7 @@ def parse(source: str | PathLike[str] | Source) -> Source:
     if isinstance(source, (ModelName, HubRepo, LocalPath)):
         return source
     if not isinstance(source, str):
-        return _local(Path(fspath(source)), str(source))
+        return _local(Path(os.fspath(source)), str(source))
     text = source.strip()
     if text.startswith(HUB_PREFIX):
         return _hub(text)
@@ -112,7 +112,7 @@ def _hub(text: str) -> HubRepo:
 
 
 def _local(path: Path, text: str) -> LocalPath:
-    path = path.expanduser()
+    path = Path(os.path.expanduser(path))  # pathlib's raises for a user that does not exist
     if not path.exists():
         missing = next((p for p in reversed(path.absolute().parents) if not p.exists()), path)
         raise LocalFileMissing(

@@ -330,7 +330,7 @@ def local_files(path: str | os.PathLike[str] | LocalPath) -> Files:
 
     A folder holds ``model.safetensors`` or its index, else exactly one file that looks like a checkpoint.
     """
-    path = path.path if isinstance(path, LocalPath) else Path(path).expanduser()
+    path = path.path if isinstance(path, LocalPath) else Path(os.path.expanduser(path))
     if not path.exists():
         raise LocalFileMissing(f"there is no file or folder {path} (looked at {path.absolute()})", path=str(path))
     if path.is_dir():

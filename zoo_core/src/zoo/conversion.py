@@ -194,7 +194,7 @@ def convert(
     """
     out = Path(out).expanduser()
     if to == "zoo":
-        return _to_zoo(Path(source).expanduser(), out, model, system, config, subkey, overrides)
+        return _to_zoo(Path(os.path.expanduser(source)), out, model, system, config, subkey, overrides)
     if to == "reference":
         return _to_reference(source, out, system, overrides)
     raise errors.BadArgument(
@@ -231,7 +231,7 @@ def _to_zoo(
 def _to_reference(source: str | os.PathLike[str], out: Path, system: str | None, overrides: Mapping[str, Any]) -> Path:
     from .loading import load
 
-    bare = Path(source).expanduser() if re.search(r"[/\\]|\.safetensors$", os.fspath(source)) else None
+    bare = Path(os.path.expanduser(source)) if re.search(r"[/\\]|\.safetensors$", os.fspath(source)) else None
     if system is not None and bare is not None and bare.is_file():
         state = catalog.adapter(system).to_reference(checkpoints.read_safetensors([bare]))
     else:

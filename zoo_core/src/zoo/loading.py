@@ -71,7 +71,8 @@ def load(
     ``num_classes=10``, ``in_chans=4``, ``drop_path_rate=0.1``; what they change in the weights is logged and listed in
     ``model.zoo_info.changes``, and nothing else may differ.
 
-    ``device`` and ``dtype`` say where and as what the parameters shall be. ``device_map`` instead of ``device`` spreads
+    ``device`` and ``dtype`` say where and as what the parameters shall be; by default on the CPU, and of the weights
+    card's type, or else the file's. ``device_map`` instead of ``device`` spreads
     a large model over accelerators, the CPU and a disk ("auto", or module names to devices), with ``max_memory`` for
     each and ``offload_folder`` for the disk: see :func:`zoo.placement.place`; it needs accelerate. ``revision``,
     ``cache_dir``, ``token``, ``local_files_only`` and ``force_download`` are huggingface_hub's; ``verify`` computes the
@@ -139,6 +140,8 @@ def load(
         folder_config=located.folder_config if weights is located.weights else {},
     )
     building.describe(model, info)
+    if dtype is None and checkpoint is None and located.weights is not None:
+        dtype = located.weights.dtype
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if device_map is not None:
         folder = None if offload_folder is None else Path(offload_folder)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import inspect
+import os
 import re
 import sys
 import time
@@ -272,7 +273,7 @@ class Pipeline(ABC):
         if not isinstance(one, (str, Path)):
             return [one], True
         text = str(one)
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         if path.is_file():
             return [path], True
         if path.is_dir():

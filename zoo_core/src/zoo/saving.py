@@ -30,7 +30,7 @@ from .loading import FORMAT
 
 #: Larger weights are written in several files of at most this many bytes.
 SHARD_BYTES = 5_000_000_000
-#: What a weights card says about where its bytes lie; a saved folder is another place.
+#: What a weights card says about its file; a saved folder is another.
 _PLACES = (
     "repo_id",
     "filename",
@@ -44,6 +44,7 @@ _PLACES = (
     "converter",
     "config_file",
     "format",
+    "dtype",
 )
 
 

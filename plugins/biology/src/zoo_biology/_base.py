@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from zoo.pipelines import Pipeline, Result
 from zoo_registry import errors
 
@@ -21,12 +18,6 @@ class SequencePipeline(Pipeline):
     """
 
     text_input = True
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        if self.device.type == "cpu" and self.dtype == torch.float16:
-            # A way to store small checkpoints; processors have no fast arithmetic for it.
-            self.model.float()
 
     def prepare(self, sample: Any) -> dict[str, Any]:
         return {"sample": sample}

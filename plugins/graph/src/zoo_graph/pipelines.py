@@ -80,8 +80,6 @@ class GraphPredictions(Pipeline):
         seed: int = 0,
     ) -> None:
         super().__init__(model)
-        if self.device.type == "cpu" and self.dtype == torch.float16:
-            model.float()  # half precision saves space on disk; a CPU gains nothing from computing in it
         self.level, self.kind = str(model.level), str(model.kind)
         if self.level == "link" and links is None:
             raise ValueError("the model scores pairs of nodes; give links=, a table with the columns source and target")

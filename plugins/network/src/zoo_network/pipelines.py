@@ -106,8 +106,6 @@ class TrafficClassification(Pipeline):
         flows_per_batch: int = 128,
     ) -> None:
         super().__init__(model)
-        if self.device.type == "cpu" and self.dtype == torch.float16:
-            model.float()  # half precision saves space on disk; a CPU gains nothing from computing in it
         if top_k < 1 or flows_per_batch < 1:
             raise ValueError(f"top_k is {top_k} and flows_per_batch {flows_per_batch}; expected 1 or more of each")
         given = {"packets": packets, "header_bytes": header_bytes, "payload_bytes": payload_bytes}

@@ -37,7 +37,7 @@ class Agent(ABC):
     def __init__(self, model: nn.Module, batch: int | None) -> None:
         if batch is not None and batch < 1:
             raise ValueError(f"batch is {batch}; expected 1 or more, or None for one environment without a batch axis")
-        self.model, self.batch = widened(model).eval(), batch
+        self.model, self.batch = model.eval(), batch
         self.count = batch or 1
         self.started = False
         parameter = next(model.parameters())
@@ -235,14 +235,6 @@ def agent(model: nn.Module, batch: int | None = None, **options: Any) -> Agent:
     if "target_return" not in options:
         raise ValueError("target_return is missing: say what an episode should bring, in the environment's units")
     return DecisionAgent(model, batch, **options)
-
-
-def widened(model: nn.Module) -> nn.Module:
-    """The model itself; one of half precision on a CPU is made float32, in place: half saves space on disk, and a CPU
-    gains nothing from computing in it."""
-    parameter = next(model.parameters())
-    narrow = parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16)
-    return model.float() if narrow else model
 
 
 def settings_of(model: nn.Module) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from zoo import errors
 from zoo.pipelines import Pipeline, Result
 
 from . import trajectories
-from .agents import settings_of, widened
+from .agents import settings_of
 from .decision_mamba import DecisionMamba
 from .envs import extended
 from .s5_rl import S5ActorCritic
@@ -84,7 +84,7 @@ class Policy(Pipeline):
                 f"{type(model).__name__} is no policy; expected S5ActorCritic or DecisionMamba", argument="model",
                 accepted=[],
             )  # fmt: skip
-        self.policy = widened(model)
+        self.policy = model
         own = settings_of(model)
         self.target = target_return
         self.scale = float(own.get("scale", 1.0) if scale is None else scale)
