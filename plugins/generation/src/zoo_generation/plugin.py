@@ -2,4 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+from zoo_registry import ModelCard, hookimpl, load_cards
+
 ZOO_PLUGIN_API = 1
+
+
+@hookimpl
+def zoo_models() -> Iterable[ModelCard]:
+    return load_cards("zoo_generation")
+
+
+@hookimpl
+def zoo_adapters() -> Mapping[str, str]:
+    return {
+        "dimsum": "zoo_generation.dimsum.reference:DiMSUMAdapter",
+        "unianimate": "zoo_generation.unianimate.reference:UniAnimateAdapter",
+    }
