@@ -1,0 +1,1 @@
+"""EEGDM: representations of EEG by a generative diffusion model, and what classifies them."""

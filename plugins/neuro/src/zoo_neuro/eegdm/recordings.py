@@ -1,0 +1,145 @@
+"""Recordings from files: EDF, BDF and what else MNE reads, .npz and .npy arrays; annotations of TUEV (.rec)."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zoo_registry import optional
+
+EXTRA = "ssm-zoo-neuro[eeg]"
+ARRAYS = (".npz", ".npy")
+#: What MNE opens by its ending.
+MNE_FILES = (".edf", ".bdf", ".gdf", ".fif", ".fif.gz", ".vhdr", ".set", ".cnt", ".eeg")
+RECORDINGS = (*MNE_FILES, *ARRAYS)
+_UNITS = {"V": 1.0, "mV": 1e-3, "uV": 1e-6, "µV": 1e-6, "μV": 1e-6}  # both micro signs are met
+
+
+@dataclass
+class Recording:
+    """EEG of several channels."""
+
+    signal: np.ndarray = field(repr=False)  #: (channels, samples) volts
+    sfreq: float  #: Hz
+    channels: list[str]
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        self.signal = np.asarray(self.signal, dtype=np.float64)
+        if self.signal.ndim != 2 or not self.signal.size:
+            raise ValueError(f"a recording has shape {self.signal.shape}; expected (channels, samples)")
+        if len(self.channels) != len(self.signal):
+            raise ValueError(f"there are {len(self.channels)} channel names for {len(self.signal)} channels")
+        if not self.sfreq > 0:
+            raise ValueError(f"sfreq is {self.sfreq}; expected a positive number of Hz")
+        if not np.isfinite(self.signal).all():
+            raise ValueError(f"{self.source or 'the recording'} has values that are not finite; repair or cut them out")
+
+    @property
+    def seconds(self) -> float:
+        return self.signal.shape[1] / self.sfreq
+
+
+class Event(NamedTuple):
+    """One annotation of a .rec file."""
+
+    channel: int
+    start: float  #: seconds
+    end: float
+    code: int
+
+
+def read_recording(
+    path: str | Path,
+    *,
+    sfreq: float | None = None,
+    unit: str | None = None,
+    channels: list[str] | None = None,
+) -> Recording:
+    """A recording from a file.
+
+    .npz: ``signal`` (channels, samples), ``sfreq``, ``channels``, optionally ``unit``; .npy: the signal alone.
+    ``sfreq`` (Hz), ``unit`` ("V", "mV", "uV"; V unless given) and ``channels`` say what such files leave out. Other
+    files are read by MNE, which knows their unit. Raises ValueError for what cannot be read as EEG.
+    """
+    path = Path(path)
+    if not path.name.lower().endswith(RECORDINGS):
+        raise ValueError(f"{path} is no recording that can be read; expected one of {', '.join(RECORDINGS)}")
+    if not path.exists():
+        raise ValueError(f"there is no file {path}")
+    if path.suffix.lower() in ARRAYS:
+        return _from_arrays(path, sfreq, unit, channels)
+    mne: Any = optional("mne", f"{path}: a recording of {path.suffix}", EXTRA)
+    try:
+        raw = mne.io.read_raw(path, preload=True, verbose="ERROR")
+        raw.pick(raw.get_channel_types(unique=True) and "eeg", verbose="ERROR")
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, OSError, EOFError, AssertionError) as error:
+        raise ValueError(f"{path} cannot be read as a recording of EEG: {str(error).strip() or error!r}") from error
+    return Recording(raw.get_data(), float(raw.info["sfreq"]), list(raw.ch_names), str(path))
+
+
+def _from_arrays(path: Path, sfreq: float | None, unit: str | None, channels: list[str] | None) -> Recording:
+    try:
+        content = np.load(path, allow_pickle=False)
+        held = {"signal": content} if isinstance(content, np.ndarray) else {k: content[k] for k in content.files}
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as numpy arrays: {error}") from error
+    if "signal" not in held:
+        raise ValueError(f"{path} holds {', '.join(held) or 'nothing'}; expected 'signal', 'sfreq' and 'channels'")
+    rate = float(held["sfreq"]) if "sfreq" in held else sfreq
+    named = [str(c) for c in held["channels"]] if "channels" in held else channels
+    if rate is None or named is None:
+        lacks = " and ".join(n for n, v in (("sfreq", rate), ("channels", named)) if v is None)
+        raise ValueError(f"{path} does not say its {lacks}; give {lacks}= or keep them in an .npz beside 'signal'")
+    measured = str(held["unit"]) if "unit" in held else unit or "V"
+    if measured not in _UNITS:
+        raise ValueError(f"the unit is {measured!r}; expected V, mV or uV")
+    return Recording(np.asarray(held["signal"], np.float64) * _UNITS[measured], rate, named, str(path))
+
+
+def read_events(path: str | Path) -> list[Event]:
+    """Annotations of TUEV's .rec files: rows of channel, start, end (seconds), code. Raises ValueError for others."""
+    path = Path(path)
+    events = []
+    with path.open(newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            if not row:
+                continue
+            try:
+                channel, start, end, code = row
+                events.append(Event(int(float(channel)), float(start), float(end), int(float(code))))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}: {','.join(row)!r}; expected channel,start,end,code"
+                ) from error
+    return events
+
+
+def write_recording(recording: Recording, path: str | Path) -> Path:
+    """.edf, .bdf or .fif (by MNE; needs its extra), or .npz. Raises ValueError for other endings."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ending = path.suffix.lower()
+    if ending == ".npz":
+        np.savez_compressed(
+            path,
+            signal=recording.signal.astype(np.float32),
+            sfreq=recording.sfreq,
+            channels=np.array(recording.channels),
+        )
+        return path
+    if ending not in (".edf", ".bdf", ".fif"):
+        raise ValueError(f"{path} ends in {ending!r}; expected .edf, .bdf, .fif or .npz")
+    mne: Any = optional("mne", f"writing {ending}", EXTRA)
+    info = mne.create_info(recording.channels, recording.sfreq, "eeg", verbose="ERROR")
+    raw = mne.io.RawArray(recording.signal, info, verbose="ERROR")
+    if ending == ".fif":
+        raw.save(path, overwrite=True, verbose="ERROR")
+        return path
+    optional("edfio", f"writing {ending}", EXTRA)
+    mne.export.export_raw(path, raw, fmt=ending[1:], overwrite=True, verbose="ERROR")
+    return path
