@@ -20,3 +20,25 @@ def zoo_adapters() -> Mapping[str, str]:
         "dimsum": "zoo_generation.dimsum.reference:DiMSUMAdapter",
         "unianimate": "zoo_generation.unianimate.reference:UniAnimateAdapter",
     }
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {
+        "image-generation": "zoo_generation.dimsum.pipeline:ImageGeneration",
+    }
+
+
+@hookimpl
+def zoo_validators() -> Mapping[str, str]:
+    return {
+        "image-generation": "zoo_generation.dimsum.validation:validate_images",
+    }
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {
+        "generate-images": "zoo_generation.dimsum.commands:generate_images",
+        "train-images": "zoo_generation.dimsum.commands:train_images",
+    }
