@@ -114,10 +114,10 @@ class LatentDecoder(nn.Module):
             )
         if "s" in stack_struct and self.cls_token.numel() <= d_embed:
             raise ValueError("stack_struct has self attention and there is a single token; give n_clst of 2 or more")
+        if multi_query_merge == "cat" and n_query > 1:
+            raise ValueError(f"multi_query_merge is 'cat' for {n_query} queries; the original cannot run it: use 'seq'")
         if "c" in (across_pool_stack_struct or ""):
-            raise ValueError(
-                f"across_pool_stack_struct {across_pool_stack_struct!r} has cross attention, c; use s and f"
-            )
+            raise ValueError(f"across_pool_stack_struct is {across_pool_stack_struct!r}; expected s and f, no c")
         self.have_across = bool(across_pool_stack_struct)
         kind: dict[str, Any] = {"dropout": dropout, "crossnorm": have_crossnorm, "init_weight": init_weight}
         self.tower, self.across_pool_tower = nn.ModuleList(), nn.ModuleList()
@@ -325,16 +325,18 @@ class EEGClassifier(nn.Module):
             )  # fmt: skip
             depth, d_embed = self.decoder.depth, self.decoder.d_embed
             shape = [self.decoder.n_tower, self.decoder.n_pool, n_clst]
-            axes = [
-                size if letter in classifier_pos_embed_dim else 1 for letter, size in zip("TPN", shape, strict=True)
-            ]
-            positions = [1, *axes, d_embed] if torch.Size(axes).numel() > 1 else None
+            axes = zip("TPN", shape, strict=True)
+            positions = [1, *(size if axis in classifier_pos_embed_dim else 1 for axis, size in axes), d_embed]
         else:
-            # The original's ablations ignore the decoder's arguments and count 5 windows of 22 channels.
-            shape = [
-                self.reducer.n_pool * self.extractor.channels * (self.extractor.n_layer if fusion == "none" else 1)
-            ]
-            positions = [1, *shape, d_embed]
+            if "N" not in classifier_pos_embed_dim:
+                raise ValueError("classifier_pos_embed_dim lacks N, with which the original's ablations cannot run")
+            layers = self.extractor.n_layer if fusion == "none" else 1
+            shape = [layers * self.reducer.n_pool * self.reducer.n_query * self.extractor.channels]
+            # The letters T and P act on the axes that lie at their places in (1, tokens, width).
+            axes = zip("TP", [*shape, d_embed], strict=True)
+            positions = [1, *(size if axis in classifier_pos_embed_dim else 1 for axis, size in axes)]
+        if not classifier_have_pos_embed or torch.Size(positions).numel() == d_embed:
+            positions = []
         self.classifier = TokenClassifier(
             shape, d_embed, pos_embed=positions or None, depth=depth, n_class=n_class,
             stack_struct=classifier_stack_struct, final_act=classifier_final_act, crossnorm=have_crossnorm, **shared,
