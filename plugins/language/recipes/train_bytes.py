@@ -143,7 +143,7 @@ def main() -> None:
     data, held = split(arguments.root)
     began = time.process_time()
     if arguments.only_score:
-        model = zoo.load(arguments.model, checkpoint=arguments.out)
+        model = zoo.load(arguments.model, checkpoint=arguments.out, dtype="float32")
     else:
         model = train(
             arguments.model, data, steps=arguments.steps, rows=arguments.rows, length=arguments.length,
@@ -152,7 +152,9 @@ def main() -> None:
     spent = time.process_time() - began
     if not arguments.only_score:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, arguments.out, metadata={"format": "pt"})
+        state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+        save_file(state, arguments.out, metadata={"format": "pt"})
+        model.half().float()  # measured as stored
     found = score(model, list(held), text_bytes=len(held), start=ord("\n"))
     figures = {
         "model": arguments.model,

@@ -130,7 +130,7 @@ def write_samples(folder: Path) -> None:
 
 def measure(weights: str, checkpoint: Path | None = None) -> dict[str, dict[str, float]]:
     """Dice of each label, mean over the held-out phantoms, on the training grid and on another one."""
-    options = {} if checkpoint is None else {"checkpoint": str(checkpoint)}
+    options = {} if checkpoint is None else {"checkpoint": str(checkpoint), "dtype": "float32"}
     pipe = zoo.pipeline(weights, **options)
     found = {}
     for where, shape, spacing in (
@@ -180,7 +180,7 @@ def main() -> None:
             seed=options.seed,
         )  # fmt: skip
         out.parent.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+        state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
         save_file(state, str(out), metadata={"format": "pt", "architecture": options.model})
     answer = {
         "model": options.model, "seed": options.seed, "steps": options.steps, "bytes": out.stat().st_size,

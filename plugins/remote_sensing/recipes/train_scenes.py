@@ -83,7 +83,8 @@ def measure(model: nn.Module, first_seed: int, count: int, size: int) -> dict[st
 
 def save(model: nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().contiguous() for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    kept = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    state = {k: v.detach().half().contiguous() for k, v in kept.items()}
     save_file(state, str(path), metadata={"format": "pt", "architecture": MODEL})
 
 
@@ -203,6 +204,7 @@ def main() -> None:
         write_held_out(options.held_out)
         return
     model, measured = train(options)
+    model.half().float()  # measured as stored
     measured["held_out"] = measure(model, HELD_OUT_FROM, HELD_OUT, HELD_OUT_SIZE)
     measured["held_out_pairs"] = HELD_OUT
     if not options.dry:

@@ -118,6 +118,7 @@ def train(
             total += loss.item()
         spent = time.perf_counter() - began
         print(f"epoch {epoch + 1}: loss {total / (len(x) // batch):.3f}, {spent:.0f} s", flush=True)
+    model.half().float()  # measured as stored
     return model.eval(), {
         "model": name,
         "seed": seed,
@@ -176,7 +177,7 @@ def main() -> None:
     if not options.dry:
         out = options.out or PACKAGE / "demo" / f"{options.model}.digits.safetensors"
         out.parent.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+        state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
         save_file(state, str(out), metadata={"format": "pt", "architecture": options.model})
         measured["bytes"] = out.stat().st_size
     print(json.dumps(measured))
