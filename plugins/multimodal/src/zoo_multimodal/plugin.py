@@ -20,3 +20,31 @@ def zoo_adapters() -> Mapping[str, str]:
         "mixture_of_mamba": "zoo_multimodal.mixture_of_mamba:MixtureOfMambaAdapter",
         "mmmamba": "zoo_multimodal.mmmamba_formats:MmMambaAdapter",
     }
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {
+        "interleaved-generation": "zoo_multimodal.interleaved:Interleaved",
+        "image-text-to-text": "zoo_multimodal.image_text:ImageTextToText",
+        "emotion-recognition-in-conversation": "zoo_multimodal.emotion:EmotionRecognition",
+    }
+
+
+@hookimpl
+def zoo_validators() -> Mapping[str, str]:
+    return {
+        "interleaved-generation": "zoo_multimodal.interleaved:validate_documents",
+        "emotion-recognition-in-conversation": "zoo_multimodal.emotion:validate_dialogues",
+    }
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {
+        "ask": "zoo_multimodal.commands_mmmamba:ask",
+        "distill": "zoo_multimodal.commands_mmmamba:distill",
+        "train-interleaved": "zoo_multimodal.commands_mixture:train_interleaved",
+        "predict-emotions": "zoo_multimodal.commands_emotion:predict_emotions",
+        "train-emotions": "zoo_multimodal.commands_emotion:train_emotions",
+    }

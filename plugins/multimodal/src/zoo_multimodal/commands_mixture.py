@@ -1,0 +1,135 @@
+"""The verb of Mixture-of-Mamba on the command line: ``zoo train-interleaved``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zoo.cli import output
+
+
+@click.command()
+@click.argument("name")
+@click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the weights.")
+@click.option("--steps", default=1000, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Documents.")
+@click.option("--rate", default=1e-3, show_default=True, type=float)
+@click.option("--warmup", default=50, show_default=True, type=click.IntRange(min=0), help="Steps.")
+@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as dense=true.")
+@output.as_json
+def train_interleaved(
+    name: str,
+    data: Path,
+    out: Path,
+    steps: int,
+    batch_size: int,
+    rate: float,
+    warmup: int,
+    seed: int,
+    device: str,
+    choices: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Train the model NAME on the documents in DATA: 90 % of them, the others measure.
+
+    DATA is a .jsonl file, one document a line: {"segments": [{"text": ...}, {"image": "file.png"}, {"tokens": [...],
+    "modality": 1}]}. A model with a codebook learns its codes from the training pictures first. A Transfusion model
+    takes an .npz file with input_ids (documents, length), latents (documents, length, numbers) and optionally lengths.
+
+    \b
+        zoo train-interleaved mixture_of_mamba_micro documents.jsonl --out trained
+    """
+    import torch
+
+    import zoo
+
+    from .mixture_training import Settings
+    from .transfusion import TransfusionMamba
+
+    torch.manual_seed(seed)
+    model = zoo.create(name, **output.pairs(choices, "--set"))
+    settings = Settings(steps, batch_size, rate, warmup=warmup, seed=seed)
+
+    def report(step: int, loss: float) -> None:
+        if not as_json and step % 100 == 0:
+            click.echo(f"step {step:5} loss {loss:.4f}")
+
+    train = _transfusion if isinstance(model, TransfusionMamba) else _discrete
+    try:
+        found, count = train(model, data, settings, device, report)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    rows = [
+        {"name": k, "value": v, "dataset": data.name, "split": f"{count} documents", "source": "zoo train-interleaved"}
+        for k, v in found.items()
+    ]
+    zoo.save(model.cpu(), out, metrics=rows)
+    if as_json:
+        output.emit(found | {"documents": count, "folder": str(out)})
+        return
+    click.echo(f"{count} documents kept for measuring: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+    click.echo(f"saved to {out}")
+
+
+def _kept(count: int) -> int:
+    """How many documents measure."""
+    if count < 2:
+        raise ValueError(f"there are {count} documents; at least 2 are needed, one of them to measure")
+    return max(1, count // 10)
+
+
+def _discrete(model: Any, data: Path, settings: Any, device: str, report: Any) -> tuple[dict[str, float], int]:
+    from .documents import Codec, fit_codebook, load_picture, read_documents
+    from .mixture_training import bits, fit
+
+    documents = read_documents(data)
+    kept = _kept(len(documents))
+    if model.patch:
+        size = model.grid * model.patch
+        paths = [d.folder / s["image"] for d in documents[:-kept] for s in d.segments if "image" in s]
+        if paths:
+            pictures = [load_picture(p, size) for p in paths]
+            model.codebook.copy_(fit_codebook(pictures, len(model.codebook), model.patch))
+    codec = Codec(model)
+    rows = [codec.encode(d, end=bool(codec.alphabet))[0] for d in documents]
+    fit(model.to(device), rows[:-kept], settings, report)
+    names = ("text", "image", "speech")
+    found = bits(model, rows[-kept:])
+    each = {f"bits a token of {names[m] if m < 3 else f'modality {m}'}": v for m, v in enumerate(found)}
+    return {k: v for k, v in each.items() if v is not None}, kept
+
+
+def _transfusion(model: Any, data: Path, settings: Any, device: str, report: Any) -> tuple[dict[str, float], int]:
+    import numpy as np
+    import torch
+
+    from .mixture_training import fit_transfusion
+
+    if data.suffix.lower() != ".npz":
+        raise ValueError(f"{data.name} is no .npz file; a Transfusion model takes one with input_ids and latents")
+    with np.load(data) as file:
+        if missing := {"input_ids", "latents"} - set(file.files):
+            raise ValueError(f"{data.name} has no {sorted(missing)[0]}; it holds {', '.join(file.files)}")
+        ids = torch.from_numpy(file["input_ids"]).long()
+        latents = torch.from_numpy(file["latents"]).float()
+        lengths = torch.from_numpy(file["lengths"]).long() if "lengths" in file.files else None
+    if ids.dim() != 2 or latents.shape != (*ids.shape, model.latent_dim):
+        raise ValueError(
+            f"input_ids has shape {tuple(ids.shape)}, latents {tuple(latents.shape)}; expected (documents, length) and "
+            f"(documents, length, {model.latent_dim})"
+        )
+    if not 0 <= int(ids.min()) <= int(ids.max()) <= model.patch_id:
+        raise ValueError(f"input_ids go from {int(ids.min())} to {int(ids.max())}; expected 0 to {model.patch_id}")
+    lengths = torch.full((len(ids),), ids.shape[1]) if lengths is None else lengths
+    kept = _kept(len(ids))
+    fit_transfusion(model.to(device), ids[:-kept], latents[:-kept], lengths[:-kept], settings, report)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        own = (t[-kept:].to(device) for t in (ids, latents, lengths))
+        found = model.losses(*own, generator=generator)
+    return {"nats a token of text": float(found["text"]), "noise error of images": float(found["image"])}, kept
