@@ -181,10 +181,12 @@ class TemporalGraph(nn.Module):
         return self.nodes[name].cell.stateful  # type: ignore[union-attr, return-value]
 
     def needed(self, steps: int, wanted: Sequence[int]) -> dict[str, list[int]]:
-        """The steps of every node that can reach the output at the ``wanted`` ones; a cell's own past counts."""
-        need: dict[str, set[int]] = {name: set() for name in self.wiring.names}
-        need[self.wiring.output] = set(wanted)
-        todo = [self.wiring.output]
+        """The steps of every node that can reach the output at the ``wanted`` ones; a cell's own past counts, and in
+        training all steps of nodes whose BatchNorm keeps statistics of them."""
+        counts = [n for n in self.wiring.names if self.training and self.nodes[n].has_norms]
+        need: dict[str, set[int]] = {name: set(range(steps)) if name in counts else set() for name in self.wiring.names}
+        need[self.wiring.output] |= set(wanted)
+        todo = [self.wiring.output, *counts]
         while todo:
             name = todo.pop()
             if need[name] and self._stateful(name):

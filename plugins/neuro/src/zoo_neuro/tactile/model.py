@@ -11,12 +11,14 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from zoo.adapting import NewHead
 
 from .encoders import ENCODERS, GraphEncoder
 from .nodes import FullyConnected
+from .recordings import VALUES
 from .sequence import GPTAttender, MambaStack, Mids, S4Stack, at
 
 ATTENDERS = ("none", "gpt", "mamba", "s4")
@@ -105,7 +107,8 @@ class TactileNetwork(nn.Module):
     :mod:`zoo_neuro.tactile.encoders`}; ``attender`` {"name": "none" | "gpt" | "mamba" | "s4", ...} of
     :mod:`zoo_neuro.tactile.sequence`; ``decoder``: arguments of :class:`Decoder`; ``num_classes``
     (0: no last layer); ``input_shape`` (channels, height, width) and number ``n_times`` of frames;
-    ``repr_dim`` of the encoder's features, ``hidden_dim`` of a GPT's.
+    ``repr_dim`` of the encoder's features, ``hidden_dim`` of a GPT's; ``scale`` (six factors of forces and torques) and
+    ``compress`` (the inverse hyperbolic sine) of what is read, which the original's networks have not.
 
     forward: (batch, time, channels, height, width), forces and torques as
     :func:`zoo_neuro.tactile.recordings.to_frames` arranges them, to (batch, num_classes) logits.
@@ -125,8 +128,13 @@ class TactileNetwork(nn.Module):
         repr_dim: int = 512,
         hidden_dim: int = 512,
         num_classes: int = 117,
+        scale: Sequence[float] | None = None,
+        compress: bool = False,
     ) -> None:
         super().__init__()
+        if scale is not None and (len(scale) != VALUES or input_shape[0] % VALUES):
+            raise ValueError(f"scale is {list(scale)}; expected {VALUES} factors, for three forces and three torques")
+        self.scale, self.compress = scale, compress
         described = {"name": encoder} if isinstance(encoder, str) else dict(encoder)
         kind = described.pop("name", "graph")
         if kind not in ENCODERS:
@@ -167,6 +175,13 @@ class TactileNetwork(nn.Module):
         head = self.decoder.layer(num_classes) if num_classes else nn.Identity()
         self.head = head.to(device=like.device, dtype=like.dtype)
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """Frames as the encoder reads them: times ``scale``, compressed."""
+        if self.scale is not None:
+            factors = torch.tensor(self.scale, dtype=x.dtype, device=x.device).repeat(self.input_shape[0] // VALUES)
+            x = x * factors[:, None, None]
+        return torch.asinh(x) if self.compress else x
+
     def features(self, x: Tensor, mids: Mids | None = None, steps: Sequence[int] | None = None) -> Tensor:
         """What the attender (or, without one, the encoder) gives: (batch, time, width), of ``steps`` alone if given.
 
@@ -176,7 +191,7 @@ class TactileNetwork(nn.Module):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected (batch, time, {', '.join(map(str, self.input_shape))})"
             )
-        y = self.encoder(x, None if self.attends else steps, mids)
+        y = self.encoder(self.scaled(x), None if self.attends else steps, mids)
         if mids is not None:
             mids["encoder"] = y
         if self.attends:
