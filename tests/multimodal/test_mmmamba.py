@@ -83,7 +83,8 @@ def original_config(flags=None, softmax=(1, 8), kv_heads=2, **embedding):
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": kv_heads,
              "intermediate_size": 48, "rms_norm_eps": 1e-5}  # fmt: skip
     first = {**sizes, "num_channels": 3, "patch_size": 4, "image_size": 16, "llm_vocab_size": 60,
-             "img_context_token_id": IMAGE, "pixel_shuffle_loc": "pre", "use_pixel_shuffle_proj": True, **embedding}  # fmt: skip
+             "img_context_token_id": IMAGE, "pixel_shuffle_loc": "pre", "use_pixel_shuffle_proj": True,
+             **embedding}  # fmt: skip
     return {"embedding": first, "llm": {**sizes, "vocab_size": 60, "rope_theta": 500.0},
             "softmax_attention": list(softmax), "mamba2": {**(flags or {}), "inherit_qkv": True}}  # fmt: skip
 
@@ -267,7 +268,7 @@ def test_hd_shuffles_after_the_embedding_stack():
 def test_places_and_tokens_must_agree():
     m = model()
     ids, tiles = text(batch=1)
-    with pytest.raises(ValueError, match="4 places for image tokens .* the tiles give 8"):
+    with pytest.raises(ValueError, match=r"4 places for image tokens .* the tiles give 8"):
         m(ids, torch.cat([tiles, tiles]))
     with pytest.raises(ValueError, match="the tiles give 8"):
         m.prefill(ids, torch.cat([tiles, tiles]))

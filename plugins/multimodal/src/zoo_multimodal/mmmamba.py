@@ -44,10 +44,11 @@ class State:
 
     def fork(self) -> State:
         """An independent copy, to ask one image several questions."""
-        first, second = (
-            [{k: t.clone() for k, t in layer.items()} for layer in s] for s in (self.embedding, self.language)
+        embedding, language = (
+            [{name: t.clone() for name, t in layer.items()} for layer in stack]
+            for stack in (self.embedding, self.language)
         )
-        return State(first, second, self.position, self.embedding_position, self.logits)
+        return State(embedding, language, self.position, self.embedding_position, self.logits)
 
 
 class MmMamba(nn.Module):
@@ -56,8 +57,9 @@ class MmMamba(nn.Module):
     Arguments: ``vocab_size``; ``d_model`` D; ``embedding`` and ``language``, the arguments of each :class:`Stack`;
     ``image_size`` and ``patch_size`` of a tile; ``image_token``, the id whose places the image tokens take;
     ``shuffle``: where image tokens become fewer by ``downsample_ratio``^2: "pre" (before the embedding stack), "post"
-    (after it: the HD form) or None; ``text_vocab_size`` of the embedding stack (default: ``vocab_size``); ``special_tokens``: rows of
-    a second table for the ids behind it; ``normalize_embeddings``: the language stack gets vectors of length 1.
+    (after it: the HD form) or None; ``text_vocab_size`` of the embedding stack (default: ``vocab_size``);
+    ``special_tokens``: rows of a second table for the ids behind it; ``normalize_embeddings``: the language stack gets
+    vectors of length 1.
     """
 
     def __init__(
@@ -109,7 +111,10 @@ class MmMamba(nn.Module):
         for table in (self.text_embeddings, self.special_embeddings, self.tok_embeddings):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
-        nn.init.normal_(self.vision_embeddings.patch_embedding.weight, std=0.02)
+        vision = self.vision_embeddings
+        nn.init.normal_(vision.position_embedding, std=0.02)  # the original's 1 hides the patches until it is trained
+        # 0.02, the original's, for patches of 14 x 14
+        nn.init.normal_(vision.patch_embedding.weight, std=0.5 * vision.patch_embedding.weight[0].numel() ** -0.5)
 
     # -- sizes
 

@@ -206,23 +206,25 @@ class MmMambaAdapter(ReferenceAdapter):
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
         assert isinstance(model, MmMamba)
-        given = [
-            inputs.get(k) for k in ("input_ids", "pixel_values", "hd_input_ids", "position_ids", "hd_position_ids")
-        ]
-        ids = given[0]
-        if ids is None:
+        if "input_ids" not in inputs:
             raise ValueError(f"mmmamba: inputs hold {sorted(inputs)}; expected input_ids (and pixel_values)")
+        ids = inputs["input_ids"]
+        # attention_mask is ignored, as in the original
+        pixels, hd, at, hd_at = (
+            inputs.get(k) for k in ("pixel_values", "hd_input_ids", "position_ids", "hd_position_ids")
+        )
         between: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
         if _runs(model):  # without a convolution and with fewer kv heads only the distillation pass exists
-            found["logits"] = model.output(model.norm(model.hidden(ids, *given[1:], found=between)))
+            found["logits"] = model.output(model.norm(model.hidden(ids, pixels, hd, at, hd_at, found=between)))
             found |= {f"mid/{name}": value for name, value in between.items()}
-        aligned = alignment_pass(model, ids, *given[1:])
-        for n, pair in enumerate(_numbered(aligned.pairs, len(model.embedding.layers))):
-            if pair is not None:  # (batch, H, length, P) in the original
-                found[f"distill.{n}.student"], found[f"distill.{n}.teacher"] = (t.transpose(1, 2) for t in pair)
-        found["distill.loss"] = alignment_loss(aligned.pairs)
-        found["distill.logits"] = aligned.logits
+        if any(isinstance(m, Mamba2Attention) for m in model.modules()):
+            aligned = alignment_pass(model, ids, pixels, hd, at, hd_at)
+            for n, pair in enumerate(_numbered(aligned.pairs, len(model.embedding.layers))):
+                if pair is not None:  # (batch, H, length, P) in the original
+                    found[f"distill.{n}.student"], found[f"distill.{n}.teacher"] = (t.transpose(1, 2) for t in pair)
+            found["distill.loss"] = alignment_loss(aligned.pairs)
+            found["distill.logits"] = aligned.logits
         return found | _fused(model)
 
 
