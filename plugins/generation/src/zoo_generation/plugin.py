@@ -26,6 +26,7 @@ def zoo_adapters() -> Mapping[str, str]:
 def zoo_pipelines() -> Mapping[str, str]:
     return {
         "image-generation": "zoo_generation.dimsum.pipeline:ImageGeneration",
+        "human-animation": "zoo_generation.unianimate.pipeline:HumanAnimation",
     }
 
 
@@ -33,6 +34,7 @@ def zoo_pipelines() -> Mapping[str, str]:
 def zoo_validators() -> Mapping[str, str]:
     return {
         "image-generation": "zoo_generation.dimsum.validation:validate_images",
+        "human-animation": "zoo_generation.unianimate.validation:validate_folder",
     }
 
 
@@ -41,4 +43,6 @@ def zoo_commands() -> Mapping[str, str]:
     return {
         "generate-images": "zoo_generation.dimsum.commands:generate_images",
         "train-images": "zoo_generation.dimsum.commands:train_images",
+        "animate": "zoo_generation.unianimate.commands:animate",
+        "train-animation": "zoo_generation.unianimate.commands:train_animation",
     }

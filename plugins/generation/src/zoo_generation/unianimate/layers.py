@@ -24,7 +24,7 @@ from zoo.layers.linear import linear
 #: Numbers of a layer's input in one piece, in inference (see :func:`in_pieces`). On a CPU what is made of a piece
 #: stays near the cache; a GPU wants more rows a call.
 PIECE = {"cpu": 1 << 19, "cuda": 1 << 24}
-GROUPS = 32  #: of every GroupNorm
+GROUPS = 32  #: of every GroupNorm in the original
 
 
 def in_pieces(function: Callable[..., Tensor], *inputs: Tensor, axis: int = 0) -> Tensor:
@@ -66,9 +66,22 @@ def over_frames(x: Tensor, frames: int) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, frames * height, x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
 
 
+def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """``norm(x)`` for (N, C, h, w), channels last.
+
+    On a CPU the groups' means are taken out first: torch's kernel for this layout computes the variance as
+    E[x^2] - E[x]^2, which loses digits where a group's mean is far from zero. A constant shift of a group changes
+    neither the result nor its gradient, hence detach.
+    """
+    if x.is_cpu:
+        mean = x.detach().mean((2, 3)).unflatten(1, (norm.num_groups, -1)).mean(2, keepdim=True)
+        x = x - mean.expand(-1, -1, x.shape[1] // norm.num_groups).flatten(1)[:, :, None, None]
+    return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
 def norm_over_frames(x: Tensor, norm: nn.GroupNorm, frames: int) -> Tensor:
     """GroupNorm of (batch * frames, C, h, w) with statistics over the frames of a video."""
-    y = F.group_norm(over_frames(x, frames), norm.num_groups, norm.weight, norm.bias, norm.eps)
+    y = group_norm(over_frames(x, frames), norm)
     return y.permute(0, 2, 3, 1).reshape(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
 
 
@@ -161,12 +174,21 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Attention among the pixels of a frame and to the context, inside norm, projections and a residual."""
 
-    def __init__(self, channels: int, heads: int, head_dim: int, context_dim: int, *, zero_init: bool = True) -> None:
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        head_dim: int,
+        context_dim: int,
+        *,
+        groups: int = GROUPS,
+        zero_init: bool = True,
+    ) -> None:
         super().__init__()
         inner = heads * head_dim
         if inner != channels:
             raise ValueError(f"channels is {channels} and the heads hold {heads} x {head_dim}; expected them equal")
-        self.norm = nn.GroupNorm(GROUPS, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = Linear(channels, inner)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, heads, head_dim, context_dim)])
         self.proj_out = zeroed(Linear(inner, channels), zero_init)
@@ -179,7 +201,7 @@ class SpatialTransformer(nn.Module):
         return in_pieces(self.frames, x, k, v)
 
     def frames(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = self.proj_in(tokens(self.norm(x)))
+        y = self.proj_in(tokens(group_norm(x, self.norm)))
         y = self.transformer_blocks[0].in_space(y, (k, v))  # type: ignore[operator]
         return x + maps(self.proj_out(y), (x.shape[2], x.shape[3]))
 
@@ -190,9 +212,9 @@ class SpatialTransformer(nn.Module):
 class TemporalLayer(nn.Module):
     """What transformer and Mamba over frames share: norm over all frames, 1x1 in, mixing, 1x1 out, residual."""
 
-    def __init__(self, channels: int, inner: int, *, zero_init: bool = True) -> None:
+    def __init__(self, channels: int, inner: int, *, groups: int = GROUPS, zero_init: bool = True) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(GROUPS, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Conv1d(channels, inner, 1)
         self.proj_out = zeroed(nn.Conv1d(inner, channels, 1), zero_init)
 
@@ -216,8 +238,17 @@ class TemporalTransformer(TemporalLayer):
     """Two self-attentions over the frames of each pixel and a feed-forward. No positions: order is known only through
     the temporal convolutions."""
 
-    def __init__(self, channels: int, heads: int, head_dim: int, *, depth: int = 1, zero_init: bool = True) -> None:
-        super().__init__(channels, heads * head_dim, zero_init=zero_init)
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        head_dim: int,
+        *,
+        depth: int = 1,
+        groups: int = GROUPS,
+        zero_init: bool = True,
+    ) -> None:
+        super().__init__(channels, heads * head_dim, groups=groups, zero_init=zero_init)
         inner = heads * head_dim
         self.transformer_blocks = nn.ModuleList(TransformerBlock(inner, heads, head_dim, None) for _ in range(depth))
 
@@ -243,9 +274,10 @@ class TemporalMamba(TemporalLayer):
         d_state: int = 16,
         d_conv: int = 4,
         expand: float = 2,
+        groups: int = GROUPS,
         zero_init: bool = True,
     ) -> None:
-        super().__init__(channels, inner, zero_init=zero_init)
+        super().__init__(channels, inner, groups=groups, zero_init=zero_init)
         self.norm1 = nn.LayerNorm(inner)
         self.mamba_fwd = Mamba(inner, d_state=d_state, d_conv=d_conv, expand=expand)
         self.mamba_bwd = Mamba(inner, d_state=d_state, d_conv=d_conv, expand=expand)
@@ -259,13 +291,13 @@ class TemporalMamba(TemporalLayer):
 class TemporalConv(nn.Module):
     """x + four times [norm over all frames, SiLU, (dropout from the second on), convolution of three frames]."""
 
-    def __init__(self, channels: int, dropout: float = 0.0, *, zero_init: bool = True) -> None:
+    def __init__(self, channels: int, dropout: float = 0.0, *, groups: int = GROUPS, zero_init: bool = True) -> None:
         super().__init__()
         self.dropout = dropout
         for i in range(1, 5):
             conv = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))
             last = "2" if i == 1 else "3"  # the place after the dropout
-            self.add_module(f"conv{i}", nn.ModuleDict({"0": nn.GroupNorm(GROUPS, channels), last: conv}))
+            self.add_module(f"conv{i}", nn.ModuleDict({"0": nn.GroupNorm(groups, channels), last: conv}))
         zeroed(self.conv4["3"], zero_init)  # type: ignore[index, arg-type]
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
@@ -295,18 +327,26 @@ class ResBlock(nn.Module):
     """Two 3x3 convolutions of a frame with the time embedding between them, then a :class:`TemporalConv`."""
 
     def __init__(
-        self, channels: int, out_channels: int, embedding: int, dropout: float, *, zero_init: bool = True
+        self,
+        channels: int,
+        out_channels: int,
+        embedding: int,
+        dropout: float,
+        *,
+        temporal_dropout: float = 0.1,
+        groups: int = GROUPS,
+        zero_init: bool = True,
     ) -> None:
         super().__init__()
         self.dropout = dropout
         self.in_layers = nn.ModuleDict(
-            {"0": nn.GroupNorm(GROUPS, channels), "2": nn.Conv2d(channels, out_channels, 3, padding=1)}
+            {"0": nn.GroupNorm(groups, channels), "2": nn.Conv2d(channels, out_channels, 3, padding=1)}
         )
         self.emb_layers = nn.ModuleDict({"1": Linear(embedding, out_channels)})
         out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1), zero_init)
-        self.out_layers = nn.ModuleDict({"0": nn.GroupNorm(GROUPS, out_channels), "3": out})
+        self.out_layers = nn.ModuleDict({"0": nn.GroupNorm(groups, out_channels), "3": out})
         self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
-        self.temporal_conv = TemporalConv(out_channels, 0.1, zero_init=zero_init)
+        self.temporal_conv = TemporalConv(out_channels, temporal_dropout, groups=groups, zero_init=zero_init)
 
     def forward(self, x: Tensor, embedding: Tensor, frames: int, skip: Tensor | None = None) -> Tensor:
         """x (batch * frames, C, h, w), or two such parts of its channels; embedding (batch, width)."""
@@ -316,8 +356,8 @@ class ResBlock(nn.Module):
 
     def frames(self, x: Tensor, e: Tensor, skip: Tensor | None = None) -> Tensor:
         x = x if skip is None else torch.cat([x, skip], dim=1)
-        y = self.in_layers["2"](F.silu(self.in_layers["0"](x))) + e[:, :, None, None]
-        y = F.silu(self.out_layers["0"](y))
+        y = self.in_layers["2"](F.silu(group_norm(x, self.in_layers["0"]))) + e[:, :, None, None]
+        y = F.silu(group_norm(y, self.out_layers["0"]))
         if self.training:
             y = F.dropout(y, self.dropout)
         return self.skip_connection(x) + self.out_layers["3"](y)
@@ -354,9 +394,9 @@ class Upsample(nn.Module):
 class _PreNormAttention(nn.Module):
     """x + attention(LN(x)) over frames: two heads, each as wide as the input."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.norm = nn.LayerNorm(dim)
         self.fn = nn.Module()
         self.fn.to_qkv = Linear(dim, 3 * heads * dim, bias=False)
@@ -367,29 +407,31 @@ class _PreNormAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (pixels, heads, frames, dim) each
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         if self.training:
-            y = F.dropout(self.fn.to_out[0](y), 0.05)
-            return x + y
+            return x + F.dropout(self.fn.to_out[0](y), self.dropout)
         return x + self.fn.to_out[0](y)
 
 
 class _Gelu4(nn.Module):
     """A plain feed-forward, four times as wide inside; its keys are the original's."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = dropout
         self.net = nn.ModuleDict({"0": nn.ModuleList([Linear(dim, 4 * dim)]), "2": Linear(4 * dim, dim)})
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.gelu(self.net["0"][0](x))  # type: ignore[index]
-        return self.net["2"](F.dropout(y, 0.05) if self.training else y)
+        return self.net["2"](F.dropout(y, self.dropout) if self.training else y)
 
 
 class ConditionTransformer(nn.Module):
     """x = x + attention(LN(x)); x = x + ff(x), without a norm before ff, over the frames of every pixel."""
 
-    def __init__(self, dim: int, depth: int = 1) -> None:
+    def __init__(self, dim: int, depth: int = 1, dropout: float = 0.05) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleList([_PreNormAttention(dim, 2), _Gelu4(dim)]) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            nn.ModuleList([_PreNormAttention(dim, 2, dropout), _Gelu4(dim, dropout)]) for _ in range(depth)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(pixels, frames, dim) to the same."""

@@ -10,7 +10,7 @@ of a sampling (:meth:`UNet.encode`); in inference frames and pixels go through w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from .layers import (
     TemporalMamba,
     TemporalTransformer,
     Upsample,
+    group_norm,
     in_pieces,
     zeroed,
 )
@@ -60,7 +61,9 @@ class PixelEncoder(nn.ModuleDict):
         return in_pieces(self.frames, x)
 
     def frames(self, x: Tensor) -> Tensor:
-        x = F.adaptive_avg_pool2d(F.silu(self["0"](x)), self.half)
+        x = F.silu(self["0"](x))
+        if x.shape[2:] != self.half:
+            x = F.adaptive_avg_pool2d(x, self.half)
         return self["5"](F.silu(self["3"](x)))
 
 
@@ -113,9 +116,11 @@ class UNet(nn.Module):
     frames (all others are as wide as their level). concat_dim: channels of the encoded conditions. resolution: (width,
     height) of the video. video_compositions: which conditions there are (:data:`CONDITIONS`). temporal: the layer over
     frames, "transformer" (released) or "mamba" (d_state, d_conv, expand); temporal_attention=False leaves it out.
-    misc_dropout, p_all_zero, p_all_keep: see :class:`ConditionDropout`. adapter_transformer_layers: depth of the
-    conditions' transformers. decoder_context_dim: 1024 in the original, whatever context_dim is. zero_init=False
-    begins with random weights where the original begins with zeros.
+    misc_dropout, p_all_zero, p_all_keep: see :class:`ConditionDropout`; dropout, temporal_dropout, condition_dropout:
+    of the residual blocks, their convolutions over frames and the conditions' transformers.
+    adapter_transformer_layers: depth of the conditions' transformers. decoder_context_dim: 1024 in the original,
+    whatever context_dim is. groups: of every GroupNorm, 32 in the original. zero_init=False begins with random weights
+    where the original begins with zeros.
     """
 
     def __init__(
@@ -140,22 +145,27 @@ class UNet(nn.Module):
         expand: float = 2,
         use_fps_condition: bool = False,
         dropout: float = 0.1,
+        temporal_dropout: float = 0.1,
+        condition_dropout: float = 0.05,
         misc_dropout: float = 0.5,
         p_all_zero: float = 0.1,
         p_all_keep: float = 0.1,
         adapter_transformer_layers: int = 1,
         decoder_context_dim: int | None = None,
+        groups: int = 32,
         zero_init: bool = True,
     ) -> None:
         super().__init__()
-        _check(dim, dim_mult, in_dim, temporal, resolution, video_compositions)
+        _check(dim, dim_mult, groups, in_dim, temporal, resolution, video_compositions)
         self.in_dim, self.dim, self.context_dim, self.num_tokens = in_dim, dim, context_dim, num_tokens
         self.out_dim, self.concat_dim, self.resolution = out_dim, concat_dim, tuple(resolution)
-        self.head_dim, self.temporal, self.zero_init, self.dropout = head_dim, temporal, zero_init, dropout
+        self.head_dim, self.temporal = head_dim, temporal
+        self.dropouts: dict[str, Any] = {"dropout": dropout, "temporal_dropout": temporal_dropout}
+        self.common: dict[str, Any] = {"groups": groups, "zero_init": zero_init}
         self.video_compositions, self.temporal_attention = tuple(video_compositions), temporal_attention
         self.use_fps_condition, self.levels = use_fps_condition, len(dim_mult)
         self.p_all_zero, self.p_all_keep = p_all_zero, p_all_keep
-        self.mixer = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        self.mixer: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
         self.embedding = 4 * dim
         #: features of the empty prompt (1, tokens, context_dim), no part of the weights; None: zeros
         self.zero_y: Tensor | None = None
@@ -164,7 +174,7 @@ class UNet(nn.Module):
         if use_fps_condition:
             last = zeroed(Linear(4 * dim, 4 * dim), zero_init)
             self.fps_embedding = nn.ModuleDict({"0": Linear(dim, 4 * dim), "2": last})
-        self._make_encoders(adapter_transformer_layers)
+        self._make_encoders({"depth": adapter_transformer_layers, "dropout": condition_dropout})
         self.misc_dropout = ConditionDropout(misc_dropout)
         self._make_blocks(
             num_heads or dim // 32,
@@ -176,7 +186,7 @@ class UNet(nn.Module):
 
     # -- construction
 
-    def _make_encoders(self, depth: int) -> None:
+    def _make_encoders(self, options: dict[str, Any]) -> None:
         c, wide = self.concat_dim, 4 * self.concat_dim
         half = (self.resolution[1] // 2, self.resolution[0] // 2)
         if "image" in self.video_compositions:
@@ -185,29 +195,29 @@ class UNet(nn.Module):
         for name in ("local_image", "dwpose"):
             if name in self.video_compositions:
                 self.add_module(f"{name}_embedding", PixelEncoder(c, wide, half))
-                self.add_module(f"{name}_embedding_after", ConditionTransformer(c, depth))
+                self.add_module(f"{name}_embedding_after", ConditionTransformer(c, **options))
         if "randomref_pose" in self.video_compositions:
             self.randomref_pose2_embedding = PixelEncoder(c + LATENT, wide, half)
-            self.randomref_pose2_embedding_after = ConditionTransformer(c + LATENT, depth)
+            self.randomref_pose2_embedding_after = ConditionTransformer(c + LATENT, **options)
         if "randomref" in self.video_compositions:
             self.randomref_embedding2 = LatentEncoder(c + LATENT, wide)
-            self.randomref_embedding_after2 = ConditionTransformer(c + LATENT, depth)
+            self.randomref_embedding_after2 = ConditionTransformer(c + LATENT, **options)
 
     def _over_frames(self, channels: int, inner: int) -> list[nn.Module]:
         if not self.temporal_attention:
             return []
         if self.temporal == "mamba":
-            return [TemporalMamba(channels, inner, **self.mixer, zero_init=self.zero_init)]  # type: ignore[arg-type]
+            return [TemporalMamba(channels, inner, **self.mixer, **self.common)]
         heads = inner // self.head_dim
-        return [TemporalTransformer(channels, heads, self.head_dim, zero_init=self.zero_init)]
+        return [TemporalTransformer(channels, heads, self.head_dim, **self.common)]
 
     def _attentions(self, channels: int, context_dim: int) -> list[nn.Module]:
         heads = channels // self.head_dim
-        space = SpatialTransformer(channels, heads, self.head_dim, context_dim, zero_init=self.zero_init)
+        space = SpatialTransformer(channels, heads, self.head_dim, context_dim, **self.common)
         return [space, *self._over_frames(channels, channels)]
 
     def _res(self, channels: int, out: int) -> ResBlock:
-        return ResBlock(channels, out, self.embedding, self.dropout, zero_init=self.zero_init)
+        return ResBlock(channels, out, self.embedding, **self.dropouts, **self.common)
 
     def _make_blocks(
         self, num_heads: int, widths: list[int], depth: int, attend: set[float], decoder_context: int
@@ -241,9 +251,9 @@ class UNet(nn.Module):
                     scale *= 2
                 self.output_blocks.append(block)
         last = nn.Conv2d(width, self.out_dim, 3, padding=1)
-        if self.zero_init:
+        if self.common["zero_init"]:
             nn.init.zeros_(last.weight)
-        self.out = nn.ModuleDict({"0": nn.GroupNorm(32, width), "2": last})
+        self.out = nn.ModuleDict({"0": nn.GroupNorm(self.common["groups"], width), "2": last})
 
     # -- conditions
 
@@ -394,7 +404,7 @@ class UNet(nn.Module):
         return x.unflatten(0, (batch, -1)).transpose(1, 2)
 
     def _head(self, x: Tensor) -> Tensor:
-        return self.out["2"](F.silu(self.out["0"](x)))
+        return self.out["2"](F.silu(group_norm(x, self.out["0"])))
 
     def _chain(
         self, block: nn.Module, x: Tensor, e: Tensor, context: Tensor, frames: int, skip: Tensor | None = None
@@ -421,14 +431,17 @@ def over_pixels(transformer: nn.Module, y: Tensor) -> Tensor:
 def _check(
     dim: int,
     dim_mult: Sequence[int],
+    groups: int,
     in_dim: int,
     temporal: str,
     resolution: Sequence[int],
     video_compositions: Sequence[str],
 ) -> None:
     widths = [dim, *(dim * m for m in dim_mult)]
-    if not dim_mult or any(w % 32 for w in widths):
-        raise ValueError(f"dim {dim} times dim_mult {list(dim_mult)} is {widths}; expected multiples of 32")
+    if not dim_mult or any(w % groups for w in widths):
+        raise ValueError(
+            f"dim {dim} times dim_mult {list(dim_mult)} is {widths}; expected multiples of {groups} groups"
+        )
     if in_dim != LATENT:
         raise ValueError(f"in_dim is {in_dim}; the reference frame has {LATENT} channels more than the conditions, 4")
     if temporal not in ("transformer", "mamba"):
