@@ -68,9 +68,10 @@ def bipolar(recording: Recording, channels: Sequence[str], missing: str = "error
 class Preparation:
     """How a recording becomes a model's input.
 
-    ``channels``: names of the model's class ids, in order; ``sfreq`` Hz; ``l_freq``, ``h_freq``, ``notch`` Hz, None for
-    none; ``samples`` of a window; ``per_window``: resampled and filtered window by window, as for CHB-MIT, instead of
-    the recording at once (then resampling is last); ``mu_law``: values above 1 (100 microvolts) are suppressed.
+    ``channels``: names of the model's class ids, in order; ``sfreq`` Hz; ``l_freq``, ``h_freq``, ``notch`` Hz, None
+    or 0 for none; ``samples`` of a window; ``per_window``: resampled and filtered window by window, as for CHB-MIT,
+    instead of the recording at once (then resampling is last); ``mu_law``: values above 1 (100 microvolts) are
+    suppressed.
     """
 
     channels: Sequence[str] = TCP
@@ -88,6 +89,8 @@ class Preparation:
         if self.sfreq <= 0 or self.samples < 1:
             raise ValueError(f"sfreq is {self.sfreq} and samples {self.samples}; expected positive numbers")
         object.__setattr__(self, "channels", tuple(self.channels))
+        for name in ("l_freq", "h_freq", "notch"):
+            object.__setattr__(self, name, getattr(self, name) or None)
         object.__setattr__(self, "seconds", self.samples / self.sfreq)
 
     def names(self, ids: Sequence[int] | None = None) -> list[str]:
