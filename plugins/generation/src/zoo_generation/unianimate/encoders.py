@@ -68,7 +68,7 @@ class StableDiffusionLatents(nn.Module):
 
     def __init__(self, where: str | Path, *, sampled: bool = True, frames: int = 2) -> None:
         super().__init__()
-        diffusers = optional("diffusers", "the autoencoder of latents", "ssm-zoo-generation[animation]")
+        diffusers = optional("diffusers", "the autoencoder of latents", "ssm-zoo-generation[autoencoder]")
         path = _existing(where, "the autoencoder", "v2-1_512-ema-pruned.ckpt, or a folder saved by diffusers")
         kind: Any = diffusers.AutoencoderKL
         self.network = (kind.from_pretrained(str(path)) if path.is_dir() else kind.from_single_file(str(path))).eval()
@@ -121,7 +121,7 @@ class ClipFeatures(nn.Module):
 
     def __init__(self, where: str | Path) -> None:
         super().__init__()
-        transformers = optional("transformers", "features of the reference", "ssm-zoo-generation[animation]")
+        transformers = optional("transformers", "features of the reference", "ssm-zoo-generation[autoencoder]")
         path = str(_existing(where, "OpenCLIP ViT-H/14", "a folder with its weights in the format of transformers"))
         self.vision = transformers.CLIPVisionModelWithProjection.from_pretrained(path).eval()
         self.text = transformers.CLIPTextModel.from_pretrained(path).eval()
