@@ -66,7 +66,7 @@ def measure(model: torch.nn.Module, train: tuple[Tensor, Tensor], held_out: Tens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry-run", action="store_true", help="train and print, write nothing")
     arguments = parser.parse_args()
@@ -77,7 +77,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     model = zoo.create(NAME.partition(".")[0])
     settings = training.Settings(
-        steps=arguments.steps, batch_size=64, learning_rate=3e-3, decay=0.998, warmup=100, cosine=True,
+        steps=arguments.steps, batch_size=32, learning_rate=3e-3, decay=0.998, warmup=100, cosine=True,
         report_every=250, seed=arguments.seed,
     )  # fmt: skip
     training.fit(model, *train, settings, held_out=held_out, on_report=lambda row: print(row, flush=True))

@@ -73,6 +73,13 @@ def walk(order: str | None, x: Tensor) -> Tensor | None:
     return paths.get(order, (side, side), device=x.device)[0]
 
 
+def zigzags(layers: int, side: int) -> tuple[Tensor, Tensor]:
+    """JPEG's zigzag beginning to the right and downwards in turn, twice as often as there are layers (the original's
+    number), and what undoes each: (2 * layers, side * side) int64 twice."""
+    tables = paths.get("jpeg_zigzag", (side, side))[:2]
+    return tables.repeat(layers, 1), paths.inverse(tables).repeat(layers, 1)
+
+
 # -- a scan ------------------------------------------------------------------------------------------------------------
 
 
@@ -123,10 +130,8 @@ class CosineScan(Scan):
         one_way = {k: v for k, v in ssm.items() if k != "both"}
         super().__init__(dim, cond_dim, {**one_way, "cond_dim": cond_dim}, lines(False, continuity))
         self.layer = layer
-        tables = paths.get("jpeg_zigzag", (side, side))[:2]
-        device = self.mixer.A_log.device
-        self.mixer.register_buffer("zigzag_paths", tables.repeat(layers, 1).to(device))
-        self.mixer.register_buffer("zigzag_paths_reverse", paths.inverse(tables).repeat(layers, 1).to(device))
+        for name, table in zip(("zigzag_paths", "zigzag_paths_reverse"), zigzags(layers, side), strict=True):
+            self.mixer.register_buffer(name, table.to(self.mixer.A_log.device))
         self.dct_conv, self.idct_conv = BlockDCT(dim), nn.Sequential(BlockDCT(dim, inverse=True))
 
     def path(self, u: Tensor) -> Tensor | None:

@@ -13,7 +13,9 @@ from zoo.reference import ReferenceAdapter
 from zoo.rules import Rules
 
 from . import flow, solvers
+from .blocks import zigzags
 from .model import DiMSUM
+from .parts import HaarPackets, HaarTokens, grid_side
 
 #: The constructor's arguments that are ours by the same name.
 SAME = frozenset(
@@ -126,9 +128,18 @@ class DiMSUMAdapter(ReferenceAdapter):
         """Constants that a file leaves out (wavelet filters, zigzags) are those that the original computes."""
         ours = super().to_zoo(state, model=model)
         if model is not None:
-            ours = {k: v for k, v in model.state_dict().items() if _constant(k)} | ours
+            for key, tensor in model.state_dict().items():
+                if key not in ours and (constant := _constant(key, tensor)) is not None:
+                    ours[key] = constant
         return ours
 
 
-def _constant(key: str) -> bool:
-    return re.search(r"\.(dwt\.w_[lh]{2}|idwt\.filters|zigzag_paths|zigzag_paths_reverse)$", key) is not None
+def _constant(key: str, like: Tensor) -> Tensor | None:
+    """The value of a buffer that the original computes, of the shape of ``like`` (which may be without data)."""
+    if found := re.search(r"\.dwt\.(w_[lh]{2})$", key):
+        return getattr(HaarPackets(), found[1])
+    if key.endswith(".idwt.filters"):
+        return HaarTokens().filters  # type: ignore[return-value]
+    if key.endswith((".zigzag_paths", ".zigzag_paths_reverse")):
+        return zigzags(like.shape[0] // 2, grid_side(like.shape[1]))[key.endswith("_reverse")]
+    return None
