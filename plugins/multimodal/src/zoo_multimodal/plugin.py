@@ -35,6 +35,7 @@ def zoo_pipelines() -> Mapping[str, str]:
 def zoo_validators() -> Mapping[str, str]:
     return {
         "interleaved-generation": "zoo_multimodal.interleaved:validate_documents",
+        "image-text-to-text": "zoo_multimodal.mmmamba_validation:validate_conversations",
         "emotion-recognition-in-conversation": "zoo_multimodal.emotion:validate_dialogues",
     }
 
