@@ -133,6 +133,9 @@ def test_without_scans_the_field_is_local():
         {"mean": [0.0, 0.0, 0.0]},
         {"qkv_bias": False, "mlp_ratio": 1.0},
         {"in_chans": 1},
+        {"base": "nearest"},
+        {"base": "bilinear"},
+        {"base": "bicubic"},
         {"blocks": 3, "drop_path_rate": 0.1},
     ],
     ids=str,
@@ -153,6 +156,15 @@ def test_the_mean_is_taken_off_and_put_back():
     plain.load_state_dict(model.state_dict())
     mean = torch.tensor([0.5, 0.25, 0.125])[:, None, None]
     torch.testing.assert_close(model(x), plain(x - mean) + mean)
+
+
+def test_the_base_is_what_is_added_to():
+    model = make(3, base="nearest")
+    x = torch.rand(1, 3, 5, 6)
+    with torch.no_grad():
+        for p in model.head.parameters():
+            p.zero_()
+        assert torch.equal(model(x), x.repeat_interleave(3, 2).repeat_interleave(3, 3))
 
 
 def test_mambair_block():
@@ -176,6 +188,7 @@ def test_mambair_block():
         ({"block": "swin"}, "'vmamba' or 'mambair'"),
         ({"head": "nearest"}, "'pixelshuffle' or 'direct'"),
         ({"scale": 5}, "3 or a power of 2"),
+        ({"base": "linear"}, "'bilinear', 'bicubic'"),
         ({"groups": 0}, "1 or more groups"),
         ({"mean": [0.5]}, "one number for each"),
     ],

@@ -3,7 +3,7 @@
     uv run python plugins/restoration/recipes/train_drawings.py serpent_micro
     uv run python plugins/restoration/recipes/train_drawings.py contrast_micro
 
-Data: :func:`zoo_restoration.drawings.drawing`, 600 images of 128 x 128 to train on and 100 others to measure on.
+Data: :func:`zoo_restoration.drawings.drawing`, 400 images of 96 x 96 to train on and 100 others to measure on.
 Serpent takes off a Gaussian blur of sigma 1.5 with a little noise; Contrast enlarges twice. Measured beside the spoilt
 image itself, or for Contrast beside bicubic enlargement. Writes the averaged weights in half precision, as measured,
 and sample files into the plugin, and prints the figures for the card.
@@ -58,8 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(DEGRADATIONS))
     parser.add_argument("--steps", type=int, help="default: 4000 for Serpent, 3000 for Contrast")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--patch", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--patch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, help="folder that keeps the run, to go on with it later")
@@ -72,8 +72,8 @@ def main() -> None:
         steps=arguments.steps or STEPS[arguments.model], batch_size=arguments.batch_size, patch=arguments.patch,
         learning_rate=arguments.rate, ema=0.998, seed=arguments.seed,
     )  # fmt: skip
-    unseen = Drawings(UNSEEN, 100, 128)
-    trainer = Trainer(model, Drawings(0, 600, 128), degradation, settings, folder=arguments.run)
+    unseen = Drawings(UNSEEN, 100, 96)
+    trainer = Trainer(model, Drawings(0, 400, 96), degradation, settings, folder=arguments.run)
     began, losses = time.perf_counter(), []
 
     def report(step: int, loss: float) -> None:
