@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo_kernels
 from zoo.layers import linear as module
+from zoo.layers import sizes
 from zoo.layers.linear import ACTIVATIONS, Linear, call, linear
 
 needs_onednn = pytest.mark.skipif(
@@ -121,3 +122,45 @@ def test_call_takes_any_module_and_lets_hooks_see_it(act: nn.Module) -> None:
     assert seen == [(40, 300), (40, 300)]
     call(layer, x, act=act).sum().backward()
     assert layer.weight.grad is not None
+
+
+@needs_onednn
+@pytest.mark.parametrize("extra", [{}, {"act": "silu"}, {"act": "gelu_tanh"}, {"add": True}])
+def test_many_sizes_do_not_need_a_kernel_each(extra, monkeypatch) -> None:
+    """Texts of every length, read by one layer: from some size on, products come in pieces of few sizes."""
+    monkeypatch.setattr(sizes, "KEPT", 5)
+    monkeypatch.setattr(sizes, "_kept", set())
+    asked: set[int] = set()
+    at_once = module._at_once
+    monkeypatch.setattr(module, "_at_once", lambda x, *a: asked.add(x.shape[:-1].numel()) or at_once(x, *a))
+    torch.manual_seed(0)
+    weight, bias = torch.randn(300, 256), torch.randn(300)
+    with torch.no_grad():
+        for rows in range(60, 400, 7):
+            x = torch.randn(2, rows // 2, 256)
+            more = extra | ({"add": torch.randn(2, rows // 2, 300)} if "add" in extra else {})
+            want = F.linear(x, weight, bias)
+            want = want + more["add"] if "add" in more else ACTIVATIONS[more["act"]][2](want) if more else want
+            torch.testing.assert_close(linear(x, weight, bias, **more), want, rtol=1e-4, atol=1e-4)
+    assert len(asked) <= 5 + 9, sorted(asked)
+    assert asked - {32, 64, 128, 256} == {60, 66, 74, 80, 88}, "the first sizes in one call each"
+
+
+def test_pieces_cover_every_row_once() -> None:
+    for rows in (1, 31, 32, 33, 1000, 4096):
+        found = list(sizes.pieces(rows, at_least=32))
+        assert [i for part, _ in found for i in range(rows)[part]] == list(range(rows))
+        assert all((part.stop - part.start).bit_count() == 1 for part, even in found if even)
+        assert sum(part.stop - part.start for part, even in found if not even) < 32
+
+
+@needs_onednn
+def test_training_with_many_sizes_takes_torchs_products(monkeypatch) -> None:
+    monkeypatch.setattr(sizes, "KEPT", 1)
+    monkeypatch.setattr(sizes, "_kept", set())
+    layer, taken = Linear(256, 300), []
+    product = module.linear_training.product
+    monkeypatch.setattr(module.linear_training, "product", lambda *a: taken.append(len(a[0])) or product(*a))
+    for rows in (100, 120, 100):
+        layer(torch.randn(rows, 256)).sum().backward()
+    assert taken == [100, 100]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import linear_training
+from . import linear_training, sizes
 from .inference import results_only, untouched
 
 #: rows, and products of two numbers, below which calling is what takes the time
@@ -92,14 +92,38 @@ def linear(
         raise ValueError("act and add are both given; expected one of them, for which comes first would be unclear")
     if _onednn(x, weight, bias, add) and results_only(x, weight, bias, add):
         return _fused(x, weight, bias, act, add)
-    learns = linear_training.serves(x, weight, bias) and onednn_is_faster()
-    y = linear_training.product(x, weight, bias) if learns else F.linear(x, weight, bias)
+    learns = (
+        linear_training.serves(x, weight, bias)
+        and onednn_is_faster()
+        and sizes.is_kept(x.numel() // x.shape[-1], weight, "training")
+    )
+    product = linear_training.product if learns else F.linear
+    return _finished(product(x, weight, bias), act, add)
+
+
+def _finished(y: Tensor, act: str | None, add: Tensor | None) -> Tensor:
     if add is not None:
         return y + add
     return ACTIVATIONS[act][2](y) if act else y
 
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, add: Tensor | None) -> Tensor:
+    """By oneDNN: in one call, or in pieces of few sizes once many sizes were seen."""
+    rows = x.numel() // x.shape[-1]
+    if sizes.is_kept(rows, weight, (act, add is not None)):
+        return _at_once(x, weight, bias, act, add)
+    flat, added = x.reshape(rows, -1), None if add is None else add.reshape(rows, -1)
+    y = x.new_empty(rows, weight.shape[0])
+    for part, even in sizes.pieces(rows, at_least=max(4 * ROWS, PRODUCTS // weight.numel())):
+        piece = None if added is None else added[part]
+        if even:
+            y[part] = _at_once(flat[part], weight, bias, act, piece)
+        else:
+            y[part] = _finished(F.linear(flat[part], weight, bias), act, piece)
+    return y.view(*x.shape[:-1], -1)
+
+
+def _at_once(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, add: Tensor | None) -> Tensor:
     if add is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, add.contiguous(), weight, bias, "add")
     name, algorithm, _ = ACTIVATIONS[act] if act else ("none", "", None)
