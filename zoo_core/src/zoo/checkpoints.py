@@ -183,6 +183,8 @@ _INERT_NAMES = (
     "omegaconf.base.ContainerMetadata",
     "omegaconf.base.Metadata",
     "omegaconf.nodes.AnyNode",
+    "typing.Any",  # as which OmegaConf notes the types of a configuration
+    "src.util.inv_staged_mu_law",  # EEGDM's Lightning checkpoints: how generated signals are to be rescaled
     "mmengine.logging.history_buffer.HistoryBuffer",
     "timm.utils.metrics.AverageMeter",
 )
