@@ -102,8 +102,9 @@ class MmMamba(nn.Module):
         self.unused_parameters: tuple[str, ...] = (
             "tok_embeddings", "vision_embeddings", "projector", *(("special_embeddings",) if special_tokens else ()),
         )  # fmt: skip
-        #: how the original writes these weights: "released" (one matrix wvkqgdt a mixer) or "training"
-        self.reference_form = "training"
+        gated = all(stack.get("mixer", {}).get("use_gnorm", True) for stack in (embedding, language))
+        #: how the original writes these weights: "released" (one matrix wvkqgdt a mixer, with its gate) or "training"
+        self.reference_form = "released" if gated else "training"
         self._initialise()
 
     @torch.no_grad()

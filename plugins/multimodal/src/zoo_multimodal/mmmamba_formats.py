@@ -191,8 +191,7 @@ class MmMambaAdapter(ReferenceAdapter):
             for stack in ("embedding", "language"):
                 arguments[stack]["mixer"]["shadow"] = True
         model = MmMamba(**arguments)
-        if _is_released(state):
-            model.reference_form = "released"
+        model.reference_form = "released" if _is_released(state) else "training"
         return self.load(model, state)
 
     def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
