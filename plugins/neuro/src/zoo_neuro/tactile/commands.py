@@ -109,6 +109,7 @@ def train_touch(
 
     import zoo
 
+    from .augmentation import TouchAugmentation
     from .model import TactileNetwork
     from .recordings import Layout, read_splits
     from .training import accuracy, start_from, train
@@ -135,7 +136,8 @@ def train_touch(
         if not as_json:
             click.echo(f"epoch {epoch.number:3} loss {epoch.loss:.4f} validation accuracy {epoch.accuracy:.4f}")
 
-    train(model, recordings, valid, _settings(given), augment=augment, report=report)
+    view = TouchAugmentation(temporal=False) if augment else None
+    train(model, recordings, valid, _settings(given), view=view, report=report)
     found = {"accuracy": accuracy(model, test), "top5": accuracy(model, test, min(5, len(test.classes)))}
     metrics = [
         {"name": k, "value": v, "dataset": folder.name, "split": "test", "source": "measured by zoo train-touch"}

@@ -238,8 +238,9 @@ class TactileAdapter(ReferenceAdapter):
         if isinstance(model, TactileNetwork):
             last = len(model.decoder.mlp)
         else:
-            last = max((int(m[1]) for key in keys if (m := re.match(r"decoder\.mlp\.(\d+)\.", key))), default=0)
-            last += has("head.")  # our own format, whose last layer lies beside the decoder
+            numbers = [int(m[1]) for key in keys if (m := re.match(r"decoder\.mlp\.(\d+)\.", key))]
+            # in our own format the last layer lies beside the decoder
+            last = max(numbers, default=-1) + 1 if has("head.") else max(numbers, default=0)
         return Rules(*rules, Rename(f"decoder.mlp.{last}.{{p:*}}", "head.{p}"))
 
     def run(

@@ -92,20 +92,19 @@ def train(
     valid: Recordings | None = None,
     settings: Settings | None = None,
     *,
-    augment: bool = False,
+    view: Callable[[Tensor], Tensor] | None = None,
     report: Callable[[Epoch], None] | None = None,
 ) -> list[Epoch]:
     """Cross entropy of the categories; ends with the weights of the best validation accuracy, if there is a set.
 
-    augment: mirrored rows and columns and turned arrays are further samples (not reversed time). Raises ValueError
-    where the data have other categories than the model has outputs.
+    view: what a batch of frames becomes before it is read (a :class:`TouchAugmentation`, or symmetries of the data).
+    Raises ValueError where the data have other categories than the model has outputs.
     """
     settings = settings or Settings()
     if len(recordings.classes) != model.num_classes:
         raise ValueError(f"the data have {len(recordings.classes)} categories, the model {model.num_classes}")
     generator = torch.Generator().manual_seed(settings.seed)
     optimiser, schedule = settings.optimisation([p for p in model.parameters() if p.requires_grad])
-    view = TouchAugmentation(temporal=False, generator=generator)
     device = next(model.parameters()).device
     history: list[Epoch] = []
     best: tuple[float, dict[str, Tensor]] | None = None
@@ -114,7 +113,7 @@ def train(
         total, seen = 0.0, 0
         for which in batches(len(recordings), settings.batch_size, generator, least=2):
             x = recordings.frames[which].to(device)
-            loss = F.cross_entropy(model(view(x) if augment else x), recordings.labels[which].to(device))
+            loss = F.cross_entropy(model(x if view is None else view(x)), recordings.labels[which].to(device))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
