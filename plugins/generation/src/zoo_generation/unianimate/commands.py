@@ -77,6 +77,7 @@ def animate(
 @click.option("--rate", default=5e-5, show_default=True, type=float)
 @click.option("--average", type=click.FloatRange(0, 1, True, True), help="Decay of a moving average of the weights.")
 @click.option("--first-frame", "first", default=0.5, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--unconditional", default=0.1, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--start", help="A model to start from: a name with its tag, or a saved folder.")
 @click.option("--autoencoder", type=click.Path(), help="Stable Diffusion 2.1's, for models that need it.")
 @click.option("--clip", type=click.Path(), help="OpenCLIP ViT-H/14, for models that need it.")
@@ -94,6 +95,7 @@ def train_animation(
     rate: float,
     average: float | None,
     first: float,
+    unconditional: float,
     start: str | None,
     autoencoder: str | None,
     clip: str | None,
@@ -105,7 +107,7 @@ def train_animation(
     """Train the model NAME on the clips of FOLDER: CLIP/frames.gif (or .mp4) and CLIP/poses.npz (or .json).
 
     --first-frame says how often a clip is shown with its own first frame instead of a reference, where the model has
-    both conditions.
+    both conditions, --unconditional how often a batch has none, which guidance above 1 needs.
 
     \b
         zoo train-animation unianimate_micro clips/ --out tuned --start unianimate_micro.figures --steps 500
@@ -142,6 +144,7 @@ def train_animation(
             recent.clear()
 
     settings: dict[str, Any] = {"rate": rate, "average": average, "first_frame": first, "seed": seed}
+    settings["unconditional"] = unconditional
     train(model, batch, steps=steps, report=report, **settings)
     zoo.save(model.cpu(), out)
     click.echo(f"saved to {out}; try: zoo animate ./{out} person.png poses.npz --out person.gif")

@@ -38,6 +38,7 @@ def train(
     lowest: float | None = None,
     average: float | None = None,
     first_frame: float = 0.0,
+    unconditional: float = 0.0,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
 ) -> list[float]:
@@ -45,7 +46,8 @@ def train(
 
     The step of the diffusion is uniform for each clip, the noise has its offset, and conditions are dropped by the
     model's own probabilities (``misc_dropout``, ``p_all_zero``, ``p_all_keep``). first_frame: how often a clip is shown
-    with its own first frame as ``local_image`` in place of the reference, as far as the model has both. lowest: the
+    with its own first frame as ``local_image`` in place of the reference, as far as the model has both. unconditional:
+    how often a batch goes without any condition (the model itself never drops the reference's frame). lowest: the
     rate falls to it along half a cosine (None: constant). average: the model is left at the moving average of its
     weights with this decay. Raises ValueError when a loss is not finite.
     """
@@ -65,6 +67,8 @@ def train(
         given = {k: None if v is None else v.to(device) for k, v in batch.conditions.items()}
         if given.get("local_image") is not None and given.get("randomref") is not None:
             given["randomref" if r.random() < first_frame else "local_image"] = None
+        if unconditional > 0 and r.random() < unconditional:
+            given = dict.fromkeys(given)
         x0 = batch.x0.to(device)
         t = torch.from_numpy(r.integers(0, schedule.steps, len(x0))).to(device)
         loss = training_loss(model, x0, t, given, schedule=schedule).mean()

@@ -79,7 +79,7 @@ class LatentEncoder(nn.ModuleDict):
 
 
 class ConditionDropout(nn.Module):
-    """In training, whole conditions of some samples at zero, without rescaling.
+    """In training, whole conditions of some samples at zero, without rescaling. The reference's frame is never one.
 
     ``p``: how likely one is, drawn for each condition; ``zero`` and ``keep`` (batch,) are the samples that lose all
     conditions or none, drawn once a forward pass.
