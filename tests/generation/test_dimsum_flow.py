@@ -79,6 +79,23 @@ def test_dopri5_meets_its_tolerance_at_every_time():
     assert len(calls) > 100
 
 
+def test_dopri5_steps_as_torchdiffeq_does():
+    """What torchdiffeq 0.2.5 answers in float64: the number of evaluations, some of their times, two outputs."""
+    calls = []
+
+    def field(t, x):
+        calls.append(float(t))
+        return torch.stack([x[1], -25 * x[0] * (1 + t)])
+
+    found = solvers.dopri5(field, START, torch.tensor([0.0, 0.3, 1.0]), atol=1e-6, rtol=1e-3)
+    assert len(calls) == 74
+    times = [4e-07, 3.996e-05, 0.00043956, 0.004435564, 0.044395604, 0.20369263, 0.404943235, 0.606193839, 0.577137954,
+             0.751360319, 0.925582684, 0.906184269, 1.061008218]  # fmt: skip
+    assert calls[1::6] == pytest.approx(times, abs=1e-8)
+    assert found[1].tolist() == pytest.approx([0.00485538737, -5.37387771], rel=1e-7)
+    assert found[2].tolist() == pytest.approx([0.824136800, 1.208602351], rel=1e-7)
+
+
 def test_dopri5_is_of_fifth_order():
     """One step of h: the error falls by 2^6 when h is halved."""
     errors = []

@@ -44,8 +44,10 @@ def nearest(images: Tensor, others: Tensor) -> float:
     return float(torch.cdist(images.flatten(1), others.flatten(1)).min(1).values.mean())
 
 
-def measure(model: torch.nn.Module, train: tuple[Tensor, Tensor], held_out: Tensor, judge: shapes.Judge) -> dict:
-    wanted = torch.arange(len(shapes.CLASSES)).repeat(100)
+def measure(
+    model: torch.nn.Module, train: tuple[Tensor, Tensor], held_out: Tensor, judge: shapes.Judge, count: int
+) -> dict:
+    wanted = torch.arange(len(shapes.CLASSES)).repeat(count)
     noise = torch.randn(len(wanted), 1, 16, 16, generator=torch.Generator().manual_seed(1))
     null = model.y_embedder.null
     sets = {"drawings": shapes.draw(len(wanted), 11), "pixel normals": (gaussians(*train, wanted, 12), wanted)}
@@ -67,12 +69,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--samples", type=int, default=100, help="of each shape, to be judged")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry-run", action="store_true", help="train and print, write nothing")
     arguments = parser.parse_args()
     train = shapes.draw(arguments.images, 1)
     held_out = shapes.draw(2000, 2)
-    judge = shapes.train_judge(*shapes.draw(20_000, 3))
+    judge = shapes.train_judge(*shapes.draw(arguments.images, 3))
     print({"judge on unseen drawings": shapes.accuracy(judge, *held_out)}, flush=True)
     torch.manual_seed(arguments.seed)
     model = zoo.create(NAME.partition(".")[0])
@@ -88,7 +91,7 @@ def main() -> None:
             {k: v.to(torch.float16).contiguous() for k, v in model.state_dict().items()}, DEMO / f"{NAME}.safetensors"
         )
         (DEMO / "shapes.txt").write_text("\n".join(shapes.CLASSES) + "\n", encoding="utf-8")
-    print(json.dumps(measure(model, train, held_out[0], judge), indent=1))
+    print(json.dumps(measure(model, train, held_out[0], judge, arguments.samples), indent=1))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def sample(
     def field(t: Tensor, x: Tensor) -> Tensor:
         if trace is not None:
             trace.append(float(t))
-        times = t.to(x.dtype).expand(count)
+        times = t.to(x).expand(count)
         if not guide:
             return model(x, times, labels)
         assert labels is not None

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers import Mamba
-from zoo.layers.inference import by_rows
+from zoo.layers.inference import by_rows, results_only, untouched
 from zoo.layers.linear import Linear, call, linear
 from zoo_kernels import causal_conv1d, selective_scan
 
@@ -60,8 +60,12 @@ class GatedMlp(nn.Module):
         return by_rows(self._rows, x, module=self)
 
     def _rows(self, x: Tensor) -> Tensor:
-        (first, second), (one, two) = self.w12.weight.chunk(2), self.w12.bias.chunk(2)
-        return self.w3(linear(x, first, one, act="gelu_tanh") * linear(x, second, two))
+        weight, bias = self.w12.weight, self.w12.bias
+        if type(self.w12) is Linear and results_only(x, weight, bias) and untouched(self.w12):
+            (first, second), (one, two) = weight.chunk(2), bias.chunk(2)  # so that the product ends with the GELU
+            return self.w3(linear(x, first, one, act="gelu_tanh") * linear(x, second, two))
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.gelu(a, approximate="tanh") * b)
 
 
 class Mlp(nn.Module):
