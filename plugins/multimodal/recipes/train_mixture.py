@@ -59,8 +59,8 @@ def report(step: int, loss: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=20000)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--rate", type=float, default=5e-3)
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", help="train this form alone")
     parser.add_argument("--dry-run", action="store_true", help="train and print, write nothing")
@@ -74,7 +74,7 @@ def main() -> None:
         model = zoo.create(NAME, **more)
         model.codebook.copy_(fit_codebook(pictures, len(model.codebook), model.patch))
         train = rows(model, shapes.documents(arguments.documents, 1))
-        settings = Settings(arguments.steps, rate=arguments.rate, warmup=100, seed=arguments.seed)
+        settings = Settings(arguments.steps, 16, arguments.rate, warmup=100, seed=arguments.seed)
         print(name, flush=True)
         fit(model, train, settings, report)
         model.to(torch.float16).to(torch.float32)  # measure what is shipped

@@ -59,7 +59,7 @@ def train_emotions(
     """Train the model NAME on the labelled dialogues in DATA: 80 % of them, 10 % to choose the epoch, 10 % to measure.
 
     Widths of features and emotions follow from the data, a .json or .npz file as `zoo predict-emotions` reads it, with
-    label for every utterance. Emotions of IEMOCAP and MELD keep those sets' customary order.
+    label for every utterance. Emotions of IEMOCAP and of MELD come in those sets' customary order.
 
     \b
         zoo train-emotions broad_mamba_meld meld.npz --out trained --epochs 40

@@ -221,11 +221,11 @@ def class_number(label: str, classes: Sequence[str], name: str) -> int:
 
 
 def class_names(dialogues: Sequence[Dialogue]) -> list[str]:
-    """The labels that occur: in the order of a benchmark's set if they are one's, else sorted."""
+    """The labels that occur, in the order of a benchmark's set where all are of one, else sorted."""
     found = {label for d in dialogues for label in d.labels or []}
     for known in LABELS.values():
-        if found and found <= set(known):
-            return list(known)
+        if found <= set(known):
+            return [label for label in known if label in found]
     return sorted(found)
 
 

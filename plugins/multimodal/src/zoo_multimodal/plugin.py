@@ -49,3 +49,11 @@ def zoo_commands() -> Mapping[str, str]:
         "predict-emotions": "zoo_multimodal.commands_emotion:predict_emotions",
         "train-emotions": "zoo_multimodal.commands_emotion:train_emotions",
     }
+
+
+@hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [
+        {"model": "mmmamba_micro.scenes", "file": "demo/scene.png"},
+        {"model": "broad_mamba_micro.moods", "file": "demo/moods.npz"},
+    ]
