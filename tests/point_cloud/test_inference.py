@@ -8,6 +8,7 @@ import zoo_kernels
 from zoo.layers import inference
 from zoo.layers import linear as linear_module
 from zoo_point_cloud import grouping, layers, pointmamba
+from zoo_point_cloud.geometry import gather
 from zoo_point_cloud.grouping import Grouper, PreBlock, group_and_pool
 from zoo_point_cloud.layers import ConvNormAct, MambaLayer, PointNorm, ResidualStack, by_clouds
 from zoo_point_cloud.pcm import PCM, PCMSegmentation
@@ -208,3 +209,17 @@ def test_clouds_by_themselves():
         found = by_clouds(lambda part: calls.append(len(part)) or layer(part)[0], x)
     assert calls == [1, 1, 1]
     torch.testing.assert_close(found, layer(x)[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("normalize", ["anchor", "center"])
+@pytest.mark.parametrize("offset", [0.0, 3.0, 300.0])
+def test_the_scale_of_groups_is_that_of_their_differences(normalize: str, offset: float) -> None:
+    """From sums of their terms, or, where these would cancel, of the differences themselves."""
+    torch.manual_seed(0)
+    group = Grouper(24, 2, 6, normalize=normalize)
+    p, x = torch.rand(3, 128, 3), torch.randn(3, 128, 24) * 0.7 + offset
+    _, groups, _ = group.find(p, x, None)
+    differences = gather(groups.x, groups.index).double()
+    middle = differences.mean(dim=2, keepdim=True) if normalize == "center" else groups.centres.double().unsqueeze(2)
+    exact = (differences - middle).flatten(1).std(dim=1)
+    torch.testing.assert_close(group.spread(groups).double(), exact, rtol=2e-5, atol=0)

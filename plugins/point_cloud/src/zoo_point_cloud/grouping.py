@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers.inference import results_only, untouched
@@ -25,6 +26,8 @@ BLOCK, ROWS = 1 << 18, 1024
 #: The first layer is applied before gathering where features are no more than so many times the spread of the
 #: differences between them: beyond, subtracting afterwards costs digits.
 APART = 128.0
+#: A sum of squared differences comes from sums of their terms where it is no less than this part of them.
+CANCELLED = 64.0
 
 
 class Groups(NamedTuple):
@@ -99,21 +102,44 @@ class Grouper(nn.Module):
         return grouped.mean(dim=2, keepdim=True) if self.normalize == "center" else centres.unsqueeze(2)
 
     def spread(self, groups: Groups) -> Tensor:
-        """Each cloud's scale (B), the groups' rows made a few at a time."""
-        x, centres, index, _ = groups
-        sums, of_centres = x.sum(-1, dtype=torch.float64), centres.sum(-1, dtype=torch.float64)
-        found = []
-        for cloud in range(len(x)):
-            square = 0.0
-            for _, part in _parts(groups, cloud, x.shape[-1]):
-                d = x[cloud].index_select(0, part.index.flatten()).view(*part.index.shape, -1)
-                square += float(torch.linalg.vector_norm(d.sub_(self._middle(d, part.centres)))) ** 2
-            n = index[cloud].numel() * x.shape[-1]
-            total = 0.0  # around a group's mean, differences cancel
-            if self.normalize == "anchor":
-                total = float(sums[cloud][index[cloud]].sum() - of_centres[cloud].sum() * index.shape[-1])
-            found.append(max(square - total * total / n, 0.0) / max(n - 1, 1))
-        return torch.tensor(found, dtype=x.dtype).sqrt()
+        """Each cloud's scale (B): the standard deviation of all its groups' differences."""
+        found = [self._deviation(groups, cloud) for cloud in range(len(groups.x))]
+        return torch.tensor(found, dtype=groups.x.dtype).sqrt()
+
+    def _deviation(self, groups: Groups, cloud: int) -> float:
+        """The unbiased variance of one cloud's differences, without making them where the digits allow.
+
+        With b the sum of a group's k neighbours x, the squares of x - c add up to ``sum |x|^2 - 2 b c + k |c|^2``, and
+        around the group's own mean to ``sum |x|^2 - |b|^2 / k``.
+        """
+        x, centres, index = groups.x[cloud], groups.centres[cloud], groups.index[cloud]
+        n, k = index.numel() * x.shape[-1], index.shape[-1]
+        if x.dtype not in (torch.float32, torch.float64):
+            square, total = self._differences(groups, cloud)
+            return max(square - total * total / n, 0.0) / max(n - 1, 1)
+        sums = F.embedding_bag(index, x, mode="sum").double()
+        squares = float(torch.linalg.vector_norm(x, dim=-1).double().square()[index].sum())
+        if self.normalize == "center":
+            square, total = squares - float(sums.square().sum()) / k, 0.0
+        else:
+            c = centres.double()
+            square = squares + float((c * (k * c - 2 * sums)).sum())
+            total = float(sums.sum() - k * c.sum())
+        if square * CANCELLED < squares:
+            square, total = self._differences(groups, cloud)
+        return max(square - total * total / n, 0.0) / max(n - 1, 1)
+
+    def _differences(self, groups: Groups, cloud: int) -> tuple[float, float]:
+        """Sum of squares and sum of one cloud's differences, made a few groups at a time."""
+        x, centres, index = groups.x[cloud], groups.centres[cloud], groups.index[cloud]
+        square = total = 0.0
+        for _, part in _parts(groups, cloud, x.shape[-1]):
+            d = x.index_select(0, part.index.flatten()).view(*part.index.shape, -1)
+            square += float(torch.linalg.vector_norm(d.sub_(self._middle(d, part.centres)))) ** 2
+        if self.normalize == "anchor":  # around a group's mean, differences cancel
+            each = x.sum(-1, dtype=torch.float64)
+            total = float(each[index].sum() - index.shape[-1] * centres.sum(dtype=torch.float64))
+        return square, total
 
 
 def _spread(x: Tensor) -> Tensor:
