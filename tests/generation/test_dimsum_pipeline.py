@@ -97,6 +97,17 @@ def test_labels_of_a_file(tmp_path):
         generator().read(path)
 
 
+def test_names_of_imagenet(monkeypatch):
+    pytest.importorskip("timm")
+    names = generator().named_labels("imagenet-1k")
+    assert len(names) == 1000
+    assert names[207] == "golden retriever"
+    assert generator().named_labels("cifar") is None
+    monkeypatch.setitem(sys.modules, "timm.data", None)
+    with pytest.raises(errors.MissingExtra, match=r"ssm-zoo-generation\[imagenet\]' \(or give numbers\)"):
+        generator().named_labels("imagenet-1k")
+
+
 def test_wrong_labels():
     with pytest.raises(errors.BadArgument, match="there is no class 'rings'; did you mean ring"):
         generator().read("rings")

@@ -218,6 +218,7 @@ class ImageGeneration(Pipeline):
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every request by itself, so that no answer hangs on the others of its batch."""
+        decoder = self.encoder() if self.decode and self.latent else None  # what it lacks is said before the work
         ends, counts = [], []
         for labels, noise in zip(batch["labels"], batch["noise"], strict=True):
             times: list[float] = []
@@ -225,8 +226,8 @@ class ImageGeneration(Pipeline):
             ends.append(torch.cat([self._solve(y, x, times) for y, x in chunks]))
             counts.append(len(times))
         found = {"latents": torch.stack(ends), "evaluations": torch.tensor(counts)}
-        if self.decode and self.latent:
-            found["images"] = torch.stack([self.encoder().decode(one) for one in ends])
+        if decoder is not None:
+            found["images"] = torch.stack([decoder.decode(one) for one in ends])
         return found
 
     def _solve(self, labels: Tensor, noise: Tensor, times: list[float]) -> Tensor:
