@@ -149,7 +149,7 @@ def main() -> None:
             DEMO.mkdir(exist_ok=True)
             state = {k: v.to(torch.float16).contiguous() for k, v in model.state_dict().items()}
             save_file(state, DEMO / "mmmamba_micro.scenes.safetensors", metadata={"format": "pt"})
-            scenes.sample(random.Random(UNSEEN + 2), "place").scene.picture().save(DEMO / "scene.png")
+            scenes.sample(random.Random(UNSEEN + 3), "place").scene.picture().save(DEMO / "scene.png")
     if arguments.part in ("both", "baseline"):
         blind = train(arguments.model, blind=True, **{**how, "steps": arguments.baseline_steps})
         results["without pictures"] = measured(blind, held, blind=True)

@@ -129,6 +129,7 @@ def distill(
     import torch
 
     import zoo
+    from zoo_registry import WeightsCard
 
     from . import conversations as data
     from . import mmmamba_distill as d
@@ -167,6 +168,8 @@ def distill(
             click.echo(f"step {step} of {settings.total}: loss {loss:.4f}, {time.perf_counter() - began:.0f} s")
 
     losses = d.distil(learner, batches, number, teacher=taught, settings=settings, on_step=report)
+    # what the student is fed stays what its teacher was fed
+    learner.zoo_info.weights = WeightsCard(tag="own", where=f"distilled from {teacher}", preprocess=pipe.preprocess)
     zoo.save(d.without_shadows(learner), out)
     left = f", {reader.left_out} conversations left out as too long" if reader.left_out else ""
     click.echo(f"stage {number}: loss {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps{left} -> {out}")
