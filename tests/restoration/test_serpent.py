@@ -76,7 +76,7 @@ def test_mirrored_goes_on_for_ever():
         {"patch_size": 4, "patch_overlap": True},
         {"gate": False},
         {"mlp_ratio": 2.0},
-        {"norm": "bn"},
+        {"norm": "bn", "embed_norm": True, "final_norm": True},
         {"norm": "none"},
         {"down": "conv", "up": "conv", "skip": "add"},
         {"head_dim": 4},
@@ -105,7 +105,14 @@ def test_depths_of_the_decoder_lie_where_they_are_named():
 def test_without_its_residual_the_network_is_what_it_added():
     x = torch.rand(1, 3, 16, 16)
     with_it, without = make(), make(residual=False)
+    without.load_state_dict(with_it.state_dict())
     torch.testing.assert_close(with_it(x), x + without(x))
+
+
+def test_it_begins_near_its_input():
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert float((make()(x) - x).abs().max()) < 0.3 * float(make(residual=False)(x).abs().max())
 
 
 def test_patch_expanding_lays_channels_out_row_by_row():
@@ -148,6 +155,6 @@ def test_other_channels(tmp_path):
 
 
 def test_the_authors_weights_are_not_promised():
-    info = zoo.info("serpent.hub").weights
+    info = zoo.info("serpent.authors").weights
     assert info.repo_id is None
     assert "not load" in info.where

@@ -46,7 +46,7 @@ def restore(**arguments: Any) -> int:
     """Restore the images INPUTS (PNG, JPEG, TIFF, WebP, BMP, folders of them) with the model NAME.
 
     \b
-        zoo restore serpent_micro.drawings blurred.png --out sharp.png
+        zoo restore serpent_micro.drawings noisy.png --out clean.png
         zoo restore ./trained photos/ --out restored --tile 0
     """
     return _answer("image-restoration", **arguments)

@@ -188,6 +188,11 @@ class Contrast(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.deep = ConvLast(dim, dim, 3, padding=1)
         self.head = upsampler(head, dim, in_chans, scale, head_width)
+        if base != "none":  # begin near the enlarged input
+            last = [layer for layer in self.head if isinstance(layer, nn.Conv2d)][-1]
+            with torch.no_grad():
+                last.weight.mul_(0.1)
+                last.bias.zero_()
 
     def features(self, x: Tensor) -> Tensor:
         """Deep features of x (batch, in_chans, H, W), H and W multiples of the window: (batch, H, W, dim)."""

@@ -76,7 +76,8 @@ class OverlappingCrossAttention(nn.Module):
         rows, columns = stop - start, width // M
         q = q[:, start * M : stop * M].reshape(batch, rows, M, columns, M, h, -1).permute(0, 1, 3, 5, 2, 4, 6)
         kv = kv[:, start * M : (stop - 1) * M + O].unfold(1, O, M).unfold(2, O, M)  # (b, rows, columns, 2C, O, O)
-        kv = kv.reshape(batch * rows * columns, 2, h, self.dim // h, O * O).transpose(-1, -2)
+        kv = kv.unflatten(3, (2, h, -1)).permute(0, 1, 2, 3, 4, 6, 7, 5)  # a position's channels side by side
+        kv = kv.reshape(batch * rows * columns, 2, h, O * O, -1)
         y = F.scaled_dot_product_attention(
             q.reshape(batch * rows * columns, h, M * M, -1), kv[:, 0], kv[:, 1], attn_mask=bias.to(q.dtype)
         )

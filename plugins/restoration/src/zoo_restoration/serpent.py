@@ -83,6 +83,8 @@ class Serpent(nn.Module):
         state, expand, dt_rank, paths, gate, act, conv: the mixer, see :class:`zoo.layers.SS2D`; the paths default to
         the four directions, rows and columns from both ends.
         mlp_ratio: hidden width of an MLP in each block (0: none); norm: "ln", "bn" or "none"; drop_path_rate.
+        embed_norm, final_norm: norms behind the patch embedding and before the head. Without them, the default, the
+        strength of an edge reaches the head as it is; with them the network has to learn it anew.
         down: "merge" (patch merging) or "conv" (strided 3x3); up: "expand" (patch expanding) or "conv" (nearest
         neighbour and 3x3); skip: "concat" or "add".
         head_dim: channels at full resolution before the last 3x3 convolution (None: ``dims[0]``).
@@ -115,6 +117,8 @@ class Serpent(nn.Module):
         mlp_ratio: float = 0.0,
         norm: str = "ln",
         drop_path_rate: float = 0.0,
+        embed_norm: bool = False,
+        final_norm: bool = False,
         down: str = "merge",
         up: str = "expand",
         skip: str = "concat",
@@ -149,7 +153,9 @@ class Serpent(nn.Module):
                 *(VSSBlock(dim, mixer, mlp_ratio=mlp_ratio, norm=norm, drop_path=next(rates)) for _ in range(depth))
             )
 
-        self.patch_embed = PatchEmbed(in_chans, dims[0], patch_size, overlap=patch_overlap, norm=norm)
+        self.patch_embed = PatchEmbed(
+            in_chans, dims[0], patch_size, overlap=patch_overlap, norm=norm if embed_norm else "none"
+        )
         self.encoder = nn.ModuleList(level(dim, depth) for dim, depth in zip(dims, depths, strict=True))
         steps = list(itertools.pairwise(dims))
         self.downs = nn.ModuleList(
@@ -161,10 +167,14 @@ class Serpent(nn.Module):
         self.skips = nn.ModuleList(Skip(a, skip) for a, _ in steps)
         backwards = [level(dim, depth) for dim, depth in zip(dims[-2::-1], decoder[::-1], strict=True)]
         self.decoder = nn.ModuleList(backwards[::-1])
-        self.norm = channel_norm(norm, dims[0])
+        self.norm = channel_norm(norm if final_norm else "none", dims[0])
         width = dims[0] if head_dim is None else head_dim
         self.expand = PatchExpanding(dims[0], width, patch_size, "none")
         self.head = ConvLast(width, self.out_chans, 3, padding=1)
+        if residual:  # begin near the input itself
+            with torch.no_grad():
+                self.head.weight.mul_(0.1)
+                self.head.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, in_chans, H, W). Returns (batch, out_chans, H, W)."""

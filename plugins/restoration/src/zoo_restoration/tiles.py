@@ -44,7 +44,8 @@ def run(
     function: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overlap: int, margin: int | None = None,
     scale: int = 1, multiple: int = 1, on_tile: Callable[[int, int], None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """``function`` on tiles (1, channels, h, w) of x (channels, H, W), blended: (channels, scale H, scale W), float32.
+    """``function`` on tiles (1, channels, h, w) of x (channels, H, W), blended: (channels, scale H, scale W), float32,
+    on the CPU, where an image has room that a GPU may not have.
 
     ``tile``, ``overlap``, ``margin`` (default: a quarter of the overlap) in pixels of x; tile and overlap are rounded
     up to ``multiple``, the grid of the network's patches or windows, so that it lies as in the whole image.
@@ -68,11 +69,11 @@ def run(
     result: Tensor | None = None
     for i, top in enumerate(tops):
         for j, left in enumerate(lefts):
-            y = function(x[None, :, top : top + tall, left : left + wide])[0].float()
+            y = function(x[None, :, top : top + tall, left : left + wide])[0].float().cpu()
             if result is None:
                 result = y.new_zeros(y.shape[0], scale * x.shape[-2], scale * x.shape[-1])
             rows, columns = slice(scale * top, scale * (top + tall)), slice(scale * left, scale * (left + wide))
-            share = down[i, rows, None].to(y.device) * across[j, columns].to(y.device)
+            share = down[i, rows, None] * across[j, columns]
             result[:, rows, columns] += share * y
             if on_tile is not None:
                 on_tile(i * len(lefts) + j + 1, len(tops) * len(lefts))
