@@ -192,6 +192,11 @@ def train_eeg(
     from .training import finetune, measures, predict
 
     arguments = output.pairs(choices, "--set")
+    source = None if pretrained is None else zoo.load(pretrained)
+    if source is not None:
+        if not isinstance(source, DiffusionBackbone):
+            raise click.UsageError(f"{pretrained} is a {type(source).__name__}; expected a pre-trained backbone")
+        arguments["backbone"] = source.zoo_info.config  # type: ignore[union-attr]
     torch.manual_seed(seed)
     probe = zoo.create(name, **arguments)
     if not isinstance(probe, EEGClassifier):
@@ -203,10 +208,7 @@ def train_eeg(
     binary = probe.num_classes == 1
     model = probe if binary else zoo.create(name, **{**arguments, "n_class": len(whole.classes)})
     assert isinstance(model, EEGClassifier)
-    if pretrained is not None:
-        source = zoo.load(pretrained)
-        if not isinstance(source, DiffusionBackbone):
-            raise click.UsageError(f"{pretrained} is a {type(source).__name__}; expected a pre-trained backbone")
+    if source is not None:
         model.extractor.model.load_state_dict(source.float().state_dict())
     model.to(device)
 
