@@ -75,7 +75,7 @@ def nearest(known: Recordings, test: Recordings) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objects", type=int, default=700, help="solids of each kind, for training")
+    parser.add_argument("--objects", type=int, default=400, help="solids of each kind, for training")
     parser.add_argument("--sweeps", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
@@ -91,7 +91,7 @@ def main() -> None:
     rules = {"logistic regression": logistic(*seen), "nearest recording": nearest(*seen)}
     print(json.dumps(rules), flush=True)
     settings = Settings(
-        epochs=given.epochs, batch_size=64, rate=4e-3, weight_decay=0.02, optimiser="adamw", schedule="cosine",
+        epochs=given.epochs, batch_size=64, rate=4e-3, weight_decay=0.05, optimiser="adamw", schedule="cosine",
         seed=given.seed,
     )  # fmt: skip
     train(

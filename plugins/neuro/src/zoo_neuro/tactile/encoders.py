@@ -140,19 +140,27 @@ class ResNet18Encoder(nn.Module):
 
 
 class LinearEncoder(nn.Module):
-    """One linear layer on each flattened frame."""
+    """One linear layer on each flattened frame or, with ``whole``, on the flattened recording: (batch, repr_dim)."""
 
-    def __init__(self, input_shape: Sequence[int], n_times: int, repr_dim: int) -> None:
+    def __init__(self, input_shape: Sequence[int], n_times: int, repr_dim: int, *, whole: bool = False) -> None:
         super().__init__()
-        self.lin = Linear(torch.Size(input_shape).numel(), repr_dim)
+        self.return_all = not whole
+        self.lin = Linear(torch.Size(input_shape).numel() * (n_times if whole else 1), repr_dim)
 
     def forward(self, x: Tensor, steps: Sequence[int] | None = None, mids: Mids | None = None) -> Tensor:
-        y = self.lin(at(_flat(x), steps))
+        x = _flat(x)
+        if not self.return_all and x[0].numel() != self.lin.in_features:
+            raise ValueError(
+                f"x has {x[0].numel()} numbers; expected {self.lin.in_features}: another number of frames?"
+            )
+        y = self.lin(at(x, steps) if self.return_all else x.flatten(1))
         if mids is not None:
             mids["enc_flat_enc"] = y
         return y
 
     def init_state(self, batch: int) -> State:
+        if not self.return_all:
+            raise ValueError("a linear encoder of the whole recording has no steps; expected whole = false")
         return {}
 
     def step(self, frame: Tensor, state: State) -> Tensor:

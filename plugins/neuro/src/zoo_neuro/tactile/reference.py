@@ -83,7 +83,7 @@ def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
         return {"name": "mamba", "model_dim": config["model_dim"]} | _mamba(config, name)
     if name == "FlattenEncoder":
         _only(config, {"name"}, name)
-        return {"name": "linear"}
+        return {"name": "linear", "whole": True}  # its layer flattens time, too
     raise ValueError(f"the encoder is {name!r}; expected TNNEncoder, PTResNet18, S4Enc, MambaEnc or FlattenEncoder")
 
 
@@ -254,6 +254,8 @@ class TactileAdapter(ReferenceAdapter):
         mids: dict[str, Tensor] | None = {} if asked else None
         pred = model(inputs["x"], mids)
         found = {"pred": pred, "loss": pred.square().mean()}
+        if mids is not None:  # the original's S4 layers have time last
+            mids = {k: v.transpose(1, 2) if re.search("_s4_l[0-9]", k) else v for k, v in mids.items()}
         return found | {f"mid/{name}": value for name, value in (mids or {}).items() if name in asked}
 
     def loss(self, golden: Any, named: Mapping[str, Tensor]) -> Tensor:
