@@ -13,7 +13,6 @@ from zoo.testing.cases import case
 from zoo_multimodal.mmmamba import MmMamba
 from zoo_multimodal.mmmamba_formats import arguments_of
 
-NAMES = [n for n in zoo.testing.model_names(plugin="multimodal") if n.startswith(("mmmamba", "hovle"))]
 IMAGE = 55
 
 STACK = {"layers": 2, "heads": 4, "kv_heads": 2, "hidden": 48}
@@ -63,11 +62,6 @@ class WithImage(Case):
 
     def specifications(self):
         return {"input_ids": {"shape": [13]}, "pixel_values": {"shape": [1, 3, 16, 16]}}
-
-
-@pytest.mark.parametrize("name", NAMES)
-class TestModels(zoo.testing.ModelTests):
-    pass
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_sentencepiece_with_marks(spm):
     assert ids[0] == 1  # begin of text
     assert ids[1] == added["<|im_start|>"]
     assert ids[-1] == added["<|im_end|>"]
-    assert tokenizer.decode(ids[2:-1]) == "a cat"
+    assert tokenizer.decode(ids[2:-1]) == tokenizer.decode([*ids[2:-1], 10_000]) == "a cat"
     assert tokenizer.decode(ids[1:]) == "<|im_start|>a cat<|im_end|>"
     assert tokenizer.encode("a cat", begin=False) == ids[2:-1]
     assert tokenizer.id_of("<img>") == added["<img>"]

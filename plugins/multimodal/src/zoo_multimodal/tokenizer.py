@@ -92,7 +92,7 @@ class SentencePieceTokenizer:
         for i in ids:
             if i in self._names:
                 text, run = text + self._pieces.decode(run) + self._names[i], []
-            else:
+            elif i < self._pieces.get_piece_size():  # a model may have rows for ids that mean nothing
                 run.append(int(i))
         return text + self._pieces.decode(run)
 
