@@ -20,3 +20,41 @@ def zoo_adapters() -> Mapping[str, str]:
         "eegdm": "zoo_neuro.eegdm.reference:EEGDMAdapter",
         "tactile_ead": "zoo_neuro.tactile.reference:TactileAdapter",
     }
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {
+        "eeg-classification": "zoo_neuro.eegdm.pipelines:EEGClassification",
+        "eeg-generation": "zoo_neuro.eegdm.pipelines:EEGGeneration",
+        "touch-classification": "zoo_neuro.tactile.pipelines:TouchClassification",
+    }
+
+
+@hookimpl
+def zoo_validators() -> Mapping[str, str]:
+    return {
+        "eeg-classification": "zoo_neuro.eegdm.validation:validate_folder",
+        "touch-classification": "zoo_neuro.tactile.validation:validate_folder",
+    }
+
+
+@hookimpl
+def zoo_commands() -> Mapping[str, str]:
+    return {
+        "classify-eeg": "zoo_neuro.eegdm.commands:classify_eeg",
+        "generate-eeg": "zoo_neuro.eegdm.commands:generate_eeg",
+        "pretrain-eeg": "zoo_neuro.eegdm.commands:pretrain_eeg",
+        "train-eeg": "zoo_neuro.eegdm.commands:train_eeg",
+        "touch-activity": "zoo_neuro.tactile.commands:touch_activity",
+        "train-touch": "zoo_neuro.tactile.commands:train_touch",
+        "pretrain-touch": "zoo_neuro.tactile.commands:pretrain_touch",
+    }
+
+
+@hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [
+        {"model": "eegdm_micro.generated", "file": "demo/sample.edf"},
+        {"model": "tactile_micro.solids", "file": "demo/whisker_sweep.npz"},
+    ]
