@@ -84,12 +84,13 @@ def main() -> None:
 
     known, valid, test = recordings(given.objects, given.sweeps, 1), recordings(30, 2, 2), recordings(*TEST)
     print(f"{len(known)} training sweeps, {len(valid)} validation, {len(test)} test", flush=True)
-    torch.manual_seed(given.seed)
     model = zoo.create("tactile_micro")
     assert isinstance(model, TactileNetwork)
     seen = [Recordings(model.scaled(r.frames), r.labels, CLASSES) for r in (known, test)]  # as the network reads them
     rules = {"logistic regression": logistic(*seen), "nearest recording": nearest(*seen)}
     print(json.dumps(rules), flush=True)
+    torch.manual_seed(given.seed)
+    model = zoo.create("tactile_micro")
     settings = Settings(
         epochs=given.epochs, batch_size=64, rate=4e-3, weight_decay=0.05, optimiser="adamw", schedule="cosine",
         seed=given.seed,

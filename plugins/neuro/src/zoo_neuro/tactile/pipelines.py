@@ -143,7 +143,7 @@ def activity(model: TactileNetwork, frames: Tensor) -> dict[str, np.ndarray]:
             steps.setdefault(node, {})[int(head[1:])] = value
         elif name.startswith(("relu", "maxpool", "layer", "avgpool", "fc")):
             found[name] = value.unflatten(0, x.shape[:2])  # a ResNet goes through all frames at once
-        else:
+        elif not name.startswith("dec_"):
             found[name] = value
     found |= {node: torch.stack([values[t] for t in sorted(values)], 1) for node, values in steps.items()}
     return {name: (value[0] if single else value).float().cpu().numpy() for name, value in found.items()}
