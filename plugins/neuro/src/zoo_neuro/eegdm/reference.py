@@ -34,7 +34,9 @@ _CLASSIFIER = _EXTRACTOR | _REDUCER | {
     "n_class",
 }  # fmt: skip
 _SCHEDULE = {f.name for f in fields(NoiseSchedule) if f.init}
-#: diffusers' further arguments, at the values that the original leaves them at.
+#: diffusers' further arguments that change nothing where every step is run and no value is thresholded.
+_SCHEDULE_INERT = {"timestep_spacing", "dynamic_thresholding_ratio", "sample_max_value"}
+#: Those that would, at the values that the original leaves them at.
 _SCHEDULE_FIXED = {
     "variance_type": ("fixed_small",), "thresholding": (False,), "trained_betas": (None,), "steps_offset": (0,),
     "rescale_betas_zero_snr": (False,),
@@ -195,7 +197,7 @@ def _backbone(config: Mapping[str, Any]) -> DiffusionBackbone:
 
 
 def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
-    _check(config, _SCHEDULE | set(_SCHEDULE_FIXED), "DDPMScheduler")
+    _check(config, _SCHEDULE | _SCHEDULE_INERT | set(_SCHEDULE_FIXED), "DDPMScheduler")
     for name, allowed in _SCHEDULE_FIXED.items():
         if config.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{name} is {config[name]!r}; EEGDM leaves it at {allowed[0]!r}, nothing else is built")

@@ -166,8 +166,8 @@ def finetune(
     Tokens of the backbone are computed once, unless the model trains with noise. Raises ValueError where windows or
     classes do not fit.
     """
-    outputs = max(len(train.classes), 1) if len(train.classes) != 2 or model.num_classes != 1 else 1
-    if outputs != model.num_classes:
+    yes_or_no = model.num_classes == 1 and len(train.classes) == 2
+    if not yes_or_no and len(train.classes) != model.num_classes:
         raise ValueError(f"there are {len(train.classes)} classes and {model.num_classes} outputs; build it to fit")
     if len(train) < 2 or not len(valid):
         raise ValueError(f"there are {len(train)} training and {len(valid)} validation windows; two and one are needed")
