@@ -223,6 +223,23 @@ def test_lengths_and_resets():
         zoo.testing.assert_close(packed[:, 6:], model(u[:, 6:], kinds[:, 6:]), tolerance=1e-5)
 
 
+def test_paths_and_the_scan_alone():
+    """Along a path it is the block on rows in that order; mix is what out_proj gets."""
+    model, (u, kinds) = block(), inputs()
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        zoo.testing.assert_close(
+            model(u, kinds, path=order)[:, order], model(u[:, order], kinds[:, order]), tolerance=1e-5
+        )
+        back = model(u.flip(1), kinds.flip(1)).flip(1)
+        zoo.testing.assert_close(model(u, kinds, reverse=True), back, tolerance=1e-5)
+        routing = route(kinds, 2, kinds.numel())
+        y, z = model.mix(u, routing)
+        assert torch.equal(model.out_proj(y, routing), model(u, kinds))
+        bare, _ = model.mix(u, routing, gate=False)
+        zoo.testing.assert_close(bare * torch.nn.functional.silu(z), y, tolerance=1e-5)
+
+
 # -- the product
 
 

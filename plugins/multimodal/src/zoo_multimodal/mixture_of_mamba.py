@@ -90,23 +90,32 @@ class MixtureOfMamba(Mamba):
         return low, self.dt_proj.weight
 
     def forward(  # type: ignore[override]
-        self,
-        u: Tensor,
-        modality: Tensor | Routing | None = None,
-        *,
-        path: Tensor | None = None,
-        reverse: bool = False,
-        resets: Tensor | None = None,
-        lengths: Tensor | None = None,
-        state: State | None = None,
+        self, u: Tensor, modality: Tensor | Routing | None = None, *, state: State | None = None, **walk: Any
     ) -> Tensor:
         """(batch, length, D) to (batch, length, D).
 
         modality: masks (M, batch * length) over tokens b * length + t, where a token in several belongs to the lowest;
         numbers (batch, length); or what :func:`zoo_multimodal.routing.route` made of either, for several blocks. Rows
-        behind ``lengths`` need a modality too, any. The rest as in :class:`zoo.layers.Mamba`.
-        Raises ValueError for a token in no mask.
+        behind ``lengths`` need a modality too, any. state, and in ``walk`` path, reverse, resets, lengths: as in
+        :class:`zoo.layers.Mamba`. Raises ValueError for a token in no mask.
         """
+        routing = self._routing(modality, u)
+        y, _ = self.mix(u, routing, state=state, **walk)
+        return self._project("out_proj", y, routing)
+
+    def mix(  # type: ignore[override]
+        self,
+        u: Tensor,
+        modality: Tensor | Routing | None = None,
+        *,
+        gate: bool = True,
+        path: Tensor | None = None,
+        reverse: bool = False,
+        resets: Tensor | None = None,
+        lengths: Tensor | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The scan before ``out_proj``, and z: (batch, length, E) each. ``gate=False`` leaves ``silu(z)`` out of it."""
         routing = self._routing(modality, u)
         x, z = self._project("in_proj", u, routing).chunk(2, dim=-1)
         walk: dict[str, Any] = {"path": path, "reverse": reverse, "resets": resets, "lengths": lengths}
@@ -119,18 +128,16 @@ class MixtureOfMamba(Mamba):
         low, B, C = self._project("x_proj", x, routing).split(sizes, dim=-1)
         dt, dt_proj = self._time_step(low, routing)
         y, ssm = selective_scan(
-            x, dt, -torch.exp(self.A_log.float()), B, C, self.D.float(), z, None, dt_proj=dt_proj, dt_softplus=True,
-            initial_state=state["ssm"] if state is not None else None, return_final_state=keep, **walk,
+            x, dt, -torch.exp(self.A_log.float()), B, C, self.D.float(), z if gate else None, dt_proj=dt_proj,
+            dt_softplus=True, initial_state=state["ssm"] if state is not None else None, return_final_state=keep,
+            **walk,
         )  # fmt: skip
         if state is not None:
             assert conv is not None
             assert ssm is not None
             state["conv"].copy_(conv.detach())
             state["ssm"].copy_(ssm.detach())
-        return self._project("out_proj", y, routing)
-
-    def mix(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("a MixtureOfMamba is called as a whole; mix is Mamba's alone")
+        return y, z
 
     def step(self, u: Tensor, state: State, modality: Tensor | Routing | None = None) -> Tensor:  # type: ignore[override]
         """One token of each text: (batch, D) and its modality (batch,) to (batch, D); ``state`` moves on in place."""
