@@ -37,3 +37,11 @@ def zoo_commands() -> Mapping[str, str]:
         "train-restorer": "zoo_restoration.commands:train_restorer",
         "upscale": "zoo_restoration.commands:upscale",
     }
+
+
+@hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [
+        {"model": "serpent_micro.drawings", "file": "demo/noisy.png", "picture": "yes"},
+        {"model": "contrast_micro.drawings", "file": "demo/small.png", "picture": "yes"},
+    ]
