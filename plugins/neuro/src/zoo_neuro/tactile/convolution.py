@@ -101,7 +101,9 @@ class Conv2d(nn.Conv2d, Kept):
 
         def make() -> list[Tensor]:
             pieces = list(self.weight.split(widths, dim=1)) if len(widths) > 1 else [self.weight]
-            return [p.permute(0, 2, 3, 1).flatten(1).contiguous() for p in pieces] if rows else pieces
+            if rows:
+                pieces = [p.permute(0, 2, 3, 1).flatten(1) for p in pieces]
+            return [p.contiguous() for p in pieces]  # once here, not in every time step
 
         weights: list[Tensor] = self.kept(("parts", widths), make) if rows else make()
         return [Part(self, w, None if i else self.bias) for i, w in enumerate(weights)]
