@@ -322,6 +322,10 @@ def test_a_published_configuration():
     assert found["language"]["rope_theta"] == 500.0
     assert found["language"]["rope_scaling"]["factor"] == 2.0
     assert "rope_theta" not in found["embedding"]  # 10000, the stack's own default
+    silent = published_config()
+    del silent["embedding_config"]["use_pixel_shuffle_proj"]
+    assert arguments_of(silent)["shuffle"] == found["shuffle"] == "pre"
+    assert arguments_of(original_config(use_pixel_shuffle_proj=False))["shuffle"] is None
     teacher = published_config()
     for stack in ("embedding_config", "llm_config"):
         del teacher[stack]["layers_block_type"]
@@ -365,3 +369,51 @@ def test_scaled_rotary_phases(kind, changes):
         assert torch.allclose(plain(ids), scaled(ids)) != changes
         long = ids.repeat(1, 3)
         assert not torch.allclose(plain(long), scaled(long))
+
+
+def test_recomputing_activations_changes_no_gradient():
+    ids, tiles = text()
+    found = []
+    for recompute in (False, True):
+        m = model().train()
+        m.set_grad_checkpointing(recompute)
+        m(ids, tiles).square().mean().backward()
+        found.append({k: p.grad for k, p in m.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(found[1][key], gradient)
+
+
+def test_positions_may_be_given():
+    """Softmax layers turn by them; Mamba-2 layers know no positions."""
+    ids, tiles = text()
+    at = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        for softmax, moves in ((((), ()), False), (((1,), (0,)), True)):
+            m = model(softmax=softmax)
+            plain = m(ids, tiles)
+            torch.testing.assert_close(m(ids, tiles, position_ids=at), plain)
+            assert torch.allclose(m(ids, tiles, position_ids=3 * at), plain, atol=1e-6) != moves
+
+
+def test_text_without_a_token():
+    m = model()
+    with torch.no_grad():
+        assert m(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 60)
+    with pytest.raises(ValueError, match="holds no token"):
+        m.prefill(torch.zeros(1, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="chunk is 0"):
+        m.prefill(torch.zeros(1, 3, dtype=torch.long), chunk=0)
+
+
+def test_wrong_sizes_are_named():
+    for wrong, said in (
+        ({"shuffle": "later"}, "expected 'pre', 'post'"),
+        ({"image_size": 18}, "not a multiple of patch_size 4"),
+        ({"embedding": {**STACK, "heads": 3}}, "does not divide into 3 heads"),
+        ({"embedding": {**STACK, "kv_heads": 3}}, "not a multiple of 3 kv heads"),
+        ({"embedding": {**STACK, "softmax": [2]}}, "layers 0 to 1"),
+        ({"embedding": {**STACK, "rope_scaling": {"type": "yarn", "factor": 2}}}, "'linear' or 'dynamic'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            MmMamba(**{**SMALL, "embedding": STACK, "language": STACK, **wrong})

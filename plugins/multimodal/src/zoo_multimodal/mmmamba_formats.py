@@ -77,6 +77,7 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"mmmamba: mamba2 has no flag {', '.join(map(repr, unknown))}")
     mixer = {name: bool(flags[name]) for name in MIXER_FLAGS if name in flags}
     softmax = _softmax(config, first, second)
+    shuffled = first.get("use_pixel_shuffle_proj", published)  # every published model has the projector
     found: dict[str, Any] = {
         "vocab_size": second["vocab_size"],
         "d_model": second["hidden_size"],
@@ -84,7 +85,7 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "language": _stack(second, "llm", softmax[1], mixer, strict=not published),
         "normalize_embeddings": bool(config.get("normalize_encoder_output", False)),
         "special_tokens": len(first.get("special_token_maps") or {}),
-        "shuffle": first.get("pixel_shuffle_loc", "pre") if first.get("use_pixel_shuffle_proj") else None,
+        "shuffle": first.get("pixel_shuffle_loc", "pre") if shuffled else None,
     }
     if first.get("hidden_size", 4096) != second["hidden_size"]:
         raise ValueError(
