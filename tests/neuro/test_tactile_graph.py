@@ -195,6 +195,8 @@ def test_orders():
 
 def test_mistakes_are_named():
     good = GRAPHS["zhuang ugrnn"]
+    with pytest.raises(ValueError, match="has no 'edges'; it has nodes, input_nodes, output_node"):
+        TemporalGraph({k: v for k, v in good.items() if k != "edges"}, (3, 5, 7), 4)
     for change, message in (
         ({"output_node": "fc9"}, "no node 'fc9'"),
         ({"edges": good["edges"][:-1]}, "nodes and edges of the graph do not match: fc6"),

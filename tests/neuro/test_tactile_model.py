@@ -1,5 +1,7 @@
 """Networks of touch: streams, the original's configurations, losses, views, training."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,7 +182,7 @@ def test_the_originals_format_there_and_back(name):
         assert theirs[next(k for k in theirs if "output_linear.0.weight" in k)].dim() == 3
 
 
-def test_configurations_that_the_original_has_not():
+def test_configurations_that_the_original_has_not(tmp_path):
     read = zoo.reference("tactile_ead").arguments
     for config, message in (
         (configuration({"name": "Perceiver"}), "encoder is 'Perceiver'"),
@@ -192,6 +194,11 @@ def test_configurations_that_the_original_has_not():
     ):
         with pytest.raises(ValueError, match=message):
             read(config)
+    file = tmp_path / "rnn_fdb_converted_modern.json"  # a file that is there is read, whatever its name
+    file.write_text(json.dumps({"nodes": []}))
+    assert read(configuration({**TNN, "model_config_file": str(file)}))["encoder"]["graph"] == {"nodes": []}
+    with pytest.raises(ValueError, match="has no 'edges'"):
+        TactileNetwork(**read(configuration({**TNN, "model_config_file": str(file)})))
     trained = read(configuration({**TNN, "model_config_file": "rnn_fdb_converted.json"}))
     assert trained["encoder"]["trainable"] is False
     movie = {**TNN, "input_transform": {"name": "MakeMovie", "kwargs": {"times": 6, "image_off": 2}}}

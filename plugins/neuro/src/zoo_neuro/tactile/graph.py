@@ -23,6 +23,9 @@ class Wiring:
     """Nodes, edges and delays of a description. Raises ValueError for one that does not hold together."""
 
     def __init__(self, graph: Mapping[str, Any], full_unroll: bool) -> None:
+        lacking = [key for key in ("nodes", "edges", "input_nodes", "output_node") if key not in graph]
+        if lacking:
+            raise ValueError(f"the graph's description has no {lacking[0]!r}; it has {', '.join(map(str, graph))}")
         self.names: list[str] = [str(node["name"]) for node in graph["nodes"]]
         edges = list(dict.fromkeys((str(e["from"]), str(e["to"])) for e in graph["edges"]))
         self.inputs: list[str] = [str(n) for n in graph["input_nodes"]]

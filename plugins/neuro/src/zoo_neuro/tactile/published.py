@@ -95,8 +95,8 @@ def with_output_width(graph: Mapping[str, Any], width: int) -> dict[str, Any]:
     """The graph with another number of features at its output node, as the original overrides it: in what follows the
     cell if that has a width, else in what precedes it. Raises ValueError where neither has one."""
     nodes = []
-    for node in graph["nodes"]:
-        if node["name"] != graph["output_node"]:
+    for node in graph.get("nodes", ()):
+        if node["name"] != graph.get("output_node"):
             nodes.append(node)
             continue
         for part in ("post_memory", "pre_memory"):
@@ -106,7 +106,7 @@ def with_output_width(graph: Mapping[str, Any], width: int) -> dict[str, Any]:
                 break
         else:
             raise ValueError(f"the output node {node['name']!r} has no operation with out_channels to set to {width}")
-    return {**graph, "nodes": nodes}
+    return {**graph, "nodes": nodes} if nodes else dict(graph)
 
 
 def _with_width(operation: Mapping[str, Any], width: int) -> dict[str, Any] | None:

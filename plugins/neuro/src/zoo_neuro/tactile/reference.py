@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -46,8 +47,10 @@ def _mamba(config: Mapping[str, Any], what: str) -> dict[str, Any]:
     return found | ({"ssm": ssm} if ssm else {})
 
 
-def _published(path: str) -> dict[str, Any]:
-    """The arguments of a published graph from its file's name."""
+def _graph(path: str) -> dict[str, Any]:
+    """The arguments of a graph: the file's content where there is one, else the published graph of that name."""
+    if Path(path).is_file():
+        return {"graph": json.loads(Path(path).read_text(encoding="utf-8"))}
     name = PurePosixPath(str(path).replace("\\", "/")).stem
     match = re.fullmatch(r"rnn_fdb_converted(_modern)?(?:_(gru|intersection|lstm|ugrnn))?(_ln)?", name)
     if match is None or (not match[1] and (match[2] or match[3])):
@@ -72,7 +75,7 @@ def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
         elif transform.get("name") is not None:
             raise ValueError(f"input_transform is {transform['name']!r}; expected MakeMovie or null")
         graph = config.get("graph")
-        return {"name": "graph"} | found | ({"graph": graph} if graph else _published(config["model_config_file"]))
+        return {"name": "graph"} | found | ({"graph": graph} if graph else _graph(config["model_config_file"]))
     if name == "PTResNet18":
         _only(config, {"name"}, name)
         return {"name": "resnet18"}
