@@ -43,7 +43,7 @@ def eeg():
 
 
 def test_sample(pipe, eeg):
-    """2.5 s of each kind, end to end."""
+    """2.5 s of each kind, one after the other."""
     answer = pipe(SAMPLE)
     assert [w.start for w in answer.windows] == [0.0, 2.5, 5.0, 7.5, 10.0, 12.5]
     assert all(0 < w.confidence <= 1 and w.label == next(iter(w.shares)) for w in answer.windows)

@@ -6,6 +6,7 @@ one kind, ten electrodes against a common reference at 100 Hz.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,13 +107,32 @@ def events(r: np.random.Generator, kind: str, who: Subject, n: int) -> np.ndarra
     raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
 
 
-def recording(r: np.random.Generator, kind: str, who: Subject, seconds: float = 20.0) -> Recording:
-    """One recording, in volts."""
-    n = round(seconds * SFREQ)
+def rest(r: np.random.Generator, who: Subject, n: int) -> np.ndarray:
+    """Background and alpha rhythm, (electrodes, n) microvolts."""
     x = who.background * coloured(r, len(ELECTRODES), n, who.slope)
     x += 1.5 * who.background * coloured(r, 1, n, who.slope)  # what all electrodes share
     waxing = 0.6 + 0.4 * np.sin(2 * np.pi * np.arange(n) / SFREQ * r.uniform(0.1, 0.3) + r.uniform(0, 6))
-    x += who.alpha * BACK[:, None] * waxing * np.sin(wave(r, n, who.alpha_hz, 0.03))
-    x += events(r, kind, who, n)
+    return x + who.alpha * BACK[:, None] * waxing * np.sin(wave(r, n, who.alpha_hz, 0.03))
+
+
+def measured(r: np.random.Generator, x: np.ndarray, who: Subject) -> Recording:
+    """Through the electrodes' gains, with an amplifier's noise, in volts."""
     x = x * who.gains[:, None] + r.normal(0, 1.5, x.shape)
     return Recording(x * 1e-6, SFREQ, [f"EEG {name}-REF" for name in ELECTRODES])
+
+
+def recording(r: np.random.Generator, kind: str, who: Subject, seconds: float = 20.0) -> Recording:
+    """One recording of one kind."""
+    n = round(seconds * SFREQ)
+    x = rest(r, who, n)
+    return measured(r, x + events(r, kind, who, n), who)
+
+
+def sequence(r: np.random.Generator, kinds: Sequence[str], who: Subject, seconds: float = 2.5) -> Recording:
+    """One recording in which kinds follow each other, ``seconds`` of each; what a kind adds fades in and out."""
+    n = round(seconds * SFREQ)
+    x = rest(r, who, n * len(kinds))
+    edge = np.clip(np.minimum(np.arange(n), np.arange(n)[::-1]) / 10, 0, 1)
+    for i, kind in enumerate(kinds):
+        x[:, i * n : (i + 1) * n] += events(r, kind, who, n) * edge
+    return measured(r, x, who)
