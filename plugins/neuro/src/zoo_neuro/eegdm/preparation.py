@@ -126,6 +126,8 @@ class Preparation:
             if recording.sfreq != self.sfreq:
                 raise ValueError(f"a filtered recording has {recording.sfreq:g} Hz; expected {self.sfreq:g} Hz")
             return signal, self.sfreq
+        if recording.sfreq == self.sfreq and not (self.l_freq or self.h_freq or self.notch):
+            return signal, self.sfreq
         raw = self._raw(signal, recording.sfreq, names)
         self._filter(raw, recording.sfreq)
         if recording.sfreq != self.sfreq:
