@@ -76,7 +76,7 @@ def read_recording(
     mne: Any = optional("mne", f"{path}: a recording of {path.suffix}", EXTRA)
     try:
         raw = mne.io.read_raw(path, preload=True, verbose="ERROR")
-        raw.pick(raw.get_channel_types(unique=True) and "eeg", verbose="ERROR")
+        raw.pick("eeg", verbose="ERROR")
     except (RuntimeError, ValueError, TypeError, NotImplementedError, OSError, EOFError, AssertionError) as error:
         raise ValueError(f"{path} cannot be read as a recording of EEG: {str(error).strip() or error!r}") from error
     return Recording(raw.get_data(), float(raw.info["sfreq"]), list(raw.ch_names), str(path))
