@@ -46,3 +46,11 @@ def zoo_commands() -> Mapping[str, str]:
         "animate": "zoo_generation.unianimate.commands:animate",
         "train-animation": "zoo_generation.unianimate.commands:train_animation",
     }
+
+
+@hookimpl
+def zoo_demos() -> Iterable[Mapping[str, str]]:
+    return [
+        {"model": "dimsum_micro.shapes", "file": "demo/shapes.txt", "picture": "yes"},
+        {"model": "unianimate_micro.figures", "file": "demo/figure.png; demo/figure.npz", "picture": "yes"},
+    ]

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from . import media
@@ -142,8 +141,3 @@ def psnr(found: np.ndarray, expected: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of pictures in uint8, the mean over the frames of (frames, H, W, 3)."""
     error = ((found.astype(float) - expected.astype(float)) ** 2).reshape(len(found), -1).mean(1)
     return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-2))))
-
-
-def resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(frames, H, W, 3) to pictures of ``size`` (width, height)."""
-    return np.stack([np.asarray(Image.fromarray(f).resize(size)) for f in frames])

@@ -160,7 +160,8 @@ def sample(
 
     conditions: those of :meth:`UNet.encode` by name. guidance: u + guidance (c - u), where u is predicted with every
     condition None; None or 1: c alone. size, overlap: see :func:`windows`; v of frames in several windows is averaged.
-    eta: DDIM's noise. report(step number, steps): called after every step.
+    eta: DDIM's noise. report(step number, steps): called after every step. The network computes in its own dtype, all
+    else is in that of ``noise``.
     """
     batch, frames = noise.shape[0], noise.shape[2]
     pieces = windows(frames, size, overlap)
@@ -173,15 +174,16 @@ def sample(
     counts = counts.view(1, 1, -1, 1, 1)
     x = noise
     steps, stride = timesteps(count, schedule.steps)
+    dtype = next((p.dtype for p in model.parameters()), x.dtype)
     for number, step in enumerate(steps):
         t = torch.full((batch,), step, device=noise.device)
         v = torch.zeros_like(x)
         for piece, given in zip(pieces, encoded, strict=True):
-            part = x if len(pieces) == 1 else x[:, :, piece]
-            c = model(part, t, fps=fps, conditions=given)
+            part = (x if len(pieces) == 1 else x[:, :, piece]).to(dtype)
+            c = model(part, t, fps=fps, conditions=given).to(x.dtype)
             if guided:
                 assert guidance is not None
-                u = model(part, t, conditions=empty)
+                u = model(part, t, conditions=empty).to(x.dtype)
                 c = u + guidance * (c - u)
             v[:, :, piece] += c
         x = _ddim_step(schedule, x, v / counts, step, max(step - stride, 0), eta, generator)

@@ -114,7 +114,8 @@ class HumanAnimation(Pipeline):
         self.pose_size = (int(wide), int(high))
         self.pose_width = own.get("pose_width") if pose_width is None else pose_width
         self.frames, self.every, self.seed = frames, int(every), int(seed)
-        self.first_frame, self.prior = bool(first_frame), prior
+        self.first_frame = bool(first_frame)
+        self.prior = own.get("prior") if prior is None and steps is None else prior  # a card's goes with its steps
         self.schedule = diffusion.Schedule()
         diffusion.timesteps(self.steps)
         diffusion.windows(1, self.size, self.overlap)
@@ -247,7 +248,7 @@ class HumanAnimation(Pipeline):
         )
         z = diffusion.sample(
             model,
-            noise.to(**kind),  # type: ignore[call-overload]
+            noise.to(self.device),
             given,
             schedule=self.schedule,
             count=self.steps,
@@ -256,7 +257,7 @@ class HumanAnimation(Pipeline):
             overlap=self.overlap,
             zero_y=zero_y,
         )
-        video = self.latents.decode(z.transpose(1, 2).flatten(0, 1))
+        video = self.latents.decode(z.to(self.dtype).transpose(1, 2).flatten(0, 1))
         return (video.float() * 0.5 + 0.5).clamp(0, 1)
 
     def _prior(self, frames: int) -> int | None:
