@@ -34,7 +34,7 @@ DEGRADATIONS = {
     "serpent_micro": Degradation.parse("noise:std=0.1"),
     "contrast_micro": Degradation.parse("bicubic:scale=2"),
 }
-STEPS = {"serpent_micro": 1200, "contrast_micro": 1000}
+STEPS = {"serpent_micro": 3000, "contrast_micro": 1000}
 SAMPLES = {"serpent_micro": "noisy.png", "contrast_micro": "small.png"}
 
 
@@ -57,7 +57,7 @@ class Drawings:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(DEGRADATIONS))
-    parser.add_argument("--steps", type=int, help="default: 1200 for Serpent, 1000 for Contrast")
+    parser.add_argument("--steps", type=int, help="default: 3000 for Serpent, 1000 for Contrast")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--patch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=3e-3)
