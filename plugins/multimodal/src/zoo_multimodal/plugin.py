@@ -55,5 +55,6 @@ def zoo_commands() -> Mapping[str, str]:
 def zoo_demos() -> Iterable[Mapping[str, str]]:
     return [
         {"model": "mmmamba_micro.scenes", "file": "demo/scene.png"},
+        {"model": "mixture_of_mamba_micro.shapes", "file": "demo/shapes/document.json"},
         {"model": "broad_mamba_micro.moods", "file": "demo/moods.npz"},
     ]
