@@ -61,9 +61,8 @@ def test_it_learns(restorer):
         Settings(steps=150, batch_size=2, patch=32, learning_rate=1e-2, ema=0.8),
     )  # fmt: skip
     after = measure(trainer.train(), only, Degradation.parse("blur:sigma=1"))
-    assert after["psnr"] > before["psnr"] + 2
     given = measure(lambda x: x, only, Degradation.parse("blur:sigma=1"))
-    assert after["psnr"] > given["psnr"]
+    assert after["psnr"] > max(before["psnr"], given["psnr"]) + 0.5
 
 
 def test_an_interrupted_run_is_the_whole_run(restorer, tmp_path):
