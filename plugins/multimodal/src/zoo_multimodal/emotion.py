@@ -64,8 +64,6 @@ class EmotionRecognition(Pipeline):
         super().__init__(model)
         if not isinstance(model, BroadMamba):
             raise ValueError(f"{type(model).__name__} is no BroadMamba; this task's models read dialogues")
-        if self.device.type == "cpu" and self.dtype == torch.float16:
-            model.float()  # half precision saves space on disk; a CPU gains nothing from computing in it
 
     def expand(self, inputs: Any) -> tuple[list[Any], bool]:
         """A list of dialogues is one sample, like a file of them."""

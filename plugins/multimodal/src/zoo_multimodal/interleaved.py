@@ -99,8 +99,6 @@ class Interleaved(Pipeline):
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens}, temperature {temperature}; expected 1 or more, and 0 or more"
             )
-        if self.device.type == "cpu" and self.dtype == torch.float16:
-            model.float()  # half precision saves space on disk; a CPU gains nothing from computing in it
         self.codec = Codec(model)
         self.write, self.max_new_tokens = write, max_new_tokens
         self.temperature, self.top_k, self.seed = temperature, top_k, seed

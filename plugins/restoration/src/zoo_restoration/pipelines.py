@@ -100,8 +100,6 @@ class ImageRestoration(Pipeline):
                 f"tile is {tile}; expected a side in pixels, or 0 for the whole image", argument="tile", accepted=[]
             )
         self.tile, self.overlap, self.margin, self.ensemble = tile, overlap, margin, ensemble
-        if self.device.type == "cpu" and self.dtype == torch.float16:
-            model.float()  # half precision is for the disk: products in it are slow or missing on a CPU
 
     def read(self, source: Any) -> Picture:
         picture = read_picture(source)

@@ -101,8 +101,6 @@ class HumanAnimation(Pipeline):
         super().__init__(model)
         if not isinstance(model, UNet):
             raise ValueError(f"{type(model).__name__} animates nobody; expected a UNet of UniAnimate")
-        if self.device.type == "cpu" and self.dtype == torch.float16:
-            model.float()  # half precision saves space on disk; a CPU gains nothing from computing in it
         self.unet, own = model, self.preprocess
         self.steps = int(own.get("steps", 30) if steps is None else steps)
         self.guidance = float(own.get("guidance", diffusion.GUIDANCE) if guidance is None else guidance)

@@ -110,8 +110,6 @@ class EEGClassification(Pipeline):
         super().__init__(model)
         if not isinstance(model, EEGClassifier):
             raise ValueError(f"{type(model).__name__} classifies no EEG; expected an EEGClassifier")
-        if self.device.type == "cpu" and self.dtype == torch.float16:
-            model.float()  # half precision saves space on disk; a CPU gains nothing from computing in it
         if top_k < 1 or windows_per_batch < 1:
             raise ValueError(f"top_k is {top_k} and windows_per_batch {windows_per_batch}; expected 1 or more of each")
         self.step, self.top_k, self.missing, self.filtered = step, top_k, missing, filtered
@@ -210,8 +208,6 @@ class EEGGeneration(Pipeline):
         inner = model.extractor.model if isinstance(model, EEGClassifier) else model
         if not isinstance(inner, DiffusionBackbone) or inner.in_channels != 1:
             raise ValueError(f"{type(model).__name__} generates no one-channel EEG; expected a DiffusionBackbone")
-        if self.device.type == "cpu" and self.dtype == torch.float16:
-            model.float()
         self.backbone, self.preparation = inner, inner.preparation
         self.samples = self.preparation.samples if samples is None else samples
         if self.samples < 2:

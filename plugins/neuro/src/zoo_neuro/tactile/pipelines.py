@@ -79,8 +79,6 @@ class TouchClassification(Pipeline):
         super().__init__(model)
         if not isinstance(model, TactileNetwork):
             raise ValueError(f"{type(model).__name__} classifies no touch; expected a TactileNetwork")
-        if self.device.type == "cpu" and self.dtype == torch.float16:
-            model.float()  # half precision saves space on disk; a CPU gains nothing from computing in it
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; expected 1 or more")
         self.layout, self.top_k, self.key = Layout.of(model), top_k, key
