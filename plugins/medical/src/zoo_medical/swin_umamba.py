@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
+from zoo.layers.vss import PatchExpanding
 from zoo.rules import Rules
 
 from ._base import MedicalAdapter, check_input, take
 from .unetr_blocks import BasicBlock, OutBlock, UpBlock
-from .vss_unet import PatchExpand, VSSLayer, VSSMEncoder, block_path, init_linear, rules_for
+from .vss_unet import VSSLayer, VSSMEncoder, block_path, init_linear, rules_for
 
 
 def _widths(dims: int | Sequence[int]) -> list[int]:
@@ -121,8 +122,8 @@ class MambaDecoder(nn.Module):
         super().__init__()
         down = list(reversed(widths))
         rates = torch.linspace(drop_path_rate, 0, 2 * (len(down) - 1), device="cpu").tolist()
-        self.expand_layers = nn.ModuleList(PatchExpand(a, b) for a, b in itertools.pairwise(down))
-        self.expand_layers.append(PatchExpand(down[-1], down[-1], 4))
+        self.expand_layers = nn.ModuleList(PatchExpanding(a, b) for a, b in itertools.pairwise(down))
+        self.expand_layers.append(PatchExpanding(down[-1], down[-1], 4))
         self.stages = nn.ModuleList(VSSLayer(d, rates[2 * i : 2 * i + 2], state) for i, d in enumerate(down[1:]))
         self.concat_back_dim = nn.ModuleList(nn.Linear(2 * d, d) for d in down[1:])
         self.seg_layers = nn.ModuleList(nn.Conv2d(d, classes, 1) for d in [*down[1:], down[-1]])

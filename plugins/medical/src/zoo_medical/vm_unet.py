@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
-from zoo.layers.vss import PatchEmbed, PatchMerging
+from zoo.layers.vss import PatchEmbed, PatchExpanding, PatchMerging
 from zoo.rules import Rules
 
 from ._base import MedicalAdapter, check_input, take
-from .vss_unet import PatchExpand, VSSLayer, block_path, init_linear, rules_for
+from .vss_unet import VSSLayer, block_path, init_linear, rules_for
 
 
 class VMUNet(nn.Module):
@@ -76,11 +76,11 @@ class VMUNet(nn.Module):
                 dims_decoder[i],
                 rates_up[sum(depths_decoder[:i]) : sum(depths_decoder[: i + 1])],
                 state,
-                up=PatchExpand(dims_decoder[i - 1], dims_decoder[i]) if i else None,
+                up=PatchExpanding(dims_decoder[i - 1], dims_decoder[i]) if i else None,
             )
             for i in range(4)
         )
-        self.final_up = PatchExpand(dims_decoder[-1], dims_decoder[-1] // 4, 4)
+        self.final_up = PatchExpanding(dims_decoder[-1], dims_decoder[-1] // 4, 4)
         self.final_conv = nn.Conv2d(dims_decoder[-1] // 4, num_classes, 1)
         init_linear(self)
 

@@ -20,26 +20,6 @@ def vss_blocks(dim: int, rates: Sequence[float], state: int) -> nn.Sequential:
     return nn.Sequential(*(VSSBlock(dim, mixer, mlp_ratio=0.0, drop_path=rate) for rate in rates))
 
 
-class PatchExpand(nn.Module):
-    """Linear to scale^2 times ``out`` channels, spread over scale x scale positions (row, column, channel), LayerNorm.
-
-    (batch, h, w, dim) to (batch, scale*h, scale*w, out). Source: Cao et al., "Swin-Unet", arXiv 2105.05537, section
-    3.5; VM-UNet's ``PatchExpand2D`` and ``Final_PatchExpand2D``.
-    """
-
-    def __init__(self, dim: int, out: int, scale: int = 2) -> None:
-        super().__init__()
-        self.scale, self.out = scale, out
-        self.expand = nn.Linear(dim, scale * scale * out, bias=False)
-        self.norm = nn.LayerNorm(out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
-        p = self.scale
-        y = self.expand(x).view(batch, height, width, p, p, self.out)
-        return self.norm(y.permute(0, 1, 3, 2, 4, 5).reshape(batch, height * p, width * p, self.out))
-
-
 class VSSLayer(nn.Module):
     """(Up,) blocks (, down): one resolution of an encoder or a decoder."""
 

@@ -20,33 +20,21 @@ from torch import Tensor, nn
 from zoo.adapting import InputChannels, NewHead
 from zoo.layers import Linear
 from zoo.layers.ss2d import CROSS
-from zoo.layers.vss import ConvDownsample, ConvLast, PatchEmbed, PatchMerging, VSSBlock, channel_norm
+from zoo.layers.vss import (
+    ConvDownsample,
+    ConvLast,
+    PatchEmbed,
+    PatchExpanding,
+    PatchMerging,
+    VSSBlock,
+    channel_norm,
+)
 
 from .sizes import check_image, pad_to_multiple
 
 DOWN = ("merge", "conv")
 UP = ("expand", "conv")
 SKIP = ("concat", "add")
-
-
-class PatchExpanding(nn.Module):
-    """A linear layer to scale^2 times ``out`` channels, laid out over scale x scale positions, then LayerNorm.
-
-    (batch, h, w, dim) to (batch, scale h, scale w, out). The inverse of patch merging: Cao et al., "Swin-Unet", arXiv
-    2105.05537, section 3.5.
-    """
-
-    def __init__(self, dim: int, out: int, scale: int = 2, norm: str = "ln") -> None:
-        super().__init__()
-        self.scale, self.out = scale, out
-        self.expand = Linear(dim, scale * scale * out, bias=False)
-        self.norm = channel_norm(norm, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
-        p = self.scale
-        y = self.expand(x).view(batch, height, width, p, p, self.out)
-        return self.norm(y.permute(0, 1, 3, 2, 4, 5).reshape(batch, height * p, width * p, self.out))
 
 
 class ConvUpsample(nn.Module):
