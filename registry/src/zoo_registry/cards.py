@@ -98,9 +98,7 @@ class WeightsCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     config: dict[str, Any] = {}  #: overrides of the model card's config that belong to this checkpoint
     config_file: str | None = None  #: JSON in the repository with the original's own configuration, which then counts
     # -- how to use them
-    dtype: DType | None = (
-        None  #: what stored numbers become on loading; None: they stay as they are
-    )
+    dtype: DType | None = None  #: what stored numbers become on loading; None: they stay as they are
     labels: str | None = None  #: named label set or a text file of the plugin, one label a line
     num_classes: int | None = None
     preprocess: dict[str, Any] = {}
