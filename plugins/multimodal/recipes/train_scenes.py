@@ -122,7 +122,7 @@ def commonest(found: list[scenes.Sample]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mmmamba_micro")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument(
         "--baseline-steps", type=int, default=900, help="of the training without pictures: it learns no more"
     )
