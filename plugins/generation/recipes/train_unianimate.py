@@ -31,7 +31,7 @@ SIZE, POSES, WIDTH = 32, (64, 64), 1.0  #: of pictures and of drawn poses, in pi
 STEPS, PRIOR = (
     4,
     751,
-)  #: of the sampling that is measured, chosen on clips of seed 2,000,000; it starts where the noise does
+)  #: of the sampling that is measured; chosen on clips of seed 2,000,000
 WINDOW, OVERLAP = 6, 2  #: frames that are denoised together: as many as in training
 
 
