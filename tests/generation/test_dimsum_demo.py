@@ -23,7 +23,9 @@ NAME = "dimsum_micro.shapes"
 
 @pytest.fixture(scope="module")
 def shapes():
-    spec = importlib.util.spec_from_file_location("shapes", ROOT / "plugins" / "generation" / "recipes" / "shapes.py")
+    spec = importlib.util.spec_from_file_location(
+        "drawn_shapes", ROOT / "plugins" / "generation" / "recipes" / "drawn_shapes.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

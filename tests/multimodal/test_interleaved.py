@@ -38,7 +38,7 @@ MODEL = "mixture_of_mamba_micro.shapes"
 def shapes():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "plugins" / "multimodal" / "recipes"))
-        import shapes
+        import picture_documents as shapes
 
         yield shapes
 

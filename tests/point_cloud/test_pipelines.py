@@ -76,7 +76,7 @@ def test_packed_colors_of_pcd(tmp_path, kind):
         ("a.npy", b"", "no readable npy"),
         ("a.obj", b"v 0 0 0\nv 1 0 0\n", "no surface to draw points on"),
         ("a.stl", b"junk", "no surface|no readable mesh"),
-        ("a.obj", bytes(range(256)), "no readable mesh"),
+        ("a.obj", bytes(range(256)), "no surface|no readable mesh"),
         ("a.bin", b"", "no format is known"),
     ],
 )

@@ -145,11 +145,6 @@ def test_failures_are_named(tmp_path):
     assert "bad.png" in str(found[0])
 
 
-def test_half_precision_is_for_the_disk(restorer):
-    ImageRestoration(restorer.half())
-    assert next(restorer.parameters()).dtype == torch.float32
-
-
 # -- measuring
 
 

@@ -23,6 +23,7 @@ needs_onednn = pytest.mark.skipif(
 def everywhere(monkeypatch):
     """As on a processor where oneDNN is faster."""
     monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(sizes, "_kept", set())  # other tests' sizes do not count here
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import zoo_kernels
 from zoo.layers import linear as linear_module
 from zoo.layers import linear_training as module
+from zoo.layers import sizes
 from zoo.layers.linear import Linear, linear
 
 pytestmark = pytest.mark.skipif(
@@ -26,6 +27,7 @@ def everywhere(monkeypatch):
     """As on a processor where oneDNN is faster, for small products too."""
     monkeypatch.setattr(linear_module, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(module, "PRODUCTS", 1)
+    monkeypatch.setattr(sizes, "_kept", set())  # other tests' sizes do not count here
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Train the Mixture-of-Mamba demo on generated documents (see shapes.py), and the dense baseline beside it.
+"""Train the Mixture-of-Mamba demo on generated documents (see picture_documents.py), and the dense baseline beside it.
 
     uv run python plugins/multimodal/recipes/train_mixture.py
 
@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import shapes
+import picture_documents as shapes
 import torch
 from PIL import Image
 from safetensors.torch import save_file
