@@ -2,7 +2,7 @@
 
     uv run python plugins/generation/recipes/train_shapes.py
 
-trains on 20,000 images of eight shapes (recipes/drawn_shapes.py) and judges 800 samples of the averaged weights, as they are
+trains on 20,000 images of eight shapes (drawn_shapes.py) and judges 800 samples of the averaged weights, as they are
 shipped, by a classifier trained on other drawings: how often the sample is of the shape that was asked for (chance 1 in
 8), and the Frechet distance of its features from those of unseen drawings. Beside it: drawings against drawings, the
 best that can be reached, and images drawn from the normal distribution of each class's pixels. It writes the checkpoint
