@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from timing import shortest
 from torch import Tensor
 
 import zoo
@@ -46,17 +46,6 @@ def as_the_original(self: FFTConv, x: Tensor, *, state: None = None, rate: float
 def original() -> Iterator[None]:
     with mock.patch.object(FFTConv, "forward", as_the_original):
         yield
-
-
-def shortest(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """The shortest time of each in seconds, measured in turn."""
-    times = {name: float("inf") for name in functions}
-    for _ in range(repeat):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            times[name] = min(times[name], time.perf_counter() - began)
-    return times
 
 
 def compare(what: str, run: Callable[[], Tensor], repeat: int) -> None:

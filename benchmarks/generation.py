@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from timing import shortest
 from torch import Tensor, nn
 
 import zoo
@@ -73,17 +73,6 @@ def literal(model: nn.Module) -> nn.Module:
         elif isinstance(module, blocks.Scan):
             module.forward = lambda u, c, scan=module: moved(scan, u, c)  # type: ignore[method-assign, misc]
     return model
-
-
-def shortest(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """The shortest time of each in seconds, measured in turn."""
-    times = {name: float("inf") for name in functions}
-    for _ in range(repeat):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            times[name] = min(times[name], time.perf_counter() - began)
-    return times
 
 
 @torch.inference_mode()

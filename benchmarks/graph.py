@@ -11,11 +11,10 @@ is timed, and timings alternate; figures are ratios of the shortest times.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
+from timing import shortest
 from torch import Tensor
 
 import zoo_kernels
@@ -59,17 +58,6 @@ def padded(model: GPSLayers, x: Tensor, edge_index: Tensor, e: Tensor, sizes: Te
         h = layer.norm1_local(local) + layer.norm1_attn(x + mixer(x))
         x = layer.norm2(h + layer.ff_linear2(layer.ff_linear1(h).relu()))
     return x
-
-
-def shortest(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """The shortest time of each in seconds, measured in turn."""
-    times = {name: float("inf") for name in functions}
-    for _ in range(repeat):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            times[name] = min(times[name], time.perf_counter() - began)
-    return times
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timing import shortest
 from torch import Tensor
 
 import zoo_kernels
@@ -47,17 +48,6 @@ class EveryExpert(MixtureOfMamba):
 
     def _time_step(self, low: Tensor, routing: Any) -> tuple[Tensor, Tensor | None]:
         return self._one_of_all(self.dt_proj, low), None
-
-
-def shortest(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """The shortest time of each in seconds, measured in turn."""
-    times = {name: float("inf") for name in functions}
-    for _ in range(repeat):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            times[name] = min(times[name], time.perf_counter() - began)
-    return times
 
 
 def ratios(times: dict[str, float]) -> str:

@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import shortest
 
 import zoo
 import zoo_kernels
@@ -27,17 +26,6 @@ from zoo_network.flows import FlowBytes, split_flows, to_tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "plugins" / "network" / "recipes"))
 import traffic
-
-
-def shortest(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """The shortest time of each in seconds, measured in turn."""
-    times = {name: float("inf") for name in functions}
-    for _ in range(repeat):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            times[name] = min(times[name], time.perf_counter() - began)
-    return times
 
 
 @torch.inference_mode()
