@@ -69,8 +69,18 @@ def naive_neighbours(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Ten
     return found.values[..., :k], found.indices[..., :k]
 
 
+def naive_neighbourhoods(points: Tensor, count: int, k: int, *, ascending: bool = False, skip_origin: bool = False):
+    kept = naive_farthest_points(points, count, skip_origin=skip_origin)
+    kept = kept.sort(dim=1).values if ascending else kept
+    return kept, naive_neighbours(geometry.gather(points, kept), points, k)[1]
+
+
 def naive_geometry():
-    found = {"farthest_point_sample": naive_farthest_points, "nearest_neighbours": naive_neighbours}
+    found = {
+        "farthest_point_sample": naive_farthest_points,
+        "nearest_neighbours": naive_neighbours,
+        "neighbourhoods": naive_neighbourhoods,
+    }
     return [
         mock.patch.object(module, name, value)
         for module in (geometry, grouping, pcm_parts, pointmamba)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zoo.layers.inference import results_only, untouched
 from zoo.layers.linear import linear
 
-from .geometry import farthest_point_sample, gather, nearest_neighbours
+from .geometry import gather, nearest_neighbours, neighbourhoods
 from .layers import ConvNormAct, ResidualStack, activate, conv_norm, folded, folds, rowwise, stack_rows
 
 #: Numbers (rows of groups times their widest features) that are worked on at once, and the fewest rows.
@@ -79,13 +79,15 @@ class Grouper(nn.Module):
         count = n // self.reducer
         if count < 1:
             raise ValueError(f"{n} points cannot be reduced {self.reducer} times; give more points")
-        kept = farthest_point_sample(p, count).sort(dim=1).values if count < n else None
-        centre_p = p if kept is None else gather(p, kept)
-        index = nearest_neighbours(centre_p, p, self.k)[1][..., :: self.stride]
         points = centres = torch.cat([x, p.to(x.dtype)], dim=-1) if self.use_xyz else x
-        if kept is not None:
-            centres, residual = gather(points, kept), None if residual is None else gather(residual, kept)
-        return centre_p, Groups(points, centres, index, kept), residual
+        kept = None
+        if count < n:
+            kept, index = neighbourhoods(p, count, self.k, ascending=True)
+            p, centres = gather(p, kept), gather(points, kept)
+            residual = None if residual is None else gather(residual, kept)
+        else:
+            index = nearest_neighbours(p, p, self.k)[1]
+        return p, Groups(points, centres, index[..., :: self.stride], kept), residual
 
     def rows(self, groups: Groups, scale: Tensor | None = None) -> Tensor:
         """The groups' rows: (B, S, k, out_channels). ``scale`` (B): of their differences, where it is known."""
@@ -109,22 +111,20 @@ class Grouper(nn.Module):
     def _deviation(self, groups: Groups, cloud: int) -> float:
         """The unbiased variance of one cloud's differences, without making them where the digits allow.
 
-        With b the sum of a group's k neighbours x, the squares of x - c add up to ``sum |x|^2 - 2 b c + k |c|^2``, and
-        around the group's own mean to ``sum |x|^2 - |b|^2 / k``.
+        With b the sum of a group's k neighbours x, the squares of x - c add up to ``sum |x|^2 - |b|^2 / k``, those
+        around the group's own mean, and ``|b - k c|^2 / k``.
         """
         x, centres, index = groups.x[cloud], groups.centres[cloud], groups.index[cloud]
         n, k = index.numel() * x.shape[-1], index.shape[-1]
         if x.dtype not in (torch.float32, torch.float64):
             square, total = self._differences(groups, cloud)
             return max(square - total * total / n, 0.0) / max(n - 1, 1)
-        sums = F.embedding_bag(index, x, mode="sum").double()
+        sums = F.embedding_bag(index, x, mode="sum")
         squares = float(torch.linalg.vector_norm(x, dim=-1).double().square()[index].sum())
-        if self.normalize == "center":
-            square, total = squares - float(sums.square().sum()) / k, 0.0
-        else:
-            c = centres.double()
-            square = squares + float((c * (k * c - 2 * sums)).sum())
-            total = float(sums.sum() - k * c.sum())
+        square, total = squares - _square(sums) / k, 0.0
+        if self.normalize == "anchor":
+            apart = sums.sub_(centres, alpha=k)
+            square, total = square + _square(apart) / k, float(apart.sum(dtype=torch.float64))
         if square * CANCELLED < squares:
             square, total = self._differences(groups, cloud)
         return max(square - total * total / n, 0.0) / max(n - 1, 1)
@@ -140,6 +140,11 @@ class Grouper(nn.Module):
             each = x.sum(-1, dtype=torch.float64)
             total = float(each[index].sum() - index.shape[-1] * centres.sum(dtype=torch.float64))
         return square, total
+
+
+def _square(x: Tensor) -> float:
+    """The sum of the squares of rows (..., C); those of a row in its own precision, the rows' in double."""
+    return float(torch.linalg.vector_norm(x, dim=-1).double().square().sum())
 
 
 def _spread(x: Tensor) -> Tensor:

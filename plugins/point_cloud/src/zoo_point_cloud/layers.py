@@ -260,8 +260,8 @@ def make_norm(dim: int, rms: bool, eps: float = 1e-5) -> nn.Module:
     return RMSNorm(dim, eps=eps) if rms else nn.LayerNorm(dim, eps=eps)
 
 
-#: Rows that a mixer gets at once in inference on a CPU: what it makes of them stays in the cache.
-MIXED = 4096
+#: Numbers that a mixer gets at once in inference on a CPU: what it makes of them stays in the cache.
+MIXED = 1 << 20
 
 
 def by_clouds(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -269,10 +269,11 @@ def by_clouds(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     In inference on a CPU it gets some clouds at a time, so that what lies inside it never takes memory.
     """
-    batch, length = x.shape[:2]
-    step = max(1, MIXED // length)
-    if step >= batch or torch.is_grad_enabled() or not results_only(x):
+    batch = len(x)
+    parts = math.ceil(batch / max(1, MIXED // max(1, x[0].numel()))) if batch else 1
+    if parts == 1 or torch.is_grad_enabled() or not results_only(x):
         return function(x)
+    step = math.ceil(batch / parts)
     y = torch.empty_like(x)
     for start in range(0, batch, step):
         y[start : start + step] = function(x[start : start + step])

@@ -47,10 +47,11 @@ def serialise(
         order_of = serialise_each(_coordinates(p), order, grid_size)
         return gather(p, order_of), [None if t is None else gather(t, order_of) for t in rest]
     flat = paths.serialize(_coordinates(p), order, grid_size=grid_size, across_batch=True)
-    return (
-        p.flatten(0, 1)[flat].view_as(p),
-        [None if t is None else t.flatten(0, 1)[flat].view_as(t) for t in rest],
-    )
+
+    def ordered(t: Tensor) -> Tensor:
+        return t.flatten(0, 1).index_select(0, flat).view_as(t)
+
+    return ordered(p), [None if t is None else ordered(t) for t in rest]
 
 
 def _coordinates(p: Tensor) -> Tensor:
