@@ -26,6 +26,16 @@ from .state import State
 THETA = 2.0**16
 
 
+def frequencies(neurons: int, device: torch.device | str | None = None) -> Tensor:
+    """Turns per position of each pair of neurons, (neurons / 2).
+
+    Always float32 and in the original's order of operations: a phase is taken modulo one turn, so a rounding here
+    grows with the position.
+    """
+    pair = torch.arange(0, neurons, 2, device=device, dtype=torch.float32)
+    return 1.0 / THETA ** (pair / neurons) / (2 * math.pi)
+
+
 class BDH(CausalLM):
     """``levels`` passes through the same three matrices.
 
@@ -35,8 +45,8 @@ class BDH(CausalLM):
         y        = ln(sum over s < t of (R_t x_sparse_t . R_s x_sparse_s) x_s)
         x        = ln(x + ln((x_sparse * relu(y E_v)) D))
 
-    Arguments: ``vocab_size``, ``levels``, ``d_model`` D, ``heads``, ``multiplier`` (neurons per head: multiplier * D /
-    heads), ``dropout`` (on the product of the two sparse vectors, in training).
+    Arguments: ``vocab_size``, ``levels``, ``d_model`` D, ``heads``, ``multiplier`` (neurons per head: multiplier * D //
+    heads, an even number), ``dropout`` (on the product of the two sparse vectors, in training).
     Parameters: ``encoder``, ``encoder_v`` (heads, D, neurons), ``decoder`` (heads * neurons, D), ``embedding``,
     ``lm_head`` (D, vocabulary).
     """
@@ -51,10 +61,13 @@ class BDH(CausalLM):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if multiplier * d_model % heads:
-            raise ValueError(f"multiplier * d_model = {multiplier * d_model} neurons do not divide into {heads} heads")
         self.vocab_size, self.levels, self.d_model, self.heads = vocab_size, levels, d_model, heads
-        self.neurons = multiplier * d_model // heads
+        self.neurons = multiplier * d_model // heads  # rounded down, as in the original: what is left over is unused
+        if self.neurons < 2 or self.neurons % 2:
+            raise ValueError(
+                f"multiplier * d_model // heads = {self.neurons} neurons a head; rotation turns pairs of them: "
+                "choose sizes that give an even number"
+            )
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.encoder = nn.Parameter(torch.empty(heads, d_model, self.neurons))
         self.encoder_v = nn.Parameter(torch.empty(heads, d_model, self.neurons))
@@ -70,8 +83,7 @@ class BDH(CausalLM):
 
     def rotate(self, x: Tensor, position: Tensor) -> Tensor:
         """Turn neighbouring neurons of x (batch, length, heads, neurons) by ``position`` (batch, length)."""
-        pair = torch.arange(0, self.neurons, 2, device=x.device, dtype=torch.float32)
-        turns = position[..., None].float() * (THETA ** (-pair / self.neurons) / (2 * math.pi))
+        turns = position[..., None].float() * frequencies(self.neurons, x.device)
         phase = (turns % 1)[:, :, None] * (2 * math.pi)
         cos, sin = phase.cos(), phase.sin()
         a, b = x[..., 0::2], x[..., 1::2]
@@ -142,7 +154,14 @@ class BDH(CausalLM):
 
 # -- the original's format --------------------------------------------------------------------------------------------
 
-RULES = Rules(Drop("attn.freqs"), Rename("embed.weight", "embedding.weight"))
+RULES = Rules(
+    Drop(
+        "attn.freqs",
+        once="encoder",
+        restore=lambda state, _: frequencies(state["encoder"].shape[-1]).repeat_interleave(2).view(1, 1, 1, -1),
+    ),
+    Rename("embed.weight", "embedding.weight"),
+)
 
 
 class BDHAdapter(ReferenceAdapter):
@@ -172,9 +191,10 @@ class BDHAdapter(ReferenceAdapter):
         ids = inputs["input_ids"]
         x, inside = model.levels_of(ids)
         logits = model.head(x)
-        found = {"logits": logits, "mid/layer0_x_sparse": inside[0]["x_sparse"].transpose(1, 2)}
-        found["mid/layer0_attn_raw"] = inside[0]["attn_raw"].transpose(1, 2)
-        found["mid/last_attn_raw"] = inside[-1]["attn_raw"].transpose(1, 2)
+        found = {"logits": logits}
+        for i, level in enumerate(inside):
+            found |= {f"mid/layer{i}_{name}": tensor.transpose(1, 2) for name, tensor in level.items()}
+        found["mid/last_attn_raw"] = found[f"mid/layer{len(inside) - 1}_attn_raw"]
         if "targets" in inputs:
             found["loss"] = F.cross_entropy(logits.flatten(0, 1), inputs["targets"].flatten())
         greedy = re.search(r"from the first (\d+) tokens to total length (\d+)", str(call))

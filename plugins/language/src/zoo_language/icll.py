@@ -8,6 +8,7 @@ text as their state and read it again for each token (the original has no cached
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ from zoo.reference import ReferenceAdapter
 from zoo.rules import Drop, Rename, Rules, Tied
 
 from ._base import Rereading
-from .icll_mixers import GILR, LRU, LSTM, Attention, HyenaFilter, mixer, ngram_weights
+from .icll_convolutions import Hyena, HyenaFilter
+from .icll_mixers import LSTM, Attention, Retention, RotaryAttention, mixer, ngram_weights
 from .icll_task import Automaton, AutomatonSampler
 
 
@@ -38,15 +40,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """``x + mixer(norm1 x)``, then ``x + mlp(norm2 x)``."""
 
-    def __init__(self, d_model: int, inner: nn.Module, hidden: int, dropout: float) -> None:
+    def __init__(self, d_model: int, inner: nn.Module, hidden: int, dropout: float, eps: float) -> None:
         super().__init__()
         self.mixer, self.mlp = inner, MLP(d_model, hidden)
-        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.norm1, self.norm2 = nn.LayerNorm(d_model, eps), nn.LayerNorm(d_model, eps)
         self.dropout = nn.Dropout(dropout)
 
     def mix(self, x: Tensor, ids: Tensor) -> Tensor:
-        n = self.norm1(x)
-        return self.mixer(n, ids) if getattr(self.mixer, "needs_ids", False) else self.mixer(n)
+        return _mixed(self.mixer, self.norm1(x), ids)
 
     def close(self, x: Tensor, mixed: Tensor) -> Tensor:
         x = x + self.dropout(mixed)
@@ -57,10 +58,10 @@ class InContextLM(Rereading):
     """A language model of the study.
 
     Arguments: ``d_model``; ``vocab_size``; ``layers``, one mapping a layer: ``{"mixer": name, ...its arguments}``,
-    where "attention" takes ``num_heads``, ``dropout``, ``linear``; ``d_inner``, one for all layers or one each;
-    ``max_positions`` (learnt positions; 0: none); ``embed_dropout``, ``resid_dropout``; ``blocks``: False for the
-    study's form without norms, MLPs and residuals, where every mixer reads the embeddings and the last one alone is
-    heard (the original's behaviour).
+    where "attention" takes ``num_heads``, ``linear`` and more; ``d_inner``, one for all layers or one each;
+    ``max_positions`` (learnt positions; 0: none); ``embed_dropout``, ``resid_dropout``; ``norm_eps`` of every
+    LayerNorm; ``blocks``: False for the study's form without norms, MLPs and residuals, where every mixer reads the
+    embeddings and the last one alone is heard (the original's behaviour).
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class InContextLM(Rereading):
         embed_dropout: float = 0.1,
         resid_dropout: float = 0.0,
         blocks: bool = True,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.vocab_size, self.blocks = vocab_size, blocks
@@ -83,9 +85,11 @@ class InContextLM(Rereading):
         self.embed_dropout = nn.Dropout(embed_dropout)
         mixers = [_mixer(d_model, layer) for layer in layers]
         self.layers = nn.ModuleList(
-            [Block(d_model, m, h, resid_dropout) for m, h in zip(mixers, hidden, strict=True)] if blocks else mixers
+            [Block(d_model, m, h, resid_dropout, norm_eps) for m, h in zip(mixers, hidden, strict=True)]
+            if blocks
+            else mixers
         )
-        self.norm_f = nn.LayerNorm(d_model) if blocks else nn.Identity()
+        self.norm_f = nn.LayerNorm(d_model, norm_eps) if blocks else nn.Identity()
         #: torch.compile does not take torch's LSTM whole
         self.not_compilable = any(isinstance(m, LSTM) for m in self.modules())
         self.apply(self._init)
@@ -119,7 +123,7 @@ class InContextLM(Rereading):
         found: list[Tensor] = []
         if not self.blocks:
             for layer in self.layers:
-                found.append(layer(x, input_ids) if getattr(layer, "needs_ids", False) else layer(x))
+                found.append(_mixed(layer, x, input_ids))
             return found[-1], found
         x = self.embed_dropout(x)
         for layer in self.layers:
@@ -144,58 +148,86 @@ def _mixer(d_model: int, layer: Mapping[str, Any]) -> nn.Module:
 # -- the original's format --------------------------------------------------------------------------------------------
 
 
-def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """InContextLM's arguments from the configuration of SimpleLMHeadModel, its NoFFN form or HybridLMHeadModel."""
+#: Arguments of the original's models that change no numbers: how a fresh model starts, the residual's precision in
+#: bfloat16, what else is returned, and placement.
+IGNORED = {"initializer_cfg", "residual_in_fp32", "return_attention", "device", "dtype", "_name_"}
+
+
+def arguments_of(config: Mapping[str, Any], kind: str = "") -> dict[str, Any]:
+    """InContextLM's arguments from those of the original's class ``kind``.
+
+    ``kind``: "SimpleLMHeadModel", "SimpleLMHeadModelNoFFN" or "HybridLMHeadModel"; any other text: from the keys.
+    Raises ValueError for a key that none of them has.
+    """
     known = {
         "d_model", "n_layer", "d_inner", "vocab_size", "resid_dropout", "embed_dropout", "layer", "layers", "attn_cfg",
         "attn_layer_idx", "max_position_embeddings", "linear_attention", "pad_vocab_size_multiple",
+        "layer_norm_epsilon",
     }  # fmt: skip
-    unknown = sorted(set(config) - known)
+    unknown = sorted(set(config) - known - IGNORED)
     if unknown:
         raise ValueError(f"icll has no configuration key {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    multiple = config.get("pad_vocab_size_multiple", 1) or 1
-    common = {
+    if "layers" in config:  # the hybrid; its other arguments are the common ones
+        entries = list(config["layers"].values())
+        d_inner = [_hidden(config, entry.get("d_inner")) for entry in entries]
+        return _common(config, padded=False) | {
+            "layers": [_layer(entry["mixer_layer"]) for entry in entries],
+            "d_inner": d_inner,
+        }
+    common = _common(config) | {"max_positions": max(0, config.get("max_position_embeddings", 0) or 0)}
+    if kind == "SimpleLMHeadModelNoFFN" or (kind != "SimpleLMHeadModel" and "d_inner" not in config):
+        return common | {"layers": [_layer(config["layer"])] * config.get("n_layer", 1), "blocks": False}
+    attention = dict(config.get("attn_cfg") or {})
+    indices = set(config.get("attn_layer_idx") or ())
+    layers = []
+    for i in range(config["n_layer"]):
+        if i in indices:
+            # The original takes "causal" out of the mapping that all layers share: the first such layer has it alone.
+            causal = attention.pop("causal", True)
+            linear = bool(config.get("linear_attention", False))
+            layers.append({"mixer": "attention", **attention, "causal": causal, "linear": linear})
+        else:
+            layers.append(_layer(config["layer"]) | attention)
+    return common | {
+        "layers": layers,
+        "d_inner": _hidden(config, config.get("d_inner")),
+        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+    }
+
+
+def _common(config: Mapping[str, Any], *, padded: bool = True) -> dict[str, Any]:
+    multiple = (config.get("pad_vocab_size_multiple") or 1) if padded else 1
+    return {
         "d_model": config["d_model"],
         "vocab_size": math.ceil(config["vocab_size"] / multiple) * multiple,
         "embed_dropout": config.get("embed_dropout", 0.1),
         "resid_dropout": config.get("resid_dropout", 0.0),
     }
-    if "layers" in config:
-        entries = list(config["layers"].values())
-        layers = [_layer(entry["mixer_layer"]) for entry in entries]
-        return common | {"layers": layers, "d_inner": [entry["d_inner"] for entry in entries]}
-    attention = dict(config.get("attn_cfg") or {})
-    softmax = {
-        "mixer": "attention",
-        "num_heads": attention.get("num_heads", 1),
-        "dropout": attention.get("dropout", 0.0),
-    }
-    softmax["linear"] = bool(config.get("linear_attention", False))
-    indices = set(config.get("attn_layer_idx") or ())
-    layers = [
-        softmax if i in indices else _layer(config["layer"]) | {k: v for k, v in attention.items() if k != "dropout"}
-        for i in range(config["n_layer"])
-    ]
-    inner = config.get("d_inner") or 0
-    return common | {
-        "layers": layers,
-        "d_inner": inner,
-        "max_positions": config.get("max_position_embeddings", 0) or 0,
-        "blocks": inner > 0,
-    }
+
+
+def _hidden(config: Mapping[str, Any], d_inner: int | None) -> int:
+    return 4 * config["d_model"] if d_inner is None else d_inner
 
 
 def _layer(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"mixer": entry["_name_"], **{k: v for k, v in entry.items() if k != "_name_"}}
 
 
-class NGramReplay(nn.Module):
-    """The n-gram head alone, orders 1 and 2."""
+#: The original's classes of bare mixers, for files that hold one.
+CLASSES = {
+    "GILRLayer": "gilr", "LRULayer": "lru", "RWKVLayer": "rwkv", "LSTMLayer": "lstm", "MambaLayer": "mamba",
+    "GatedLinearAttention": "gla", "MultiScaleRetention": "retention", "MultiHeadAttentionWithRope": "mha-rope",
+    "H3": "h3", "S4D": "s4d", "HyenaOperator": "hyena", "Ngram": "ngram",
+}  # fmt: skip
 
-    def forward(self, ids: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+
+class NGramReplay(nn.Module):
+    """The n-gram head alone, orders 1 to 4."""
+
+    def forward(self, ids: Tensor, hidden: Tensor, shift: int = 1) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for n in (1, 2):
-            weights = ngram_weights(ids, n)
+        for n in range(1, 5):
+            weights = ngram_weights(ids, n, shift).to(hidden.dtype)
             found |= {f"weights_n{n}": weights, f"out_n{n}": weights @ hidden}
         return found
 
@@ -235,7 +267,7 @@ class TaskReplay(nn.Module):
 
 
 class ICLLAdapter(ReferenceAdapter):
-    """Reads berlino/seq_icl: language models, bare GILR and LRU mixers, the n-gram head, the task generator."""
+    """Reads berlino/seq_icl: language models, bare mixers, the n-gram head, the task generator."""
 
     system = "icll"
 
@@ -244,12 +276,11 @@ class ICLLAdapter(ReferenceAdapter):
             return TaskReplay(config)
         if not config and not state:
             return NGramReplay()
+        kind = source.rpartition(":")[2]
         if "vocab_size" not in config:
-            build = LRU if "nu_log" in state else GILR
-            return self.load(build(**config), state)
-        arguments = arguments_of(config)
-        if "NoFFN" in source:
-            arguments["blocks"] = False
+            name = CLASSES.get(kind, "lru" if "nu_log" in state else "gilr")
+            return self.load(mixer(name, **config), state)
+        arguments = arguments_of(config, kind)
         model = InContextLM(**arguments)
         if "layers" in config:
             model.reference_prefix = ""  # the hybrid has no backbone of its own
@@ -257,27 +288,15 @@ class ICLLAdapter(ReferenceAdapter):
 
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
         if not isinstance(model, InContextLM):
-            return Rules()
+            return _mixer_rules(model, "")
         theirs = model.reference_prefix
         layer = theirs + ("layers.{i:d}." if model.blocks else "mixer.{i:d}.")
         inner = layer + ("mixer." if model.blocks else "")
         ours = "layers.{i:d}.mixer." if model.blocks else "layers.{i:d}."
-        has_filter = any(isinstance(m, HyenaFilter) for m in model.modules())
-        filters = [
-            Tied(inner + "filter_fn.implicit_filter.1.freq", inner + f"filter_fn.implicit_filter.{j}.freq")
-            for j in (3, 5)
-        ]
-        doubles = [
-            Drop(inner + name)
-            for name in (
-                "xpos.angle", "xpos.decay", "rope.freqs", "filter_fn.modulation.deltas", "filter_fn.pos_emb.t",
-                "filter_fn.pos_emb.z",
-            )
-        ]  # fmt: skip
+        mixers = [m.mixer if isinstance(m, Block) else m for m in model.layers]
         return Rules(
             Tied(theirs + "embeddings.word_embeddings.weight", "lm_head.weight"),
-            *doubles,
-            *(filters if has_filter else []),
+            *(_mixer_rules(m, inner.replace("{i:d}", str(i))) for i, m in enumerate(mixers)),
             Rename(theirs + "embeddings.word_embeddings.weight", "embedding.weight"),
             Rename(theirs + "embeddings.position_embeddings.weight", "positions.weight"),
             Rename(theirs + "ln_f.{p}", "norm_f.{p}"),
@@ -287,18 +306,41 @@ class ICLLAdapter(ReferenceAdapter):
 
     def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
         ours = super().to_zoo(state, model=model)
-        # One parameter under three names: torch lists each place of a shared module.
-        for key in [k for k in ours if k.endswith("implicit_filter.1.freq")]:
-            for j in (3, 5):
-                ours[key.replace("filter.1.", f"filter.{j}.")] = ours[key]
+        # One parameter under several names: torch lists each place of a shared module.
+        for prefix, module in model.named_modules() if model is not None else ():
+            if isinstance(module, HyenaFilter):
+                for name in module.shared_names():
+                    first = f"{prefix}.implicit_filter.1.freq"
+                    if first in ours:
+                        ours[f"{prefix}.{name}"] = ours[first]
         return ours
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
         if isinstance(model, TaskReplay):
             return model(inputs["probe_words"])
         if isinstance(model, NGramReplay):
-            return model(inputs["input_ids"], inputs["hidden"])
+            shift = re.search(r"shift_step=(\d+)", str(call))
+            return model(inputs["input_ids"], inputs["hidden"], int(shift.group(1)) if shift else 1)
         if not isinstance(model, InContextLM):
-            return {"y": model(inputs["x"])}
+            return {"y": _mixed(model, inputs["x"], inputs.get("input_ids"))}
         hidden, mixed = model.mix(inputs["input_ids"])
         return {"logits": model.head(hidden)} | {f"mid/mixer{i}": m for i, m in enumerate(mixed)}
+
+
+def _mixer_rules(inner: nn.Module | None, prefix: str) -> Rules:
+    """What a mixer's keys need below ``prefix``: buffers that follow from its sizes, and shared parameters."""
+    if isinstance(inner, Retention):
+        return Rules(
+            Drop(prefix + "xpos.angle", once=prefix + "g_proj.weight", restore=lambda *_: inner.angles()),
+            Drop(prefix + "xpos.decay", once=prefix + "g_proj.weight", restore=lambda *_: inner.decays()),
+        )
+    if isinstance(inner, RotaryAttention):
+        return Rules(Drop(prefix + "rope.freqs", once=prefix + "att_qkv.weight", restore=lambda *_: inner.angles()))
+    if isinstance(inner, Hyena):
+        first = prefix + "filter_fn.implicit_filter.1.freq"
+        return Rules(*(Tied(first, f"{prefix}filter_fn.{name}") for name in inner.filter_fn.shared_names()))
+    return Rules()
+
+
+def _mixed(inner: nn.Module, x: Tensor, ids: Tensor | None) -> Tensor:
+    return inner(x, ids) if getattr(inner, "needs_ids", False) else inner(x)
