@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import zoo
 from zoo_language.mamba import MambaLM
 from zoo_language.scoring import score
 
@@ -55,15 +56,13 @@ def ours(model: MambaLM, ids: Tensor, weights: str) -> Contender:
 def transformers_model(model: MambaLM, ids: Tensor) -> Contender:
     from transformers import MambaConfig, MambaForCausalLM
 
-    import zoo_language.mamba as source
-
     config = MambaConfig(
         hidden_size=768, num_hidden_layers=24, vocab_size=50280, state_size=16, residual_in_fp32=True,
         tie_word_embeddings=True,
     )  # fmt: skip
     peer = MambaForCausalLM(config).eval().requires_grad_(False)
     model.hf_format = True
-    peer.load_state_dict(source.MambaAdapter().to_reference(model.state_dict(), model=model), strict=False)
+    peer.load_state_dict(zoo.reference("mamba").to_reference(model.state_dict(), model=model), strict=False)
     peer.tie_weights()
 
     def prefill() -> Tensor:

@@ -55,11 +55,15 @@ class CausalLM(nn.Module):
 
     def backbone(self, input_ids: Tensor, *, state: State | None = None, lengths: Tensor | None = None) -> Tensor:
         """Hidden states after the last norm, (batch, length, channels). ``state`` moves on, logits aside."""
+        return self._through(input_ids, state, lengths)
+
+    def _through(self, input_ids: Tensor, state: State | None, lengths: Tensor | None, **how: Any) -> Tensor:
+        """Embedding, layers (which get ``how`` besides), last norm."""
         self._check(input_ids, state, lengths)
         x = self.embed(input_ids)
         for i, layer in enumerate(self.layers):
             own = None if state is None else state.layers[i]
-            x = layer(x, state=own, position=None if state is None else state.position, lengths=lengths)
+            x = layer(x, state=own, position=None if state is None else state.position, lengths=lengths, **how)
         if state is not None:
             state.position += input_ids.shape[1] if lengths is None else lengths
         return normed(self.norm_f, x)
@@ -216,14 +220,22 @@ class Block(nn.Module):
         state: LayerState | None = None,
         position: Tensor | None = None,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> Tensor:
         if self.checkpointing and self.training and state is None:
-            return torch.utils.checkpoint.checkpoint(self._forward, x, None, None, lengths, use_reentrant=False)
-        return self._forward(x, state, position, lengths)
+            return torch.utils.checkpoint.checkpoint(self._forward, x, None, None, lengths, resets, use_reentrant=False)
+        return self._forward(x, state, position, lengths, resets)
 
-    def _forward(self, x: Tensor, state: LayerState | None, position: Tensor | None, lengths: Tensor | None) -> Tensor:
+    def _forward(
+        self, x: Tensor, state: LayerState | None, position: Tensor | None, lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         x = self._in(x)
         where: dict[str, Any] = {"position": position} if self._positional else {}
+        if resets is not None:
+            if self._positional:
+                raise ValueError("resets: attention sees its whole row; texts packed into one need a model without it")
+            where["resets"] = resets
         x = x + self.mixer(normed(self.norm, x), state=state, lengths=lengths, **where)
         if self.mlp is not None:
             assert self.norm2 is not None
