@@ -120,7 +120,6 @@ def test_other_forward_types_are_refused_by_name(name):
     + [
         {"norm_layer": "BN", "downsample_version": "v2"},
         {"gmlp": True, "mlp_act_layer": "silu"},
-        {"post_norm": True},
         {"ssm_conv": -1, "ssm_act_layer": "relu"},
         {"ssm_ratio": 0.0},
         {"mlp_ratio": 0.0, "ssm_dt_rank": 3},
@@ -138,6 +137,56 @@ def test_every_flag_builds_trains_and_goes_back(options):
     torch.testing.assert_close(again(x), model.eval()(x))
     model.train()(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("stages", [1, 3, 5])
+def test_any_number_of_stages(stages):
+    config = {"depths": [1] * stages, "dims": 4, "ssm_d_state": 2, "forward_type": "v05_noz", "num_classes": 5}
+    adapter = VMambaAdapter()
+    model = vmamba(**translate(config)).eval()
+    state = adapter.to_reference(model.state_dict(), model=model)
+    assert f"layers.{stages - 1}.blocks.0.norm.weight" in state
+    x = torch.randn(1, 3, 64, 96)
+    found = adapter.run(adapter.build(config, state), {"image": x})
+    torch.testing.assert_close(found["logits"], model(x))
+    assert found["mid/final_norm"].shape == (1, *(max(n >> stages + 1, 1) for n in (64, 96)), 4 << stages - 1)
+    pyramid = vmamba(**translate(config), features_only=True)
+    assert [tuple(m.shape[1:]) for m in pyramid(x)] == [
+        (4 << i, max(16 >> i, 1), max(24 >> i, 1)) for i in range(stages)
+    ]
+    with pytest.raises(ValueError, match="depths"):
+        vmamba(depths=[1] * stages, dims=[4] * (stages + 1))
+
+
+def test_an_odd_patch_is_halved_downwards():
+    config = {"depths": [1, 1, 1, 1], "dims": 8, "forward_type": "v05_noz", "patch_size": 5, "patchembed_version": "v2"}
+    model = vmamba(**translate(config)).eval()
+    assert model.patch_embed.conv1.weight.shape[2:] == (3, 3)  # stride 2, kernel 3, as of patch size 4
+    assert model.patch_embed(torch.randn(1, 3, 50, 34)).shape == (1, 13, 9, 8)
+    assert model.feature_info[0]["reduction"] == 4
+    with pytest.raises(ValueError, match="patch_size is 1"):
+        vmamba(**translate({**config, "patch_size": 1}))
+
+
+def test_what_the_original_swallows_changes_nothing():
+    plain = {"depths": [1, 1, 1, 1], "dims": 8, "forward_type": "v05_noz"}
+    assert translate({**plain, "post_norm": True, "ssm_rank_ratio": 2.0}) == translate(plain)
+
+
+def test_layouts_and_tables_are_the_originals():
+    golden, adapter = read_golden(TESTS / "golden/vmamba__backbone_ln2d.safetensors"), VMambaAdapter()
+    config = {k: v for k, v in golden.config.items() if k != "norm_layer"}  # its backbone starts from "ln"
+    model = adapter.build(config, golden.state, source=golden.source)
+    found = adapter.run(model, golden.inputs)
+    torch.testing.assert_close(found["stage3"], golden.outputs["stage3"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found["mid/patch_embed"].permute(0, 3, 1, 2), golden.mids["patch_embed"], rtol=1e-4, atol=1e-4
+    )
+
+    golden = read_golden(TESTS / "golden/vmamba__v3_gate.safetensors")  # it resamples the table on loading
+    model = adapter.build({**golden.config, "imgsize": 96}, golden.state, source=golden.source)
+    wanted = torch.nn.functional.interpolate(golden.state["pos_embed"], size=(24, 24), mode="bicubic")
+    torch.testing.assert_close(model.pos_embed.data, wanted)
 
 
 def test_unknown_arguments_are_refused_by_name():

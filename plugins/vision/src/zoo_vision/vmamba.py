@@ -27,7 +27,7 @@ from zoo.rules import Rename, Reshape, Rules
 
 from ._base import Indices, VisionModel, build, check_reference_config
 
-STAGES = 4
+STAGES = 4  # of the published models; VMamba itself takes any number
 
 
 class Stage(nn.Module):
@@ -55,7 +55,7 @@ class VMamba(VisionModel):
     """VMamba of both generations: ``norm(stages(patch_embed(x)))``, mean over positions, linear.
 
     Arguments
-        depths, dims: blocks and widths of the four stages; an int C means C, 2C, 4C, 8C.
+        depths, dims: blocks and widths of the stages (four as published); an int C means C, 2C, 4C, 8C.
         patch_overlap: two strided 3x3 convolutions instead of one patch convolution ("v2"); patch_norm: with norms.
         downsample: ``"merge"`` (patch merging, "v1"), ``"conv2"`` (2x2 convolution, "v2"), ``"conv3"`` (3x3, "v3").
         norm: ``"ln"`` or ``"bn"`` in blocks, embedding, downsampling and before the head.
@@ -65,7 +65,7 @@ class VMamba(VisionModel):
         pos_embed: a learned table (1, C, H/patch, W/patch) for ``img_size``, added after the embedding.
         pyramid_norm: a feature pyramid normalises each map by its own LayerNorm (or BatchNorm), as the original does.
 
-    Input (batch, in_chans, H, W), any size whose map survives four halvings. Source: arXiv 2401.10166, sections 4, 5.
+    Input (batch, in_chans, H, W), any size whose map survives the halvings. Source: arXiv 2401.10166, sections 4, 5.
     """
 
     no_split_modules = ("VSSBlock",)  # stages are walked through, not called
@@ -109,10 +109,11 @@ class VMamba(VisionModel):
         pyramid_norm: bool = True,
     ) -> None:
         super().__init__()
-        widths = [dims * 2**i for i in range(STAGES)] if isinstance(dims, int) else [int(d) for d in dims]
-        if len(widths) != STAGES or len(depths) != STAGES:
+        self.num_stages = len(depths)
+        widths = [dims * 2**i for i in range(self.num_stages)] if isinstance(dims, int) else [int(d) for d in dims]
+        if not widths or len(widths) != self.num_stages:
             raise ValueError(
-                f"depths is {depths} and dims {dims}; expected {STAGES} stages of each (dims may be an int)"
+                f"depths is {depths} and dims {dims}; expected one entry for each stage in both (dims may be an int)"
             )
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, widths[-1]
         self.patch_size, self.norm_kind, self.pyramid_norm = patch_size, norm, pyramid_norm
@@ -140,15 +141,16 @@ class VMamba(VisionModel):
                 )
                 for j in range(depth)
             ]  # fmt: skip
-            down = make_downsample(downsample, dim, widths[i + 1], norm) if i + 1 < STAGES else nn.Identity()
+            down = make_downsample(downsample, dim, widths[i + 1], norm) if i + 1 < self.num_stages else nn.Identity()
             stages.append(Stage(blocks, down))
         self.stages = nn.ModuleList(stages)
         self.norm = channel_norm(norm, widths[-1])
         self.head = nn.Linear(widths[-1], num_classes) if num_classes > 0 else nn.Identity()
+        stride = (patch_size // 2) ** 2 if patch_overlap else patch_size  # equal for the usual 4
         #: norms of the maps of a pyramid; empty in a classifier
         self.out_norms = nn.ModuleDict()
         self.feature_info = [
-            {"num_chs": d, "reduction": patch_size * 2**i, "module": f"stages.{i}.blocks"} for i, d in enumerate(widths)
+            {"num_chs": d, "reduction": stride * 2**i, "module": f"stages.{i}.blocks"} for i, d in enumerate(widths)
         ]
         self.init_weights()
 
@@ -183,14 +185,15 @@ class VMamba(VisionModel):
         with reusing_memory(x):
             x = self.embed(x)
             maps = []
-            last = max(indices, default=STAGES - 1) if stop_early else STAGES - 1
+            final = self.num_stages - 1
+            last = max(indices, default=final) if stop_early else final
             for i, stage in enumerate(self.stages):
                 x = stage.walk(x)
                 if i in indices:
                     y = x
                     if str(i) in self.out_norms:
                         y = by_rows(self.out_norms[str(i)], x, module=self.out_norms[str(i)])
-                    elif norm and i == STAGES - 1 and not self.out_norms:
+                    elif norm and i == final and not self.out_norms:
                         y = self.norm(x)
                     maps.append(y.permute(0, 3, 1, 2))
                 if i == last:
@@ -228,7 +231,7 @@ class VMamba(VisionModel):
         """timm's call. Drops the head, the stages after the last index, and (``prune_norm``) the final norm."""
         take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.stages = self.stages[: max(take) + 1]
-        if max(take) + 1 < STAGES or prune_norm:
+        if max(take) + 1 < self.num_stages or prune_norm:
             self.norm = nn.Identity()
         return take
 
@@ -379,8 +382,10 @@ _DEFAULTS: dict[str, Any] = {
     "ssm_conv_bias": True, "ssm_drop_rate": 0.0, "ssm_init": "v0", "forward_type": "v2", "mlp_ratio": 4.0,
     "mlp_act_layer": "gelu", "mlp_drop_rate": 0.0, "gmlp": False, "drop_path_rate": 0.1, "patch_norm": True,
     "norm_layer": "ln", "downsample_version": "v2", "patchembed_version": "v1", "use_checkpoint": False,
-    "posembed": False, "imgsize": 224, "post_norm": False, "out_indices": (0, 1, 2, 3), "pretrained": None,
+    "posembed": False, "imgsize": 224, "out_indices": (0, 1, 2, 3), "pretrained": None,
 }  # fmt: skip
+#: swallowed by ``VSSM``'s ``**kwargs``: its own factory passes the first, and the second never reaches a block
+_SWALLOWED = {"ssm_rank_ratio", "post_norm"}
 _INITS = {"v0": "mamba", "v1": "random", "v2": "flat"}
 _DOWNSAMPLES = {"v1": "merge", "v2": "conv2", "v3": "conv3"}
 
@@ -393,7 +398,7 @@ def _choice(config: Mapping[str, Any], key: str, table: Mapping[str, str]) -> st
 
 def translate(config: Mapping[str, Any]) -> dict[str, Any]:
     """Our constructor's arguments for those of ``VSSM`` and ``Backbone_VSSM``; what is left out is their default."""
-    c = check_reference_config("VMamba", config, _DEFAULTS)
+    c = check_reference_config("VMamba", config, _DEFAULTS, _SWALLOWED)
     norm = str(c["norm_layer"]).lower()
     if norm not in ("ln", "ln2d", "bn"):
         raise ValueError(f"norm_layer is {c['norm_layer']!r}; expected ln, ln2d or bn")
@@ -411,7 +416,7 @@ def translate(config: Mapping[str, Any]) -> dict[str, Any]:
         "act": c["ssm_act_layer"], "conv": c["ssm_conv"], "conv_bias": c["ssm_conv_bias"],
         "init": _choice(c, "ssm_init", _INITS), "mixer_drop": c["ssm_drop_rate"], "mlp_ratio": c["mlp_ratio"],
         "mlp_act": c["mlp_act_layer"], "mlp_drop": c["mlp_drop_rate"], "mlp_gated": c["gmlp"],
-        "post_norm": c["post_norm"], "pos_embed": c["posembed"], "drop_path_rate": c["drop_path_rate"],
+        "pos_embed": c["posembed"], "drop_path_rate": c["drop_path_rate"],
         **mixer,
     }  # fmt: skip
 
@@ -427,15 +432,18 @@ class VMambaAdapter(ReferenceAdapter):
         if source:
             pyramid = source.rpartition(":")[2] == "Backbone_VSSM"
         if pyramid:  # it makes a position table and never adds it
-            config = {"norm_layer": "ln2d", **config, "posembed": False}
+            config = {**config, "posembed": False}
             state = {k: v for k, v in state.items() if k != "pos_embed"}
             indices = config.get("out_indices", (0, 1, 2, 3))
             model = vmamba(**translate(config), features_only=True, out_indices=tuple(indices))
             last = max(indices)  # the original keeps all four stages, also those that nothing reads
-            unread = (f"layers.{last}.downsample.", *(f"layers.{i}." for i in range(last + 1, STAGES)))
+            stages = {k.split(".")[1] for k in state if k.startswith("layers.")}
+            unread = (f"layers.{last}.downsample.", *(f"layers.{i}." for i in stages if int(i) > last))
             state = {k: v for k, v in state.items() if not k.startswith(unread)}
         else:
             model = vmamba(**translate(config))
+            if model.pos_embed is not None and "pos_embed" in state:  # the original resamples it on loading
+                state = {**state, "pos_embed": resize_table(state["pos_embed"], model.pos_embed.shape)}
         model.channels_first = str(config.get("norm_layer", "ln")).lower() != "ln"
         return self.load(model, state)  # type: ignore[return-value]
 
@@ -460,9 +468,7 @@ class VMambaAdapter(ReferenceAdapter):
 
         watched: list[tuple[str, nn.Module]] = [("mid/patch_embed", model.patch_embed)]
         if model.out_indices is None:
-            first = model.stages[0].blocks[0]  # type: ignore[index,union-attr]
-            if first.has_op:
-                watched.append(("mid/stage0_block0_op", first.op))
+            watched += [("mid/stage0_block0_op", b.op) for b in model.stages[0].blocks[:1] if b.has_op]  # type: ignore[index,union-attr]
             watched += [(f"mid/stage{i}_blocks", s.blocks) for i, s in enumerate(model.stages)]  # type: ignore[misc]
             watched += [("mid/stage0_out", model.stages[0].downsample), ("mid/final_norm", model.norm)]  # type: ignore[list-item]
         handles = [module.register_forward_hook(keep(name)) for name, module in watched]

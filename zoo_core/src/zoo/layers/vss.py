@@ -228,8 +228,8 @@ class ConvDownsample(nn.Module):
 class PatchEmbed(nn.Module):
     """Image (batch, channels, H, W) to (batch, H/patch, W/patch, dim), by one convolution or by two.
 
-    ``overlap=False``: kernel and stride ``patch``, then the norm. ``overlap=True``: two convolutions of stride patch/2
-    and kernel patch/2 + 1 through dim/2 channels, a norm after each and GELU between.
+    ``overlap=False``: kernel and stride ``patch``, then the norm. ``overlap=True``: two convolutions of stride
+    patch // 2 and kernel patch // 2 + 1 through dim // 2 channels, a norm after each and GELU between.
     Source: MzeroMiko/VMamba ``_make_patch_embed`` and ``_make_patch_embed_v2``.
     """
 
@@ -237,9 +237,9 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.overlap = overlap
         if overlap:
-            if patch % 2:
-                raise ValueError(f"patch_size is {patch}; the overlapping embedding halves it and needs an even one")
             stride = patch // 2
+            if stride < 1:
+                raise ValueError(f"patch_size is {patch}; the overlapping embedding halves it and needs 2 or more")
             self.conv1 = ConvLast(in_chans, dim // 2, stride + 1, stride=stride, padding=1)
             self.norm1 = channel_norm(norm, dim // 2)
             self.act = nn.GELU()
