@@ -69,10 +69,11 @@ def test_window_is_centred_and_shifted_inward():
 def by_definition(q, k, v, bias, size, kernel, dilation):
     """Gather each query's keys one by one."""
     H, W = size
-    rows, columns = (torch.from_numpy(axis_window(s, kernel, r)) for s, r in zip(size, dilation, strict=True))
+    rows, columns = (torch.from_numpy(axis_window(*each)) for each in zip(size, kernel, dilation, strict=True))
     keys = (rows[:, None, :, None] * W + columns[None, :, None, :]).reshape(H * W, -1)
     r, c = (
-        (w - torch.arange(len(w))[:, None]) // d + kernel - 1 for w, d in ((rows, dilation[0]), (columns, dilation[1]))
+        (w - torch.arange(len(w))[:, None]) // d + k - 1
+        for w, k, d in ((rows, kernel[0], dilation[0]), (columns, kernel[1], dilation[1]))
     )
     logits = (q[:, :, :, None] * k[:, :, keys]).sum(-1)
     if bias is not None:
@@ -82,11 +83,14 @@ def by_definition(q, k, v, bias, size, kernel, dilation):
 
 @pytest.mark.parametrize(
     ("size", "kernel", "dilation"),
-    [((7, 7), 7, (1, 1)), ((24, 32), 7, (1, 1)), ((24, 32), 7, (3, 4)), ((13, 17), 3, (3, 5)), ((29, 9), 9, (2, 1))],
-)
+    [
+        ((7, 7), (7, 7), (1, 1)), ((24, 32), (7, 7), (1, 1)), ((24, 32), (7, 7), (3, 4)), ((13, 17), (3, 3), (3, 5)),
+        ((29, 9), (9, 9), (2, 1)), ((12, 23), (3, 7), (4, 2)), ((9, 14), (5, 1), (1, 3)),
+    ],
+)  # fmt: skip
 def test_tiles_compute_the_definition(size, kernel, dilation):
     q, k, v = torch.randn(3, 2, 2, size[0] * size[1], 4, dtype=torch.float64, requires_grad=True).unbind()
-    bias = torch.randn(2, 2 * kernel - 1, 2 * kernel - 1, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, 2 * kernel[0] - 1, 2 * kernel[1] - 1, dtype=torch.float64, requires_grad=True)
     plan = neighborhood_plan(size, kernel, dilation)
     for table in (bias, None):
         found = neighborhood_gather(neighborhood_attention(q, k, plan, table), v, plan)
@@ -121,6 +125,9 @@ def test_a_map_moves_to_another_dilation():
         {"use_rpb": True, "layerscales": [True] * 4, "resscales": [False, False, True, True]},
         {"use_rpb": True, "return_features": True},
         {"use_rpb": True, "num_classes": 0},
+        {"use_rpb": True, "norm_layer": "GroupNorm"},
+        {"use_rpb": True, "depths": [1, 0, 1, 0]},
+        {"use_rpb": True, "window_size": [[5, 3], 3, [1, 3], 3], "window_dilation": [1, [2, 1], 1, 1]},
     ],
     ids=str,
 )
@@ -136,10 +143,12 @@ def test_every_flag_builds_and_goes_back(options):
     ]
     model = tiny(
         bias=config["use_rpb"], dilations=config.get("window_dilation", (1,) * 4), scales=scales,
-        num_classes=config["num_classes"],
+        num_classes=config["num_classes"], depths=config["depths"], windows=config["window_size"],
+        norm="group" if config.get("norm_layer") == "GroupNorm" else "layer",
     )  # fmt: skip
     state = adapter.to_reference(model.state_dict(), model=model)
     assert ("layers.0.blocks.0.token_mixer.rpb.1" in state) == config["use_rpb"]
+    assert {f"layers.{2 * i}.rope.angle" for i in range(4)} <= state.keys()
     outputs = adapter.run(adapter.build(config, state), {"image": x})
     if config.get("return_features"):
         assert [tuple(outputs[f"stage{i}"].shape) for i in range(4)] == [

@@ -9,7 +9,7 @@ bias table that both dilations share is one parameter (the original lists it twi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ from zoo_kernels import selective_scan
 from ._base import Indices, VisionModel, build, check_reference_config
 
 STAGES = 4
+#: one number, or one for rows and one for columns
+PerAxis = int | tuple[int, int]
 
 
 def rope_angles(head_dim: int) -> Tensor:
@@ -112,27 +114,27 @@ class MASS(nn.Module):
     result. The local stages then scan that result and gather the states with the same two maps (:class:`A2SSM`); the
     last stage (``table`` given) attends globally instead. ``proj(norm(y) + lepe(v)) * gate``.
 
-    Arguments: ``dim`` C, ``heads`` n (even), ``window`` K (odd), ``dilation`` of the first half (its states are
-    gathered without dilation), ``bias``: relative position bias; ``table``: (H, W) of the global
-    bias table.
+    Arguments: ``dim`` C, ``heads`` n (even), ``window`` K (odd) and ``dilation`` of the first half (its states are
+    gathered without dilation), each one number or one an axis; ``bias``: relative position bias; ``table``: (H, W) of
+    the global bias table.
     Source: arXiv 2507.16624, section 3.2; ``models/a2mamba.py`` ``Attention``.
     """
 
     def __init__(
-        self, dim: int, heads: int, window: int, dilation: int = 1, *, bias: bool = True, local: bool = True,
-        table: tuple[int, int] | None = None,
+        self, dim: int, heads: int, window: PerAxis, dilation: PerAxis = 1, *, bias: bool = True,
+        local: bool = True, table: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if heads % 2 or dim % heads:
             raise ValueError(f"{heads} heads for {dim} channels; expected an even number that divides the channels")
-        self.heads, self.window, self.dilation, self.scale = heads, window, dilation, (dim // heads) ** -0.5
+        self.window, self.dilation = to_2tuple(window), to_2tuple(dilation)
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
         self.qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.gate = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.BatchNorm2d(dim), nn.SiLU())
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
         self.ssm = A2SSM(dim, heads) if local else None
-        side = 2 * window - 1
-        #: (heads / 2, 2K - 1, 2K - 1), shared by both dilations
-        self.rpb = nn.Parameter(torch.zeros(heads // 2, side, side)) if bias else None
+        #: (heads / 2, 2 Kh - 1, 2 Kw - 1), shared by both dilations
+        self.rpb = nn.Parameter(torch.zeros(heads // 2, *(2 * k - 1 for k in self.window))) if bias else None
         #: (1, heads, H*W, H*W), the last stage's
         self.rpb_global = None
         if bias and not local and table is not None:
@@ -147,7 +149,7 @@ class MASS(nn.Module):
         v = qkv.chunk(3, dim=1)[2]
         q, k, values = qkv.flatten(2).transpose(1, 2).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, sin, cos) * self.scale, rotate(k, sin, cos)  # (batch, heads, H*W, d)
-        wide = tuple(max(1, min(s // self.window, self.window)) for s in (H, W))
+        wide = tuple(max(1, min(s // k, k)) for s, k in zip((H, W), self.window, strict=True))
         near, far = (
             neighborhood_plan((H, W), self.window, r, device=x.device) for r in (self.dilation, (wide[0], wide[1]))
         )
@@ -158,7 +160,7 @@ class MASS(nn.Module):
         y2 = neighborhood_gather(map2, y1 + v2, far)
         y = torch.cat([y1, y2], dim=1)  # (batch, heads, H*W, d)
         if self.ssm is not None:
-            if self.dilation != 1:  # the original gathers the first half's states without dilation
+            if self.dilation != (1, 1):  # the original gathers the first half's states without dilation
                 plain = neighborhood_plan((H, W), self.window, 1, device=x.device)
                 map1, near = neighborhood_replan(map1, (H, W), near, plain), plain
 
@@ -217,21 +219,29 @@ class Scale(nn.Module):
         return x * self.weight[:, None, None] + self.bias[:, None, None]
 
 
+#: norms of a block's two branches: over the channels of each place, or over a whole image
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "layer": lambda dim: LayerNorm2d(dim, eps=1e-6),
+    "group": lambda dim: nn.GroupNorm(1, dim, eps=1e-6),
+}
+
+
 class Block(nn.Module):
     """``x += cpe1 x; x += mixer(norm1 x); x += cpe2 x; x += mlp(norm2 x)``, the branches scaled or the shortcuts.
 
-    ``scale``: ``None``, ``"layer"`` (the branch is scaled) or ``"res"`` (the shortcut is).
+    ``scale``: ``None``, ``"layer"`` (the branch is scaled) or ``"res"`` (the shortcut is). ``norm``: see :data:`NORMS`.
     """
 
     def __init__(
-        self, dim: int, mixer: MASS, hidden: int, *, drop_path: float = 0.0, scale: str | None = None, init: float = 1.0
-    ) -> None:
+        self, dim: int, mixer: MASS, hidden: int, *, drop_path: float = 0.0, scale: str | None = None,
+        init: float = 1.0, norm: str = "layer",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.cpe1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.norm1 = LayerNorm2d(dim, eps=1e-6)
+        self.norm1 = NORMS[norm](dim)
         self.mixer = mixer
         self.cpe2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.norm2 = LayerNorm2d(dim, eps=1e-6)
+        self.norm2 = NORMS[norm](dim)
         self.mlp = FFN(dim, hidden)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.scale = scale
@@ -280,7 +290,8 @@ class A2Mamba(VisionModel):
     """A2Mamba: stem (stride 4), four stages of :class:`Block`, 1x1 convolution to ``projection``, pool, linear.
 
     Arguments: ``dims``, ``depths``, ``heads``, ``windows`` (odd), ``dilations``, ``mlp_ratios``, ``scales`` (None,
-    "layer" or "res") and ``scale_init``: one for each stage. ``bias``: relative position bias. ``img_size``: sizes the
+    "layer" or "res") and ``scale_init``: one for each stage; windows and dilations may be pairs, one number an axis.
+    ``norm`` of the blocks: "layer" or "group". ``bias``: relative position bias. ``img_size``: sizes the
     global table of the last stage; other sizes resample it. Input (batch, in_chans, H, W) whose maps (H/4, H/8, H/16,
     H/32) are at least as large as the windows. Source: arXiv 2507.16624, section 3.
     """
@@ -292,12 +303,13 @@ class A2Mamba(VisionModel):
         dims: Sequence[int] = (64, 128, 256, 512),
         depths: Sequence[int] = (2, 2, 6, 2),
         heads: Sequence[int] = (2, 4, 8, 16),
-        windows: Sequence[int] = (7, 7, 7, 7),
-        dilations: Sequence[int] = (1, 1, 1, 1),
+        windows: Sequence[PerAxis] = (7, 7, 7, 7),
+        dilations: Sequence[PerAxis] = (1, 1, 1, 1),
         mlp_ratios: Sequence[float] = (4, 4, 4, 4),
         scales: Sequence[str | None] = (None, None, None, None),
         scale_init: Sequence[float] = (1, 1, 1, 1),
         *,
+        norm: str = "layer",
         bias: bool = True,
         projection: int = 1024,
         img_size: int | tuple[int, int] = 224,
@@ -316,6 +328,8 @@ class A2Mamba(VisionModel):
         scales = [s or None for s in scales]
         if set(scales) - {None, "layer", "res"}:
             raise ValueError(f"scales is {list(scales)}; expected None, 'layer' or 'res' for each stage")
+        if norm not in NORMS:
+            raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}")
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, projection
         half = dims[0] // 2
         stem: list[nn.Module] = []
@@ -335,7 +349,7 @@ class A2Mamba(VisionModel):
                         table=(height >> (i + 2), width >> (i + 2)) if last else None,
                     ),
                     int(mlp_ratios[i] * dims[i]),
-                    drop_path=rates[sum(depths[:i]) + j], scale=scales[i], init=scale_init[i],
+                    drop_path=rates[sum(depths[:i]) + j], scale=scales[i], init=scale_init[i], norm=norm,
                 )
                 for j in range(depths[i])
             ]  # fmt: skip
@@ -404,6 +418,7 @@ def a2mamba(*, features_only: bool = False, out_indices: Indices = None, **confi
 
 # -- the original's format -------------------------------------------------------------------------------------------
 
+_NORM_LAYERS = {"LayerNorm2d": "layer", "GroupNorm": "group"}
 _HALF, _FLAT = Squeeze(-1), (Squeeze(-1), Squeeze(-1))
 
 
@@ -423,16 +438,16 @@ class A2MambaAdapter(ReferenceAdapter):
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> A2Mamba:
         c = check_reference_config("A2Mamba", config, self._DEFAULTS)
-        if c["norm_layer"] != "LayerNorm2d":
-            raise ValueError(f"norm_layer is {c['norm_layer']!r}; only LayerNorm2d is described")
+        if c["norm_layer"] not in _NORM_LAYERS:
+            raise ValueError(f"norm_layer is {c['norm_layer']!r}; expected one of {', '.join(_NORM_LAYERS)}")
         flags = zip(c["resscales"], c["layerscales"], strict=True)  # the former wins
         scales = ["res" if res else "layer" if layer else None for res, layer in flags]
         model = a2mamba(
             dims=tuple(c["embed_dims"]), depths=tuple(c["depths"]), heads=tuple(c["num_heads"]),
             windows=tuple(c["window_size"]), dilations=tuple(c["window_dilation"]),
             mlp_ratios=tuple(c["mlp_ratios"]),
-            scales=scales,
-            scale_init=tuple(c["layer_init_values"]), bias=c["use_rpb"], projection=c["projection"],
+            scales=scales, scale_init=tuple(c["layer_init_values"]), norm=_NORM_LAYERS[c["norm_layer"]],
+            bias=c["use_rpb"], projection=c["projection"],
             img_size=c["image_size"] if isinstance(c["image_size"], int) else tuple(c["image_size"]),
             in_chans=c["in_chans"], num_classes=c["num_classes"], drop_path_rate=c["drop_path_rate"],
         )  # fmt: skip
@@ -448,7 +463,7 @@ class A2MambaAdapter(ReferenceAdapter):
                 stages.append(
                     Drop(
                         there + "rope.angle",
-                        once=there + "blocks.0.norm1.weight",
+                        once="patch_embed.0.weight",  # every stage has one angle, also one without blocks
                         restore=lambda _state, _fields, angle=angle: angle.clone(),  # type: ignore[misc]
                     )
                 )
@@ -497,8 +512,11 @@ class A2MambaAdapter(ReferenceAdapter):
 
         watched: list[tuple[str, nn.Module]] = [("mid/stem", model.patch_embed)]
         for i, stage in enumerate(model.stages):
+            watched.append((f"mid/stage{i}", stage))
+            if not len(stage.blocks):  # type: ignore[arg-type]
+                continue
             mixer = stage.blocks[0].mixer  # type: ignore[index,union-attr]
-            watched += [(f"mid/stage{i}", stage), (f"mid/stage{i}_block0_mixer", mixer)]
+            watched.append((f"mid/stage{i}_block0_mixer", mixer))
             if mixer.ssm is not None:  # type: ignore[union-attr]
                 watched.append((f"mid/stage{i}_block0_ssm", mixer.ssm))  # type: ignore[union-attr,arg-type]
         handles = [module.register_forward_hook(keep(name)) for name, module in watched]

@@ -66,25 +66,30 @@ def _axis(length: int, kernel: int, dilation: int) -> _Axis:
 class Plan:
     """Where the tiles of one grid are. Row indices are raster (row * W + column).
 
-    queries (G, Tq), keys (G, Tk); bias (G, Tq, Tk) indices into a flattened (2K-1)^2 table, (2K-1)^2 outside the
-    window; back (H*W) where each query's result is among the G * Tq.
+    kernel (Kh, Kw); queries (G, Tq), keys (G, Tk); bias (G, Tq, Tk) indices into a flattened table of
+    ``places`` = (2 Kh - 1) (2 Kw - 1) entries, ``places`` itself outside the window; back (H*W) where each query's
+    result is among the G * Tq.
     """
 
-    kernel: int
+    kernel: tuple[int, int]
     queries: Tensor
     keys: Tensor
     bias: Tensor
     back: Tensor
 
+    @property
+    def places(self) -> int:
+        return (2 * self.kernel[0] - 1) * (2 * self.kernel[1] - 1)
+
 
 _plans: dict[tuple, Plan] = {}
 
 
-def _plan(height: int, width: int, kernel: int, dilation: tuple[int, int], device: str) -> Plan:
+def _plan(height: int, width: int, kernel: tuple[int, int], dilation: tuple[int, int], device: str) -> Plan:
     key = (height, width, kernel, dilation, device)
     if key in _plans:
         return _plans[key]
-    rows, columns = _axis(height, kernel, dilation[0]), _axis(width, kernel, dilation[1])
+    rows, columns = _axis(height, kernel[0], dilation[0]), _axis(width, kernel[1], dilation[1])
     groups = len(rows.queries) * len(columns.queries)
 
     def grid(r: np.ndarray, c: np.ndarray) -> np.ndarray:  # (gh, a), (gw, b) -> (gh * gw, a * b)
@@ -92,10 +97,10 @@ def _plan(height: int, width: int, kernel: int, dilation: tuple[int, int], devic
         return both.reshape(groups, -1)
 
     queries, keys = grid(rows.queries, columns.queries), grid(rows.keys, columns.keys)
-    side = 2 * kernel - 1
+    side, outside = 2 * kernel[1] - 1, (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
     r = rows.offset[:, None, :, None, :, None]
     c = columns.offset[None, :, None, :, None, :]
-    index = np.where((r >= 0) & (c >= 0), r * side + c, side * side)
+    index = np.where((r >= 0) & (c >= 0), r * side + c, outside)
     index = index.reshape(groups, queries.shape[1], keys.shape[1])
     _, back = np.unique(queries.reshape(-1), return_index=True)  # sorted rows, first place of each
     with torch.inference_mode(False):  # or training could not use what inference cached
@@ -108,7 +113,9 @@ def _plan(height: int, width: int, kernel: int, dilation: tuple[int, int], devic
     return plan
 
 
-def _parts(height: int, width: int, kernel: int, dilation: tuple[int, int], device: str) -> tuple[Tensor, ...]:
+def _parts(
+    height: int, width: int, kernel: tuple[int, int], dilation: tuple[int, int], device: str
+) -> tuple[Tensor, ...]:
     plan = _plan(height, width, kernel, dilation, device)
     return plan.queries, plan.keys, plan.bias, plan.back
 
@@ -118,27 +125,32 @@ _constant_parts = torch.compiler.assume_constant_result(_parts)
 
 
 def neighborhood_plan(
-    size: tuple[int, int], kernel: int, dilation: int | tuple[int, int] = 1, *, device: torch.device | str = "cpu"
+    size: tuple[int, int],
+    kernel: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    *,
+    device: torch.device | str = "cpu",
 ) -> Plan:
-    """The tiles for a grid (H, W), an odd window ``kernel`` and a dilation (one, or one an axis); cached.
+    """The tiles for a grid (H, W), an odd window ``kernel`` and a dilation (each one number, or one an axis); cached.
 
     Raises ValueError when ``kernel * dilation`` is larger than a side.
     """
-    pair = (dilation, dilation) if isinstance(dilation, int) else tuple(dilation)
-    return Plan(kernel, *_constant_parts(int(size[0]), int(size[1]), kernel, pair, str(torch.device(device))))
+    window = (kernel, kernel) if isinstance(kernel, int) else (kernel[0], kernel[1])
+    pair = (dilation, dilation) if isinstance(dilation, int) else (dilation[0], dilation[1])
+    return Plan(window, *_constant_parts(int(size[0]), int(size[1]), window, pair, str(torch.device(device))))
 
 
 def neighborhood_attention(q: Tensor, k: Tensor, plan: Plan, bias: Tensor | None = None) -> Tensor:
     """Attention map ``softmax(q k^T + bias)`` over each query's window, as tiles (batch, heads, G, Tq, Tk).
 
-    q (scaled beforehand), k: (batch, heads, H*W, d) in raster order; bias: (heads, 2K-1, 2K-1) indexed by
-    (key - query) / dilation + K - 1. Give the map to :func:`neighborhood_gather`.
+    q (scaled beforehand), k: (batch, heads, H*W, d) in raster order; bias: (heads, 2 Kh - 1, 2 Kw - 1) indexed by
+    (key - query) / dilation + K - 1 on each axis. Give the map to :func:`neighborhood_gather`.
     """
     batch, heads, _, d = q.shape
     groups, tq = plan.queries.shape
     queries = q.index_select(2, plan.queries.flatten()).view(batch, heads, groups, tq, d)
     keys = k.index_select(2, plan.keys.flatten()).view(batch, heads, groups, -1, d)
-    table = q.new_zeros(1, (2 * plan.kernel - 1) ** 2) if bias is None else bias.flatten(1).to(q.dtype)
+    table = q.new_zeros(1, plan.places) if bias is None else bias.flatten(1).to(q.dtype)
     outside = table.new_full((table.shape[0], 1), float("-inf"))
     mask = torch.cat([table, outside], dim=1).index_select(1, plan.bias.flatten()).view(-1, *plan.bias.shape)
     return (queries @ keys.transpose(-1, -2) + mask).softmax(-1)
@@ -163,7 +175,7 @@ def neighborhood_replan(attention: Tensor, size: tuple[int, int], old: Plan, new
 
 
 def _slots(plan: Plan) -> Tensor:
-    inside = plan.bias < (2 * plan.kernel - 1) ** 2
+    inside = plan.bias < plan.places
     places = torch.arange(plan.bias.numel(), device=plan.bias.device).view_as(plan.bias)
     by_query = places.flatten(0, 1)[plan.back], inside.flatten(0, 1)[plan.back]
     return by_query[0][by_query[1]].view(len(plan.back), -1)
