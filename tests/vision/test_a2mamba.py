@@ -158,6 +158,23 @@ def test_every_flag_builds_and_goes_back(options):
         torch.testing.assert_close(outputs["logits"], model(x))
 
 
+def test_without_the_fourth_stage_nothing_attends_globally():
+    three = {k: v[:3] if isinstance(v, tuple) else v for k, v in TINY.items()}
+    model, adapter = a2mamba(**three, dilations=(1,) * 3, scales=(None,) * 3, scale_init=(1,) * 3), A2MambaAdapter()
+    model.eval()
+    state = adapter.to_reference(model.state_dict(), model=model)
+    assert "layers.4.blocks.0.token_mixer.ssm.Ds" in state
+    assert not any(k.startswith("layers.6") for k in state)
+    config = {
+        "embed_dims": [16, 16, 32], "depths": [1, 1, 1], "num_heads": [2, 2, 4, 4], "window_size": [5, 3, 3, 3],
+        "mlp_ratios": [2, 2, 2, 2], "projection": 32, "image_size": 96, "num_classes": 7, "use_rpb": True,
+    }  # fmt: skip
+    x = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(adapter.run(adapter.build(config, state), {"image": x})["logits"], model(x))
+    with pytest.raises(ValueError, match="depths is"):
+        a2mamba(**{**TINY, "depths": (1,) * 5})
+
+
 def test_other_sizes_resample_the_global_table_and_small_ones_are_refused():
     model = tiny()
     assert model(torch.randn(1, 3, 128, 96)).shape == (1, 7)

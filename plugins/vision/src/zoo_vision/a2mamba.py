@@ -291,9 +291,10 @@ class A2Mamba(VisionModel):
 
     Arguments: ``dims``, ``depths``, ``heads``, ``windows`` (odd), ``dilations``, ``mlp_ratios``, ``scales`` (None,
     "layer" or "res") and ``scale_init``: one for each stage; windows and dilations may be pairs, one number an axis.
-    ``norm`` of the blocks: "layer" or "group". ``bias``: relative position bias. ``img_size``: sizes the
-    global table of the last stage; other sizes resample it. Input (batch, in_chans, H, W) whose maps (H/4, H/8, H/16,
-    H/32) are at least as large as the windows. Source: arXiv 2507.16624, section 3.
+    There may be fewer stages than four; the fourth is the one that attends globally. ``norm`` of the blocks: "layer"
+    or "group". ``bias``: relative position bias. ``img_size``: sizes the global table of the fourth stage; other sizes
+    resample it. Input (batch, in_chans, H, W) whose maps (H/4, H/8, H/16, H/32) are at least as large as the windows.
+    Source: arXiv 2507.16624, section 3.
     """
 
     first_conv = "patch_embed.0"
@@ -322,9 +323,12 @@ class A2Mamba(VisionModel):
             "dims": dims, "depths": depths, "heads": heads, "windows": windows, "dilations": dilations,
             "mlp_ratios": mlp_ratios, "scales": scales, "scale_init": scale_init,
         }  # fmt: skip
+        count = len(depths)
+        if not 1 <= count <= STAGES:
+            raise ValueError(f"depths is {list(depths)}; expected one to {STAGES} stages")
         for name, value in per_stage.items():
-            if len(value) != STAGES:
-                raise ValueError(f"{name} is {list(value)}; expected one entry for each of {STAGES} stages")
+            if len(value) != count:
+                raise ValueError(f"{name} is {list(value)}; expected one entry for each of {count} stages (of depths)")
         scales = [s or None for s in scales]
         if set(scales) - {None, "layer", "res"}:
             raise ValueError(f"scales is {list(scales)}; expected None, 'layer' or 'res' for each stage")
@@ -339,14 +343,14 @@ class A2Mamba(VisionModel):
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         height, width = to_2tuple(img_size)
         stages, downsamples = [], []
-        for i in range(STAGES):
-            last = i == STAGES - 1
+        for i in range(count):
+            is_global, last = i == STAGES - 1, i == count - 1
             blocks = [
                 Block(
                     dims[i],
                     MASS(
-                        dims[i], heads[i], windows[i], dilations[i], bias=bias, local=not last,
-                        table=(height >> (i + 2), width >> (i + 2)) if last else None,
+                        dims[i], heads[i], windows[i], dilations[i], bias=bias, local=not is_global,
+                        table=(height >> (i + 2), width >> (i + 2)) if is_global else None,
                     ),
                     int(mlp_ratios[i] * dims[i]),
                     drop_path=rates[sum(depths[:i]) + j], scale=scales[i], init=scale_init[i], norm=norm,
@@ -381,7 +385,7 @@ class A2Mamba(VisionModel):
     ) -> tuple[Tensor, list[Tensor]]:
         """See :class:`VisionModel`. The maps have no norm of their own: ``norm`` changes nothing."""
         x, maps = self.patch_embed(x), []
-        last = max(indices, default=STAGES - 1) if stop_early else STAGES - 1
+        last = max(indices) if stop_early and indices else len(self.stages) - 1
         for i, (stage, down) in enumerate(zip(self.stages, self.downsamples, strict=True)):
             x = stage(x)
             if i in indices:
@@ -440,13 +444,16 @@ class A2MambaAdapter(ReferenceAdapter):
         c = check_reference_config("A2Mamba", config, self._DEFAULTS)
         if c["norm_layer"] not in _NORM_LAYERS:
             raise ValueError(f"norm_layer is {c['norm_layer']!r}; expected one of {', '.join(_NORM_LAYERS)}")
+        # the original reads each list as far as there are stages
+        c |= {
+            k: tuple(v)[: len(c["depths"])] for k, v in c.items() if isinstance(v, list | tuple) and k != "image_size"
+        }
         flags = zip(c["resscales"], c["layerscales"], strict=True)  # the former wins
         scales = ["res" if res else "layer" if layer else None for res, layer in flags]
         model = a2mamba(
-            dims=tuple(c["embed_dims"]), depths=tuple(c["depths"]), heads=tuple(c["num_heads"]),
-            windows=tuple(c["window_size"]), dilations=tuple(c["window_dilation"]),
-            mlp_ratios=tuple(c["mlp_ratios"]),
-            scales=scales, scale_init=tuple(c["layer_init_values"]), norm=_NORM_LAYERS[c["norm_layer"]],
+            dims=c["embed_dims"], depths=c["depths"], heads=c["num_heads"], windows=c["window_size"],
+            dilations=c["window_dilation"], mlp_ratios=c["mlp_ratios"],
+            scales=scales, scale_init=c["layer_init_values"], norm=_NORM_LAYERS[c["norm_layer"]],
             bias=c["use_rpb"], projection=c["projection"],
             img_size=c["image_size"] if isinstance(c["image_size"], int) else tuple(c["image_size"]),
             in_chans=c["in_chans"], num_classes=c["num_classes"], drop_path_rate=c["drop_path_rate"],
