@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
-from zoo_language.birdie import Agent, exploration, scale_actions
+from zoo_language.birdie import Agent, RewardModel, exploration, reward_frequencies, scale_actions
 from zoo_language.birdie_lm import BirdieLM, two_way_scan
-from zoo_language.birdie_objectives import OBJECTIVES, CharacterTokenizer, Packer, objective
+from zoo_language.birdie_objectives import OBJECTIVES, CharacterTokenizer, NoSample, objective
+from zoo_language.birdie_packing import Packer
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs far away into the old forest at night " * 4
 
@@ -66,9 +67,63 @@ def test_objectives_fit_the_space_and_repeat(name):
     assert tokenizer.decode(sample.unused_input_ids) == TEXT[len(used) :]
 
 
-def test_unknown_objective():
+def test_unknown_objective_or_setting():
     with pytest.raises(ValueError, match="no objective 'guessing'"):
         objective("guessing", {}, CharacterTokenizer())
+    with pytest.raises(ValueError, match="'copying' has no setting speed"):
+        objective("copying", {"speed": 3}, CharacterTokenizer())
+
+
+def test_settings_are_the_original_ones():
+    """Its default seed, an end mark on labels, other marks; settings of other objectives are passed over."""
+    tokenizer = CharacterTokenizer()
+    settings = {"remaining_space": 320, "mask_prefix": "<", "mask_suffix": ">", "paradigm_end": "[E]"}
+    sample = objective("infilling", settings | {"prefix_fraction": 0.5}, tokenizer)(TEXT)
+    assert sample == objective("infilling", settings | {"rng_seed": 42}, tokenizer)(TEXT)
+    assert tokenizer.decode(sample.label_ids).startswith("<0>")
+    assert tokenizer.decode(sample.label_ids).endswith("[E]")
+    assert "<0>" in tokenizer.decode(sample.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "given"),
+    [
+        ("infilling", {"remaining_space": 20}, ""),
+        ("selective_copying", {"remaining_space": 60}, ""),
+        ("prefix_language_modeling", {"remaining_space": 14}, "<|PREFIX LM|>"),
+        ("autoencoding", {"remaining_space": 200, "corruption_rate": 0.0, "max_attempts": 2}, ""),
+    ],
+)
+def test_what_gives_no_sample_says_so_and_keeps_the_text(name, settings, given):
+    tokenizer = CharacterTokenizer()
+    with pytest.raises(NoSample) as error:
+        objective(name, settings, tokenizer)(TEXT)
+    assert tokenizer.decode(error.value.sample.input_ids) == given
+    assert tokenizer.decode(error.value.sample.unused_input_ids) == TEXT
+    with pytest.raises(NoSample, match="minimum_sequence_length"):
+        objective(name, settings | {"minimum_sequence_length": 9999}, tokenizer)(TEXT)
+
+
+def test_reward_model_with_positions():
+    """Rotation depends on differences alone; slow frequencies are divided by 8, fast ones kept."""
+    plain, scaled = (reward_frequencies(64, scaled=s) for s in (False, True))
+    waves = 2 * torch.pi / plain
+    torch.testing.assert_close(scaled[waves < 8192], plain[waves < 8192])
+    torch.testing.assert_close(scaled[waves > 32768], plain[waves > 32768] / 8)
+    torch.manual_seed(0)
+    model = RewardModel(4, 2, [32, 32], 9, rotary=True)
+    attention = model.layers[1]
+    q, k = torch.randn(1, 1, 9, 8), torch.randn(1, 1, 9, 8)
+    first = attention.turn(q.expand(1, 1, 9, 8))[..., 3, :] @ attention.turn(k)[..., 1, :].mT
+    later = attention.turn(q.roll(4, 2))[..., 7, :] @ attention.turn(k.roll(4, 2))[..., 5, :].mT
+    torch.testing.assert_close(first, later)
+    assert model(torch.randn(2, 9, 4), 7).shape == (2, 9, 2)
+
+
+def test_reward_model_leaves_out_channels_that_fill_no_head():
+    assert RewardModel(4, 2, [30, 30], 5).layers[1].q_proj.weight.shape == (28, 30)
+    with pytest.raises(ValueError, match="hold 1 heads of 64"):
+        RewardModel(4, 2, [64], 5)
 
 
 def test_packer_refuses_what_does_not_fit():
@@ -84,6 +139,7 @@ def test_exploration_starts_high_and_ends_low():
     values = [exploration(s, 100, 0.1, 0.9, warmup_steps=10, cook_steps=5) for s in range(100)]
     assert values[:5] == [1.0] * 5
     assert values[99] == pytest.approx(0.1)
+    assert exploration(0, 100, 0.0, 0.0, cook_steps=5) == 0
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(values))
 
 

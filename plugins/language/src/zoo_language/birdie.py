@@ -20,7 +20,8 @@ from zoo.reference import ReferenceAdapter
 from zoo.rules import Rules
 from zoo_kernels import linear_scan
 
-from .birdie_objectives import CharacterTokenizer, Packer, objective
+from .birdie_objectives import CharacterTokenizer, NoSample, objective
+from .birdie_packing import Packer
 
 # -- public pieces: norms, the Gated SSM block, the reward model
 # ---------------------------------------------------------
@@ -82,17 +83,42 @@ class SwiGLU(nn.Module):
         return self.wo(main * torch.sigmoid(gate)) + x
 
 
-class RewardAttention(nn.Module):
-    """Grouped attention with exactly two key-value heads. Rows and columns from ``length`` on attend to nothing."""
+def reward_frequencies(head_dims: int, *, scaled: bool, old_length: int = 32768) -> Tensor:
+    """Radians per position of each pair of channels; ``scaled`` as Llama 3 stretches slow ones (factor 8, 1 to 4)."""
+    frequency = 1.0 / 500000.0 ** (torch.arange(0, head_dims, 2)[: head_dims // 2].float() / head_dims)
+    if not scaled:
+        return frequency
+    turns = old_length * frequency / (2 * math.pi)  # of the old context's length: above 4 kept, below 1 stretched
+    blend = ((turns - 1) / 3).clamp(0, 1)
+    return (1 - blend) * frequency / 8 + blend * frequency
 
-    def __init__(self, dims: int, head_dims: int) -> None:
+
+class RewardAttention(nn.Module):
+    """Grouped attention with exactly two key-value heads. Rows and columns from ``length`` on attend to nothing.
+
+    ``rotary``: the frequencies of its positions, or None for none. Channels that fill no whole head are left out of the
+    queries, as in the original.
+    """
+
+    def __init__(self, dims: int, head_dims: int, rotary: Tensor | None = None) -> None:
         super().__init__()
-        if dims % head_dims or (dims // head_dims) % 2:
-            raise ValueError(f"dims {dims} must be an even number of heads of {head_dims}")
+        heads = dims // head_dims
+        if not heads or heads % 2:
+            raise ValueError(f"dims {dims} hold {heads} heads of {head_dims}; two key-value heads need an even number")
         self.head_dims = head_dims
         self.norm = RMSSplit(dims)
-        self.q_proj, self.o_proj = nn.Linear(dims, dims, bias=False), nn.Linear(dims, dims, bias=False)
+        self.q_proj = nn.Linear(dims, heads * head_dims, bias=False)
+        self.o_proj = nn.Linear(heads * head_dims, dims, bias=False)
         self.k_proj, self.v_proj = (nn.Linear(dims, 2 * head_dims, bias=False) for _ in range(2))
+        self.register_buffer("rotary", rotary, persistent=False)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Rotate neighbouring channels of x (batch, heads, length, channels) by position."""
+        if self.rotary is None:
+            return x
+        angle = torch.arange(x.shape[-2], device=x.device)[:, None] * self.rotary
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2).to(x.dtype)
 
     def forward(self, x: Tensor, length: int) -> Tensor:
         n = self.norm(x)
@@ -100,6 +126,7 @@ class RewardAttention(nn.Module):
             proj(n).unflatten(-1, (-1, self.head_dims)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        q, k = self.turn(q), self.turn(k)
         rows = torch.arange(x.shape[1], device=x.device)
         seen = (rows[:, None] >= rows) & (rows[:, None] < length) & (rows < length)
         # A row without any key may attend to anything here: its output is set to zero below.
@@ -111,16 +138,24 @@ class RewardAttention(nn.Module):
 class RewardModel(nn.Module):
     """Losses and actions so far in, predicted rewards out: (batch, max_seq_len, input_dim) to (..., output_dim).
 
-    ``current_seq_len``: steps that exist. No positions, as the agent builds it.
+    ``current_seq_len``: steps that exist. ``rotary``: with positions; the agent builds it without.
     """
 
-    def __init__(self, input_dim: int, output_dim: int, hidden_dims: Sequence[int], max_seq_len: int) -> None:
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        max_seq_len: int = 2048,
+        rotary: bool = False,
+    ) -> None:
         super().__init__()
         self.max_seq_len = max_seq_len
         head_dims = hidden_dims[-2] // 4 if len(hidden_dims) > 1 else 64
+        turns = reward_frequencies(head_dims, scaled=max_seq_len != 2048) if rotary else None
         layers: list[nn.Module] = [RMSSplit(input_dim, hidden_dims[0])]
         for dims in hidden_dims:
-            layers += [RewardAttention(dims, head_dims), SwiGLU(dims, 8 / 3 * dims)]
+            layers += [RewardAttention(dims, head_dims, turns), SwiGLU(dims, dims * (8 / 3))]
         layers += [RMSSplit(hidden_dims[-1]), nn.Linear(hidden_dims[-1], output_dim, bias=False)]
         self.layers = nn.ModuleList(layers)
 
@@ -163,7 +198,12 @@ def exploration(
     cook_val: float = 1.0,
     decay_factor: float = 1.0,
 ) -> float:
-    """The chance to explore at ``step``: ``cook_val`` first, then a cosine from ``max_val`` down to ``min_val``."""
+    """The chance to explore at ``step``: ``cook_val`` first, then a cosine from ``max_val`` down to ``min_val``.
+
+    Never, where ``max_val`` is 0.
+    """
+    if max_val <= 0:
+        return 0.0
     if step < cook_steps:
         return cook_val
     span = total_steps - 1 - warmup_steps
@@ -287,7 +327,12 @@ class Replay(nn.Module):
         text = tokenizer.decode(inputs["text_codes"].tolist())
         found = {}
         for name, settings in self.config.items():
-            sample = objective(name.partition("_")[2], settings, tokenizer)(text)
+            try:
+                sample = objective(name.partition("_")[2], settings, tokenizer)(text)
+            except NoSample as error:  # the original answers with a status, and with what it has
+                if error.sample is None:
+                    continue
+                sample = error.sample
             for part in ("input_ids", "label_ids", "unused_input_ids"):
                 if getattr(sample, part):
                     found[f"{name}.{part}"] = torch.tensor(getattr(sample, part))
@@ -296,8 +341,8 @@ class Replay(nn.Module):
     def packer(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         c = self.config
         packer = Packer(
-            c["batch_size"], c["sequence_length"], c["minimum_sequence_length"], c["start_generating_id"],
-            c.get("max_samples_per_packer"),
+            c["batch_size"], c["sequence_length"], c.get("minimum_sequence_length", 64),
+            c.get("start_generating_id", 2), c.get("max_samples_per_packer"),
         )  # fmt: skip
         status = []
         for i in range(sum(k.startswith("input") for k in inputs)):
@@ -317,10 +362,12 @@ class BirdieAdapter(ReferenceAdapter):
             return Replay(config, "agent")
         if "sequence_length" in config:
             return Replay(config, "packer")
-        if "hidden_dims" in config:
-            model: nn.Module = RewardModel(**{k: v for k, v in config.items() if k != "device"})
+        # Dropout is built and never applied in the original; num_heads is read by nothing.
+        given = {k: v for k, v in config.items() if k not in ("dropout_rate", "num_heads", "device")}
+        if "input_dim" in config:
+            model: nn.Module = RewardModel(**given, rotary=bool(config.get("device")))  # its positions hang on a device
         elif "dims" in config:
-            model = GatedSSM(**config)
+            model = GatedSSM(**given)
         elif config and all(k.split("_")[0].isdigit() for k in config):
             return Replay(config, "objectives")
         else:

@@ -10,6 +10,7 @@ objective it is. All lengths are in tokens.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 ATTEMPTS = 100
+SEED = 42  # the original's default
 
 
 class Tokenizer(Protocol):
@@ -44,6 +46,14 @@ class Sample:
     unused_input_ids: list[int]
 
 
+class NoSample(ValueError):
+    """No sample can be made of a text; ``sample`` is what the original hands back then (None: nothing)."""
+
+    def __init__(self, message: str, sample: Sample | None = None) -> None:
+        super().__init__(message)
+        self.sample = sample
+
+
 class _Draws:
     """What the objectives need of a text: its tokens, the paradigm's tokens, a fresh generator, the space."""
 
@@ -53,12 +63,24 @@ class _Draws:
         self.paradigm = tokenizer.encode(paradigm)
         self.random = np.random.default_rng(seed)
 
+    def limit(self) -> int:
+        """How many tokens of text are looked at. Raises NoSample where there is no room for any."""
+        limit = min(len(self.tokens), self.space - len(self.paradigm) - 16)
+        if limit <= 0:
+            raise NoSample("the text or remaining_space is too small", Sample([], [], self.tokens))
+        return limit
+
+    def failed(self, what: str, attempts: int, given: Sequence[int] = ()) -> NoSample:
+        """The error after the last attempt; ``given``: the input that the original hands back nevertheless."""
+        message = f"{what} in {attempts} attempts: the text or remaining_space is too small"
+        return NoSample(message, Sample(list(given), [], self.tokens))
+
     def rate(self, corruption: float) -> float:
         return float(self.random.uniform(0.5 * corruption, min(0.95, 2 * corruption)))
 
 
 def next_token_prediction(
-    text: str, tokenizer: Tokenizer, remaining_space: int, rng_seed: int = 0, paradigm: str = "<|NTP|>"
+    text: str, tokenizer: Tokenizer, remaining_space: int = -1, rng_seed: int = SEED, paradigm: str = "<|NTP|>"
 ) -> Sample:
     """The text itself, once as input and once as label."""
     d = _Draws(text, tokenizer, paradigm, remaining_space, rng_seed)
@@ -67,53 +89,70 @@ def next_token_prediction(
 
 
 def copying(
-    text: str, tokenizer: Tokenizer, remaining_space: int, rng_seed: int = 0, paradigm: str = "<|COPY|>"
+    text: str, tokenizer: Tokenizer, remaining_space: int = -1, rng_seed: int = SEED, paradigm: str = "<|COPY|>"
 ) -> Sample:
     """Say the text again."""
-    return next_token_prediction(text, tokenizer, remaining_space, rng_seed, paradigm)
+    sample = next_token_prediction(text, tokenizer, remaining_space, rng_seed, paradigm)
+    return _fitting(sample, remaining_space)
+
+
+def _fitting(sample: Sample, space: int) -> Sample:
+    needed = len(sample.input_ids) + len(sample.label_ids)
+    if needed > space:
+        raise NoSample(f"the sample needs {needed} tokens, remaining_space is {space}")
+    return sample
 
 
 def prefix_language_modeling(
     text: str,
     tokenizer: Tokenizer,
-    remaining_space: int,
-    rng_seed: int = 0,
+    remaining_space: int = -1,
+    rng_seed: int = SEED,
     prefix_fraction: float = 0.75,
     paradigm_str: str = "<|PREFIX LM|>",
 ) -> Sample:
     """Continue the text after a prefix of it."""
     d = _Draws(text, tokenizer, paradigm_str, remaining_space, rng_seed)
-    used = d.tokens[: max(0, remaining_space - len(d.paradigm))]
-    cut = min(max(1, math.floor(prefix_fraction * len(used))), max(1, len(used) - 1))
+    space = remaining_space - len(d.paradigm)
+    used = d.tokens[: max(0, space)]
+    if space < 2 or len(used) < 2:
+        given = d.paradigm if space < 2 else []
+        raise NoSample("a prefix and what follows it need two tokens of text", Sample(given, [], d.tokens))
+    cut = min(max(1, math.floor(prefix_fraction * len(used))), len(used) - 1)
     return Sample(d.paradigm + used[:cut], used[cut:], d.tokens[len(used) :])
 
 
 def infilling(
     text: str,
     tokenizer: Tokenizer,
-    remaining_space: int,
-    rng_seed: int = 0,
+    remaining_space: int = -1,
+    rng_seed: int = SEED,
     corruption_rate: float = 0.15,
     mean_tokens_per_span: float = 3.0,
     max_mask_spans: int = 20,
+    mask_prefix: str = " [[mask_",
+    mask_suffix: str = "]]",
     paradigm: str = "<|INFILL|>",
+    paradigm_end: str = "",
+    max_attempts: int = ATTEMPTS,
 ) -> Sample:
     """Spans of the text are replaced by numbered marks; the label says what stood at each mark."""
     d = _Draws(text, tokenizer, paradigm, remaining_space, rng_seed)
-    limit = min(len(d.tokens), remaining_space - len(d.paradigm) - 16)
+    end = tokenizer.encode(paradigm_end)
+    limit = d.limit()
     mean = mean_tokens_per_span
-    for _ in range(ATTEMPTS):
+    for _ in range(max_attempts):
         source = list(d.paradigm)
         label: list[int] = []
         i = spans = 0
         while i < limit and spans < max_mask_spans:
-            used = len(source) + len(label)
+            used = len(source) + len(label) + len(end)
             if used >= remaining_space:
                 break
             rate = d.rate(corruption_rate)
             length = np.clip(d.random.poisson(mean), max(1, mean / 3), max(1, 3 * mean))
             length = int(max(1, min(length, limit - i)))
-            mark = tokenizer.encode(f" [[mask_{spans}]]")
+            mark = tokenizer.encode(f"{mask_prefix}{spans}{mask_suffix}")
             if (
                 d.random.uniform() < rate / length
                 and i + length <= limit
@@ -129,51 +168,56 @@ def infilling(
             else:
                 break
         if spans:
-            return Sample(source, label, d.tokens[i:])
-    raise ValueError(f"no span was masked in {ATTEMPTS} attempts: the text or remaining_space is too small")
+            return Sample(source, label + end, d.tokens[i:])
+    raise d.failed("no span was masked", max_attempts)
 
 
 def autoencoding(
     text: str,
     tokenizer: Tokenizer,
-    remaining_space: int,
-    rng_seed: int = 0,
+    remaining_space: int = -1,
+    rng_seed: int = SEED,
     corruption_rate: float = 0.5,
     tokens_per_mask: int = 3,
+    mask_prefix: str = " [[mask_",
+    mask_suffix: str = "]]",
     paradigm_prompt: str = "<|AUTOENCODE|>",
+    paradigm_end: str = "",
+    max_attempts: int = ATTEMPTS,
 ) -> Sample:
     """Spans of the text are replaced by numbered marks; the label is the whole text."""
     d = _Draws(text, tokenizer, paradigm_prompt, remaining_space, rng_seed)
-    limit = min(len(d.tokens), remaining_space - len(d.paradigm) - 16)
+    end = tokenizer.encode(paradigm_end)
+    space = remaining_space - len(end)
+    limit = d.limit()
     low, high = max(1, tokens_per_mask // 3), max(1, 3 * tokens_per_mask)
-    for _ in range(ATTEMPTS):
+    for _ in range(max_attempts):
         source = list(d.paradigm)
         i = spans = 0
         while i < limit:
-            if len(source) + i >= remaining_space:
+            if len(source) + i >= space:
                 break
             rate = d.rate(corruption_rate)
             length = int(max(1, min(np.clip(d.random.poisson(tokens_per_mask), low, high), limit - i)))
-            mark = tokenizer.encode(f" [[mask_{spans}]]")
-            if d.random.uniform() < rate / length and len(source) + len(mark) + i + length <= remaining_space:
+            mark = tokenizer.encode(f"{mask_prefix}{spans}{mask_suffix}")
+            if d.random.uniform() < rate / length and len(source) + len(mark) + i + length <= space:
                 source += mark
                 i += length
                 spans += 1
-            elif len(source) + 1 + i + 1 <= remaining_space:
+            elif len(source) + 1 + i + 1 <= space:
                 source.append(d.tokens[i])
                 i += 1
             else:
                 break
         if spans:
-            return Sample(source, d.tokens[:i], d.tokens[i:])
-    raise ValueError(f"no span was masked in {ATTEMPTS} attempts: the text or remaining_space is too small")
+            return Sample(source, d.tokens[:i] + end, d.tokens[i:])
+    raise d.failed("no span was masked", max_attempts)
 
 
 def autoencoding_with_deshuffling(
-    text: str, tokenizer: Tokenizer, remaining_space: int, rng_seed: int = 0, **settings: Any
+    text: str, tokenizer: Tokenizer, remaining_space: int = -1, rng_seed: int = SEED, **settings: Any
 ) -> Sample:
     """Autoencoding under its own paradigm. The original's shuffle settings do nothing, and neither do they here."""
-    settings = {k: v for k, v in settings.items() if "shuffle" not in k}
     settings.setdefault("paradigm_prompt", "<|AUTOENCODE + DESHUFFLE|>")
     return autoencoding(text, tokenizer, remaining_space, rng_seed, **settings)
 
@@ -181,8 +225,8 @@ def autoencoding_with_deshuffling(
 def deshuffling(
     text: str,
     tokenizer: Tokenizer,
-    remaining_space: int,
-    rng_seed: int = 0,
+    remaining_space: int = -1,
+    rng_seed: int = SEED,
     percentage_to_shuffle: float = 0.75,
     paradigm: str = "<|DESHUFFLE|>",
 ) -> Sample:
@@ -190,16 +234,19 @@ def deshuffling(
     d = _Draws(text, tokenizer, paradigm, remaining_space, rng_seed)
     used = d.tokens[: max(0, int(0.9 * (remaining_space // 2) - len(d.paradigm)))]
     letters = np.array(list(tokenizer.decode(used)))
-    index = d.random.choice(len(letters), int(len(letters) * percentage_to_shuffle), replace=False)
-    letters[index] = d.random.permutation(letters[index])
-    return Sample(d.paradigm + tokenizer.encode("".join(letters)), used, d.tokens[len(used) :])
+    moved = int(len(letters) * percentage_to_shuffle)
+    if moved:
+        index = d.random.choice(len(letters), moved, replace=False)
+        letters[index] = d.random.permutation(letters[index])
+    shuffled = tokenizer.encode("".join(letters.tolist()))
+    return _fitting(Sample(d.paradigm + shuffled, used, d.tokens[len(used) :]), remaining_space)
 
 
 def selective_copying(
     text: str,
     tokenizer: Tokenizer,
-    remaining_space: int,
-    rng_seed: int = 0,
+    remaining_space: int = -1,
+    rng_seed: int = SEED,
     corruption_rate: float = 0.5,
     tokens_per_mask: int = 8,
     min_delimiter_prefix_length: int = 8,
@@ -209,25 +256,38 @@ def selective_copying(
     min_context_content_length: int = 10,
     shuffle: bool = True,
     format_style: str = "query_context",
+    start_token_template: str = "find",
+    result_token_template: str = "res",
+    sep_token_template: str = "sep",
+    context_token: str = "\n\n[ctx]\n",
+    close_context_token: str = "\n[/ctx]",
+    done_token: str = "\n\n[done]",
     paradigm_prompt: str = "<|Selective Copying|>",
+    paradigm_end: str = "",
+    max_attempts: int = ATTEMPTS,
 ) -> Sample:
     """Find what stands between given delimiters in the text, for several pairs of delimiters at once."""
     d = _Draws(text, tokenizer, paradigm_prompt, remaining_space, rng_seed)
     encode = tokenizer.encode
-    opened, closed, end = encode("\n\n[ctx]\n"), encode("\n[/ctx]"), encode("\n\n[done]")
-    fixed = len(d.paradigm) + len(opened) + len(closed) + len(end)
-    limit = min(len(d.tokens), remaining_space - fixed - 38)
+    opened, closed, done = encode(context_token), encode(close_context_token), encode(done_token)
+    outside = len(d.paradigm) + len(opened) + len(closed) + len(done)
+    limit = min(len(d.tokens), remaining_space - outside - 38)
+    end = done + encode(paradigm_end)
+    fixed = outside - len(done) + len(end)
     low, high = max(1, tokens_per_mask // 3), max(1, 3 * tokens_per_mask)
     least_prefix, least_suffix = min_delimiter_prefix_length, min_delimiter_suffix_length
+    if limit < least_prefix + low + least_suffix:
+        raise NoSample("the text or remaining_space is too small for one query", Sample([], [], d.tokens))
 
     def query(j: int, span: tuple[list[int], list[int], list[int]]) -> list[int]:
         prefix, _, suffix = span
-        return encode(f"\n\n[find {j}]\n") + prefix + encode("\n[sep]\n") + suffix + encode(f"\n[/find {j}]")
+        start, stop = f"\n\n[{start_token_template} {j}]\n", f"\n[/{start_token_template} {j}]"
+        return encode(start) + prefix + encode(f"\n[{sep_token_template}]\n") + suffix + encode(stop)
 
     def answer(j: int, span: tuple[list[int], list[int], list[int]]) -> list[int]:
-        return encode(("\n\n" if j else "") + f"[res {j}]\n") + span[1]
+        return encode(("\n\n" if j else "") + f"[{result_token_template} {j}]\n") + span[1]
 
-    for _ in range(ATTEMPTS):
+    for _ in range(max_attempts):
         spans: list[tuple[list[int], list[int], list[int]]] = []
         taken = 0
         i = least_prefix
@@ -245,7 +305,7 @@ def selective_copying(
                 d.tokens[i + length : i + length + after],
             )
             cost = len(query(len(spans), span)) + len(answer(len(spans), span))
-            if fixed + 10 + taken + cost > remaining_space:
+            if fixed + min_context_content_length + taken + cost > remaining_space:
                 break
             spans.append(span)
             taken += cost
@@ -263,7 +323,7 @@ def selective_copying(
         context = opened + d.tokens[:room] + closed
         body = queries + context if format_style == "query_context" else context + queries
         return Sample(d.paradigm + body, answers + end, d.tokens[room:])
-    raise ValueError(f"no span was chosen in {ATTEMPTS} attempts: the text or remaining_space is too small")
+    raise d.failed("no span was chosen", max_attempts, d.paradigm)
 
 
 OBJECTIVES: dict[str, Callable[..., Sample]] = {
@@ -276,75 +336,45 @@ OBJECTIVES: dict[str, Callable[..., Sample]] = {
     "autoencoding_with_deshuffling": autoencoding_with_deshuffling,
     "selective_copying": selective_copying,
 }
+#: Fields of the original's configurations that change no sample.
+UNUSED = {
+    "objective", "maximum_remaining_space", "special_token_ids", "use_begin_generating_paradigm", "paradigm_suffix",
+    "separator", "gap_between_spans", "deshuffling_percentage", "objective_verbosity",
+}  # fmt: skip
+#: Of every objective: the text's length in tokens and the space, outside which none is tried. -1: no bound.
+BOUNDS = {"minimum_sequence_length": 0, "maximum_sequence_length": -1, "minimum_remaining_space": 1}
 
 
 def objective(name: str, config: Mapping[str, Any], tokenizer: Tokenizer) -> Callable[[str], Sample]:
-    """An objective with its settings: a function of the text. Raises ValueError for an unknown name."""
+    """An objective with its settings: a function of the text.
+
+    Settings of other objectives are passed over, as in the original, whose mixtures share one set of them. Raises
+    ValueError for an unknown objective or setting; the function raises :class:`NoSample` where a text gives none.
+    """
     if name not in OBJECTIVES:
         raise ValueError(f"no objective {name!r}; Birdie has {', '.join(OBJECTIVES)}")
-    return lambda text: OBJECTIVES[name](text, tokenizer, **config)
+    own, every = _settings(name), set().union(*map(_settings, OBJECTIVES)) | UNUSED | set(BOUNDS)
+    unknown = sorted(set(config) - every)
+    if unknown:
+        raise ValueError(f"the objective {name!r} has no setting {', '.join(unknown)}; it has {', '.join(sorted(own))}")
+    bounds = BOUNDS | {k: v for k, v in config.items() if k in BOUNDS}
+    space = config.get("remaining_space", -1)
+
+    def run(text: str) -> Sample:
+        if 0 <= space < bounds["minimum_remaining_space"]:
+            raise NoSample(f"remaining_space is {space}, minimum_remaining_space {bounds['minimum_remaining_space']}")
+        length = len(tokenizer.encode(text))
+        least, most = bounds["minimum_sequence_length"], bounds["maximum_sequence_length"]
+        if length < least:
+            raise NoSample(f"the text has {length} tokens, minimum_sequence_length is {least}")
+        if 0 <= most < length:
+            raise NoSample(f"the text has {length} tokens, maximum_sequence_length is {most}")
+        return OBJECTIVES[name](text, tokenizer, **{k: v for k, v in config.items() if k in own})
+
+    return run
 
 
-class Packer:
-    """Several samples a row, rows filled best-fit: what the trainer reads.
-
-    A row holds ``input, start, label[:-1]`` of each sample; labels stand from the start token on, -100 elsewhere;
-    ``segment_ids`` count samples from 1; ``attention_mask`` is 1 on inputs (read in both directions), 3 on what is
-    generated, 0 on padding. Original: ``pipeline/packer_batcher2.py``.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        sequence_length: int,
-        minimum_sequence_length: int,
-        start_generating_id: int = 2,
-        max_samples_per_packer: int | None = None,
-    ) -> None:
-        self.length, self.minimum, self.start = sequence_length, minimum_sequence_length, start_generating_id
-        self.most = max_samples_per_packer
-        shape = (batch_size, sequence_length)
-        self.rows = {name: np.zeros(shape, np.int32) for name in ("input_ids", "segment_ids", "attention_mask")}
-        self.rows["label_ids"] = np.full(shape, -100, np.int32)
-        self.used, self.samples = [0] * batch_size, [0] * batch_size
-
-    def _row(self, needed: int) -> int | None:
-        """The row with the least space left that still fits; the first on ties."""
-        fits = [
-            (self.length - used, row)
-            for row, used in enumerate(self.used)
-            if needed <= self.length - used and (self.most is None or self.samples[row] < self.most)
-        ]
-        return min(fits)[1] if fits else None
-
-    def can_accept(self, input_ids: Sequence[int], label_ids: Sequence[int]) -> bool:
-        if not len(input_ids) or not len(label_ids):
-            return False
-        return self._row(len(input_ids) + len(label_ids)) is not None
-
-    def add(self, input_ids: Sequence[int], label_ids: Sequence[int]) -> bool:
-        """Place a sample; returns whether the batch is ready. Raises ValueError for one that does not fit."""
-        if not self.can_accept(input_ids, label_ids):
-            raise ValueError(f"a sample of {len(input_ids)} + {len(label_ids)} tokens fits in no row")
-        row = self._row(len(input_ids) + len(label_ids))
-        assert row is not None
-        start, middle = self.used[row], self.used[row] + len(input_ids)
-        end = middle + len(label_ids)
-        self.samples[row] += 1
-        self.rows["input_ids"][row, start:end] = [*input_ids, self.start, *label_ids[:-1]]
-        self.rows["label_ids"][row, middle:end] = label_ids
-        self.rows["segment_ids"][row, start:end] = self.samples[row]
-        self.rows["attention_mask"][row, start:middle] = 1
-        self.rows["attention_mask"][row, middle:end] = 3
-        self.used[row] = end
-        return self.ready
-
-    @property
-    def ready(self) -> bool:
-        return all(self.length - used <= self.minimum for used in self.used)
-
-    def pop(self) -> dict[str, np.ndarray]:
-        """The batch, (rows, length) int32 each; the packer starts anew."""
-        rows = self.rows
-        self.__init__(len(self.used), self.length, self.minimum, self.start, self.most)  # type: ignore[misc]
-        return rows
+def _settings(name: str) -> set[str]:
+    """The names of an objective's settings."""
+    function = autoencoding if name == "autoencoding_with_deshuffling" else OBJECTIVES[name]
+    return set(inspect.signature(function).parameters) - {"text", "tokenizer"}
