@@ -82,6 +82,45 @@ def test_mistakes_are_named():
         ResVMambaAdapter().build({"d_stat": 4}, {})
 
 
+CONFIG = {"depths": [1, 1, 1, 1], "dims": 8, "mlp_ratio": 0.0, "num_classes": 7, "d_state": 2}
+OURS = {"conv_bias": True, "expand": 2.0}  # what the original's class fixes, or has by default
+
+
+@pytest.mark.parametrize(("version", "size"), [("v2", (60, 52)), ("v2", (75, 90)), ("v1", (66, 99))])
+def test_sizes_that_halve_as_the_pooling_does_are_taken(version, size):
+    """2x2 convolutions round down as the pooling does; of an image the patches see multiples of 4 alone."""
+    adapter, x = ResVMambaAdapter(), torch.randn(1, 3, *size)
+    down = "conv2" if version == "v2" else "merge"
+    model = tiny(**OURS, downsample=down)
+    state = adapter.to_reference(model.state_dict(), model=model)
+    again = adapter.build({**CONFIG, "downsample_version": version}, state)
+    torch.testing.assert_close(again(x), model(x))
+    buffers = dict(model.named_buffers())
+    fuse = {f"fuse{i}_{n}": torch.zeros_like(buffers[f"fuse{i}_{n}"]) for i in range(3) for n in ("weight", "bias")}
+    plain = tiny(**OURS, downsample=down, fusion="none")
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(adapter.run(again, {"image": x, **fuse})["logits"], plain(x))
+
+
+def test_automatic_state_and_a_fifth_stage():
+    config = {**CONFIG, "depths": [1] * 5, "d_state": "auto", "downsample_version": "v2"}
+    model = tiny(**OURS, depths=[1] * 5, state=None, downsample="conv2")
+    assert [s.blocks[0].op.scan.state for s in model.stages] == [2, 3, 6, 11, 22]  # a sixth of the width, rounded up
+    assert hasattr(model, "fuse2_weight")
+    assert not hasattr(model, "fuse3_weight")  # only the first three stages have a residual
+    adapter, x = ResVMambaAdapter(), torch.randn(1, 3, 64, 80)
+    again = adapter.build(config, adapter.to_reference(model.state_dict(), model=model))
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_a_backbone_of_the_first_stages_ignores_the_later_ones():
+    golden, adapter = read_golden(GOLDEN[0]), ResVMambaAdapter()
+    state = {k: v for k, v in golden.state.items() if not k.startswith("classifier.")}
+    state |= {"outnorm0.weight": torch.ones(8), "outnorm0.bias": torch.zeros(8)}
+    model = adapter.build({**golden.config, "out_indices": [0]}, state, source="x:Backbone_VSSM")
+    assert list(adapter.run(model, golden.inputs)) == ["stage0"]
+
+
 def test_pyramid_keeps_the_residual():
     model = tiny()
     pyramid = tiny(features_only=True, pyramid_norm=False)

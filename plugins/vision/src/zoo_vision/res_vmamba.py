@@ -22,9 +22,10 @@ from zoo.reference import ReferenceAdapter
 from zoo.rules import Rules
 
 from ._base import Indices, build, check_reference_config
-from .vmamba import STAGES, VMamba, current_names, key_table, vmamba
+from .vmamba import VMamba, current_names, key_table, vmamba, without_unread
 
 FUSIONS = ("fixed", "random", "learned", "none")
+RESIDUALS = 3  # how many stages have one, from the first
 
 
 class ResVMamba(VMamba):
@@ -32,8 +33,9 @@ class ResVMamba(VMamba):
 
     ``fusion``: ``"fixed"`` draws the 1x1 convolutions once, from ``fusion_seed``, with the distribution that the
     original uses, so that answers repeat; ``"random"`` draws them in every call, as the original does; ``"learned"``
-    makes them parameters (a deviation: a published checkpoint has none); ``"none"`` is plain VMamba. Both sides of an
-    image must be multiples of 8 times the patch. The other arguments are :class:`VMamba`'s.
+    makes them parameters (a deviation: a published checkpoint has none); ``"none"`` is plain VMamba. The pooling rounds
+    odd sides down: with a ``downsample`` that rounds up ("merge", "conv3") both sides of an image must be multiples of
+    8 times the patch. The other arguments are :class:`VMamba`'s.
     Source: arXiv 2402.15761, section 3; ``models/resvmamba.py`` ``VSSM.forward``.
     """
 
@@ -64,7 +66,7 @@ class ResVMamba(VMamba):
         """Default initialisation of the three 1x1 convolutions: uniform in +-1/sqrt(in), on the generator's device."""
         widths = [info["num_chs"] for info in self.all_feature_info]
         made = []
-        for a, b in pairwise(widths):
+        for a, b in list(pairwise(widths))[:RESIDUALS]:
             shapes = ((b, a, 1, 1), (b,))
             made.append(tuple((torch.rand(s, generator=generator, device="cpu") * 2 - 1) * a**-0.5 for s in shapes))
         return made  # type: ignore[return-value]
@@ -93,32 +95,40 @@ class ResVMamba(VMamba):
         pooled = F.max_pool2d(x.permute(0, 3, 1, 2), 2, 2).permute(0, 2, 3, 1)
         return F.linear(pooled, weight.flatten(1).to(x), bias.to(x))
 
+    def add_residual(self, i: int, x: Tensor, entry: Tensor, fresh: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+        """x, the output of stage i, with the residual of ``entry``, its input."""
+        residual = self.residual(i, entry, fresh)
+        if residual.shape != x.shape:
+            step = self.patch_size * 2**RESIDUALS
+            raise ValueError(
+                f"the map of stage {i} is {entry.shape[1]} by {entry.shape[2]}: its downsampling gives {x.shape[1]} by "
+                f"{x.shape[2]}, the residual {residual.shape[1]} by {residual.shape[2]}; give an image whose sides are "
+                f"multiples of {step}"
+            )
+        return x + residual
+
     def forward_stages(
         self, x: Tensor, indices: Sequence[int] = (), *, norm: bool = False, stop_early: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """See :class:`VMamba`."""
         if self.fusion == "none" and self.given_fusion is None:
             return super().forward_stages(x, indices, norm=norm, stop_early=stop_early)
-        step = self.patch_size * 2 ** (STAGES - 1)
-        if x.shape[2] % step or x.shape[3] % step:
-            raise ValueError(
-                f"the image is {x.shape[2]} by {x.shape[3]}; the residual needs sides that are multiples of {step}"
-            )
         fresh = self._draw(None) if self.fusion == "random" else None
         x, maps = self.embed(x), []
-        last = max(indices, default=STAGES - 1) if stop_early else STAGES - 1
+        final = self.num_stages - 1
+        last = max(indices, default=final) if stop_early else final
         for i, stage in enumerate(self.stages):
             entry, x = x, stage.walk(x)  # type: ignore[operator]
             if i in indices:
                 y = self.out_norms[str(i)](x) if str(i) in self.out_norms else x
-                if norm and i == STAGES - 1 and not self.out_norms:
+                if norm and i == final and not self.out_norms:
                     y = self.norm(x)
                 maps.append(y.permute(0, 3, 1, 2))
             if i == last:
                 break
             x = stage.downsample(x)  # type: ignore[operator]
-            if i + 1 < STAGES:
-                x = x + self.residual(i, entry, fresh)
+            if i < min(RESIDUALS, final):
+                x = self.add_residual(i, x, entry, fresh)
         return x, maps
 
 
@@ -153,7 +163,8 @@ class ResVMambaAdapter(ReferenceAdapter):
             "in_chans": c["in_chans"], "num_classes": c["num_classes"], "patch_size": c["patch_size"],
             "patch_overlap": False, "patch_norm": c["patch_norm"], "gate": True, "conv_bias": True,
             "downsample": "conv2" if c["downsample_version"] == "v2" else "merge", "expand": c["ssm_ratio"],
-            "state": c["d_state"], "dt_rank": None if c["dt_rank"] == "auto" else c["dt_rank"],
+            "state": None if c["d_state"] == "auto" else c["d_state"],
+            "dt_rank": None if c["dt_rank"] == "auto" else c["dt_rank"],
             "mixer_drop": c["attn_drop_rate"], "mlp_ratio": c["mlp_ratio"], "mlp_drop": c["drop_rate"],
             "drop_path_rate": c["drop_path_rate"],
         }  # fmt: skip
@@ -161,6 +172,7 @@ class ResVMambaAdapter(ReferenceAdapter):
         model: VMamba
         if source.rpartition(":")[2] == "Backbone_VSSM" or any(k.startswith("outnorm") for k in state):
             model = vmamba(**ours, features_only=True, out_indices=tuple(c["out_indices"]))
+            state = without_unread(state, max(c["out_indices"]))
         else:
             model = res_vmamba(**ours)
         return self.load(model, state)  # type: ignore[return-value]
@@ -184,11 +196,11 @@ class ResVMambaAdapter(ReferenceAdapter):
             watched += [
                 (f"mid/stage{i}_block0_op", stage.blocks[0].op),  # type: ignore[index,union-attr,list-item]
                 # nothing follows the blocks of the last stage
-                (f"mid/stage{i}_before_residual", stage.downsample if i + 1 < STAGES else stage.blocks),  # type: ignore[list-item]
+                (f"mid/stage{i}_before_residual", stage.downsample if i + 1 < model.num_stages else stage.blocks),  # type: ignore[list-item]
             ]
         watched.append(("mid/final_norm", model.norm))
         if isinstance(model, ResVMamba) and "fuse0_weight" in inputs:
-            model.given_fusion = [(inputs[f"fuse{i}_weight"], inputs[f"fuse{i}_bias"]) for i in range(STAGES - 1)]
+            model.given_fusion = [(inputs[f"fuse{i}_weight"], inputs[f"fuse{i}_bias"]) for i in range(RESIDUALS)]
         handles = [module.register_forward_hook(keep(name)) for name, module in watched]
         try:
             out = model(inputs["image"])

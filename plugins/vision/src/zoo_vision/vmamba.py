@@ -86,7 +86,7 @@ class VMamba(VisionModel):
         downsample: str = "conv3",
         norm: str = "ln",
         expand: float = 1.0,
-        state: int = 1,
+        state: int | None = 1,
         dt_rank: int | None = None,
         paths: str = CROSS,
         core: str = "scan",
@@ -329,6 +329,13 @@ def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _LEGACY.to_zoo(state)
 
 
+def without_unread(state: Mapping[str, Tensor], last: int) -> dict[str, Tensor]:
+    """The state dict of the original's backbone, which keeps all its stages, without those behind stage ``last``."""
+    stages = {k.split(".")[1] for k in state if k.startswith("layers.")}
+    unread = (f"layers.{last}.downsample.", *(f"layers.{i}." for i in stages if int(i) > last))
+    return {k: v for k, v in state.items() if not k.startswith(unread)}
+
+
 _OUT_NORMS = {
     "_onnone": "none",
     "_ondwconv3": "conv",
@@ -436,10 +443,7 @@ class VMambaAdapter(ReferenceAdapter):
             state = {k: v for k, v in state.items() if k != "pos_embed"}
             indices = config.get("out_indices", (0, 1, 2, 3))
             model = vmamba(**translate(config), features_only=True, out_indices=tuple(indices))
-            last = max(indices)  # the original keeps all four stages, also those that nothing reads
-            stages = {k.split(".")[1] for k in state if k.startswith("layers.")}
-            unread = (f"layers.{last}.downsample.", *(f"layers.{i}." for i in stages if int(i) > last))
-            state = {k: v for k, v in state.items() if not k.startswith(unread)}
+            state = without_unread(state, max(indices))
         else:
             model = vmamba(**translate(config))
             if model.pos_embed is not None and "pos_embed" in state:  # the original resamples it on loading

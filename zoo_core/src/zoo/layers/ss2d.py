@@ -226,12 +226,12 @@ class SS2D(nn.Module):
     ``x[, z] = in_proj(u)``; ``y = out_norm(scan(act(conv(x))))``; ``y = y * act(z)``; ``out_proj(y)``. No projection
     has a bias. Input and output are (batch, height, width, dim).
 
-    Arguments: ``dim`` C; ``expand``: the scan has E = int(expand * C) channels; ``state`` N; ``dt_rank`` R, by default
-    ceil(C / 16) (in an ``"ssd"`` core it is the number of heads); ``paths``: names of the visiting orders, see
-    :class:`GridScan`; ``core``: ``"scan"``, ``"cascade"`` (its paths are fixed) or ``"ssd"``; ``init``: see
-    :class:`GridScan`; ``gate``: with the branch z; ``gate_act``: z goes through the activation; ``act``: after the
-    convolution; ``conv``: its odd kernel size, below 2 for none; ``out_norm``: see :func:`output_norm`; ``out_act``:
-    GELU after it; ``drop``: dropout after ``out_proj``.
+    Arguments: ``dim`` C; ``expand``: the scan has E = int(expand * C) channels; ``state`` N, None for ceil(C / 6) (the
+    first release's "auto"); ``dt_rank`` R, by default ceil(C / 16) (in an ``"ssd"`` core it is the number of heads);
+    ``paths``: names of the visiting orders, see :class:`GridScan`; ``core``: ``"scan"``, ``"cascade"`` (its paths are
+    fixed) or ``"ssd"``; ``init``: see :class:`GridScan`; ``gate``: with the branch z; ``gate_act``: z goes through the
+    activation; ``act``: after the convolution; ``conv``: its odd kernel size, below 2 for none; ``out_norm``: see
+    :func:`output_norm`; ``out_act``: GELU after it; ``drop``: dropout after ``out_proj``.
     Source: MzeroMiko/VMamba ``classification/models/vmamba.py`` ``SS2Dv0``, ``SS2Dv2`` (``forwardv2``), ``SS2Dm0``.
     """
 
@@ -240,7 +240,7 @@ class SS2D(nn.Module):
         dim: int,
         *,
         expand: float = 2.0,
-        state: int = 16,
+        state: int | None = 16,
         dt_rank: int | None = None,
         paths: str = CROSS,
         core: Core = "scan",
@@ -257,6 +257,7 @@ class SS2D(nn.Module):
         super().__init__()
         channels = int(expand * dim)
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        state = math.ceil(dim / 6) if state is None else state
         self.dim, self.channels, self.gate, self.gate_act = dim, channels, gate, gate_act
         self.in_proj = Linear(dim, channels * (2 if gate else 1), bias=False)
         self.conv = DepthwiseConv2d(channels, conv, conv_bias) if conv > 1 else nn.Identity()
