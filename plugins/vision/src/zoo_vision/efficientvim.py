@@ -127,11 +127,16 @@ class EfficientViMAdapter(ReferenceAdapter):
 
             with torch.device("meta"):
                 return self.load(build_reference(config, state), state)
-        theirs = check_reference_config("efficientvim", config, _DEFAULTS, _SWALLOWED)
+        headless = bool(state) and not any(k.startswith(("heads.", "norm.")) for k in state)
+        known = _DEFAULTS | ({"frozen_stages": -1} if headless else {})
+        theirs = check_reference_config("efficientvim", config, known, _SWALLOWED)
         with torch.device("meta"):
-            model = efficientvim(distilled=theirs["distillation"], **arguments(theirs))
-            if state and not any(k.startswith(("heads.", "norm.")) for k in state):
-                model.as_pyramid()  # the headless backbone of the dense tasks
+            # the headless backbone of the dense tasks takes the argument of distillation too, and makes nothing of it
+            model = efficientvim(distilled=theirs["distillation"] and not headless, **arguments(theirs))
+            if headless:
+                model.as_pyramid()
+                if theirs["frozen_stages"] >= 0:
+                    model.patch_embed.requires_grad_(False)
         return self.load(model, state)
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:

@@ -22,17 +22,23 @@ EXTRA = (False, "on_input", "on_lateral", "on_output")
 
 
 class _Conv(nn.Module):
-    """A convolution with bias under the key ``conv``, as mmcv's ConvModule without norm and activation."""
+    """mmcv's ConvModule: a convolution under the key ``conv``, with a bias unless a batch norm ``bn`` follows, ReLU."""
 
-    def __init__(self, in_chans: int, out_chans: int, kernel: int, stride: int = 1, transposed: bool = False) -> None:
+    def __init__(
+        self, in_chans: int, out_chans: int, kernel: int, stride: int = 1, *, transposed: bool = False,
+        norm: bool = False, act: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         if transposed:
-            self.conv: nn.Module = nn.ConvTranspose2d(in_chans, out_chans, kernel, stride)
+            self.conv: nn.Module = nn.ConvTranspose2d(in_chans, out_chans, kernel, stride, bias=not norm)
         else:
-            self.conv = nn.Conv2d(in_chans, out_chans, kernel, stride, padding=kernel // 2)
+            self.conv = nn.Conv2d(in_chans, out_chans, kernel, stride, padding=kernel // 2, bias=not norm)
+        self.bn = nn.BatchNorm2d(out_chans) if norm else nn.Identity()
+        self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        x = self.bn(self.conv(x))
+        return F.relu(x) if self.act else x
 
 
 class FPNNeck(nn.Module):
@@ -43,7 +49,10 @@ class FPNNeck(nn.Module):
     cannot run), ``pre_norm`` (LayerNorm on the inputs), ``add_extra_convs``: extra lower resolutions by max-pooling
     the last output (False) or by 3x3 convolutions of stride 2 that begin at the last input ("on_input", after the
     norm), the last lateral ("on_lateral") or the last output ("on_output"); ``relu_before_extra_convs`` before the
-    later ones. Input: maps (batch, in_channels[i], h, w). Source: ``detection/efficientvit_fpn.py``.
+    later ones; ``conv_norm``, ``conv_act``: batch norm and ReLU after every convolution (``lateral_norm`` False: no
+    norm after the lateral and the transposed ones); ``upsample``: how an upper lateral is resized, arguments of
+    ``torch.nn.functional.interpolate`` (to the lower map's size where they hold no ``scale_factor``).
+    Input: maps (batch, in_channels[i], h, w). Source: ``detection/efficientvit_fpn.py``.
     """
 
     def __init__(
@@ -56,8 +65,16 @@ class FPNNeck(nn.Module):
         pre_norm: bool = False,
         add_extra_convs: bool | str = False,
         relu_before_extra_convs: bool = False,
+        *,
+        conv_norm: bool = False,
+        conv_act: bool = False,
+        lateral_norm: bool = True,
+        upsample: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.upsample = {"mode": "nearest"} if upsample is None else dict(upsample)
+        outer = {"norm": conv_norm, "act": conv_act}
+        inner = {"norm": conv_norm and lateral_norm, "act": conv_act}
         self.add_extra_convs = "on_input" if add_extra_convs is True else add_extra_convs
         if self.add_extra_convs not in EXTRA:
             raise ValueError(f"add_extra_convs is {add_extra_convs!r}; expected True or one of {EXTRA}")
@@ -75,15 +92,17 @@ class FPNNeck(nn.Module):
         self.start_level, self.lower = start_level, lower
         self.relu_before_extra_convs = relu_before_extra_convs
         self.batch_norm = nn.ModuleList(LayerNorm2d(c, eps=1e-5) for c in used) if pre_norm else nn.ModuleList()
-        self.lateral_convs = nn.ModuleList(_Conv(c, out_channels, 1) for c in used)
-        self.fpn_convs = nn.ModuleList(_Conv(out_channels, out_channels, 3) for _ in used)
+        self.lateral_convs = nn.ModuleList(_Conv(c, out_channels, 1, **inner) for c in used)
+        self.fpn_convs = nn.ModuleList(_Conv(out_channels, out_channels, 3, **outer) for _ in used)
         for i in range(lower if self.add_extra_convs else 0):
             source = used[-1] if i == 0 and self.add_extra_convs == "on_input" else out_channels
-            self.fpn_convs.append(_Conv(source, out_channels, 3, stride=2))
+            self.fpn_convs.append(_Conv(source, out_channels, 3, stride=2, **outer))
         self.extra_trans_convs = nn.ModuleList(
-            _Conv(out_channels, out_channels, 2, stride=2, transposed=True) for _ in range(extra_trans_convs)
+            _Conv(out_channels, out_channels, 2, stride=2, transposed=True, **inner) for _ in range(extra_trans_convs)
         )
-        self.extra_fpn_convs = nn.ModuleList(_Conv(out_channels, out_channels, 3) for _ in range(extra_trans_convs))
+        self.extra_fpn_convs = nn.ModuleList(
+            _Conv(out_channels, out_channels, 3, **outer) for _ in range(extra_trans_convs)
+        )
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (batch, in_channels[i], h, w), largest first, to ``num_outs`` maps (batch, out_channels, h, w)."""
@@ -92,7 +111,8 @@ class FPNNeck(nn.Module):
             used = [norm(m) for norm, m in zip(self.batch_norm, used, strict=True)]
         laterals = [conv(m) for conv, m in zip(self.lateral_convs, used, strict=True)]
         for i in range(len(laterals) - 1, 0, -1):
-            laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=laterals[i - 1].shape[2:])
+            size = {} if "scale_factor" in self.upsample else {"size": laterals[i - 1].shape[2:]}
+            laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], **size, **self.upsample)
         larger: list[Tensor] = []
         for conv in self.extra_trans_convs:
             larger.insert(0, conv(larger[0] if larger else laterals[0]))
@@ -197,14 +217,19 @@ def efficientvim_fpn(
     pre_norm: bool = False,
     add_extra_convs: bool | str = False,
     relu_before_extra_convs: bool = False,
+    conv_norm: bool = False,
+    conv_act: bool = False,
+    lateral_norm: bool = True,
+    upsample: Mapping[str, Any] | None = None,
     frozen_norms: bool = True,
     **backbone: Any,
 ) -> EfficientViMFPN:
-    """Builder of the cards of backbone and detection neck; other arguments are the backbone's."""
+    """Builder of the cards of backbone and detection neck (:class:`FPNNeck`); other arguments are the backbone's."""
     body = _backbone(backbone)
     neck = FPNNeck(
         body.feature_info.channels(), out_channels, num_outs, start_level, extra_trans_convs, pre_norm,
-        add_extra_convs, relu_before_extra_convs,
+        add_extra_convs, relu_before_extra_convs, conv_norm=conv_norm, conv_act=conv_act, lateral_norm=lateral_norm,
+        upsample=upsample,
     )  # fmt: skip
     return EfficientViMFPN(body, neck, frozen_norms)
 
@@ -235,22 +260,29 @@ _NECK: dict[str, Any] = {
 }  # fmt: skip
 
 
+def _switch(key: str, value: Any, kinds: Sequence[str]) -> bool:
+    """Whether a mmcv table (``norm_cfg``, ``act_cfg``) asks for the one thing that is known here."""
+    if value is None:
+        return False
+    if value.get("type") not in kinds or set(value) - {"type", "requires_grad", "inplace"}:
+        raise ValueError(f"neck {key} is {dict(value)!r}; expected None or a table of type {' or '.join(kinds)} alone")
+    return True
+
+
 def build_reference(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> EfficientViMFPN:
     """The dense model from ``{"backbone": arguments, "neck": arguments}`` of the original's classes."""
-    body = check_reference_config("efficientvim", config.get("backbone", {}), _DEFAULTS, _SWALLOWED)
+    known = {**_DEFAULTS, "frozen_stages": -1}  # only the detection copy of the backbone has the latter
+    body = check_reference_config("efficientvim", config.get("backbone", {}), known, _SWALLOWED)
     given = {k: v for k, v in config.get("neck", {}).items() if k != "type"}
     neck = check_reference_config("efficientvim neck", given, _NECK)
-    for key in ("conv_cfg", "norm_cfg", "act_cfg"):
-        if neck[key] is not None:
-            raise ValueError(f"neck {key} is {neck[key]!r}; the published necks have none, and no other is known here")
-    if dict(neck["upsample_cfg"]) != {"mode": "nearest"}:
-        raise ValueError(f"neck upsample_cfg is {neck['upsample_cfg']!r}; expected {{'mode': 'nearest'}}")
+    if neck["conv_cfg"] not in (None, {"type": "Conv2d"}):
+        raise ValueError(f"neck conv_cfg is {neck['conv_cfg']!r}; expected None: no other convolution is known here")
     if neck["end_level"] not in (-1, len(body["embed_dim"])):
         raise ValueError(f"neck end_level is {neck['end_level']}; the original runs with -1 only")
     extra = neck["add_extra_convs"]
     if extra is True and not neck["extra_convs_on_inputs"]:
         extra = "on_output"
-    return efficientvim_fpn(
+    model = efficientvim_fpn(
         **{k: v for k, v in arguments(body).items() if k != "num_classes"},
         out_channels=neck["out_channels"],
         num_outs=neck["num_outs"],
@@ -259,4 +291,11 @@ def build_reference(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> E
         pre_norm=neck["pre_norm"],
         add_extra_convs=extra,
         relu_before_extra_convs=neck["relu_before_extra_convs"],
+        conv_norm=_switch("norm_cfg", neck["norm_cfg"], ("BN", "SyncBN")),
+        conv_act=_switch("act_cfg", neck["act_cfg"], ("ReLU",)),
+        lateral_norm=not neck["no_norm_on_lateral"],
+        upsample=neck["upsample_cfg"],
     )
+    if body["frozen_stages"] >= 0:  # the original freezes the stem alone, whatever the number
+        model.backbone.patch_embed.requires_grad_(False)
+    return model
