@@ -23,16 +23,23 @@ BUNDLE = ROOT / "examples" / "monai_bundle" / "configs"
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_blocks_are_those_of_monai(dims):
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("norm", ["instance", "batch", ("instance", {"affine": True}), ("group", {"num_groups": 2})])
+def test_blocks_are_those_of_monai(dims, residual, norm):
     torch.manual_seed(0)
     x, skip = torch.randn(2, 6, *[4] * dims), torch.randn(2, 4, *[8] * dims)
     pairs = (
-        (UnetrBasicBlock(dims, 6, 4, 3, 1, "instance", True), BasicBlock(dims, 6, 4), (x,)),
-        (UnetrUpBlock(dims, 6, 4, 3, 2, "instance", True), UpBlock(dims, 6, 4), (x, skip)),
+        (UnetrBasicBlock(dims, 6, 4, 3, 1, norm, residual), BasicBlock(dims, 6, 4, norm, residual), (x,)),
+        (UnetrUpBlock(dims, 6, 4, 3, 2, norm, residual), UpBlock(dims, 6, 4, norm, residual), (x, skip)),
     )
     for theirs, ours, inputs in pairs:
+        for p in theirs.parameters():
+            torch.nn.init.normal_(p, std=0.5)
         ours.load_state_dict(theirs.state_dict())
         torch.testing.assert_close(ours(*inputs), theirs(*inputs))
+        theirs.eval(), ours.eval()
+        with torch.no_grad():  # the lean way, where there is one
+            torch.testing.assert_close(ours(*inputs), theirs(*inputs))
 
 
 def test_metatensors_go_in():

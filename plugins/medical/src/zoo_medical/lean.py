@@ -51,6 +51,11 @@ class Norm(NamedTuple):
     bias: Tensor | None = None
 
 
+def norm_of(norm: Any) -> Norm:
+    """What an instance norm without running statistics holds."""
+    return Norm(norm.eps, norm.weight, norm.bias)
+
+
 def channel_last(x: Tensor) -> Tensor:
     """(batch, C, *size) with the channels innermost in memory; x itself where it lies so."""
     if x.shape[1] == 1 and x.stride(1) != 1:  # either order counts as contiguous, but convolutions look at the strides

@@ -29,11 +29,12 @@ STRIDE = 16
 class Visible:
     """Hides the masked cells of a map: multiplies it by the grid ``active`` at its resolution; None hides nothing.
 
-    ``active``: (batch, 1, f, f, f) bool, True where a cell is visible.
+    ``active``: (batch, 1, f, f, f) bool, True where a cell is visible. ``norms``: whether it hides what norms leave too
+    (their bias, in the masked cells), not what convolutions and pools leave alone.
     """
 
-    def __init__(self, active: Tensor | None = None) -> None:
-        self.active = active
+    def __init__(self, active: Tensor | None = None, norms: bool = True) -> None:
+        self.active, self.norms = active, norms
         self._at: dict[int, Tensor] = {}
 
     def at(self, size: int) -> Tensor:
@@ -48,6 +49,10 @@ class Visible:
 
     def __call__(self, x: Tensor) -> Tensor:
         return x if self.active is None else x * self.at(x.shape[2])
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The same for what a norm returned."""
+        return self(x) if self.norms else x
 
 
 class ChannelNorm(nn.Module):
@@ -80,7 +85,7 @@ class MedNeXtBlock(nn.Module):
         self.conv3 = nn.Conv3d(expansion * channels, channels, 1)
 
     def forward(self, x: Tensor, visible: Visible) -> Tensor:
-        y = visible(self.norm(visible(self.conv1(x))))
+        y = visible.normed(self.norm(visible(self.conv1(x))))
         return x + visible(self.conv3(F.gelu(visible(self.conv2(y)))))
 
 
@@ -99,10 +104,10 @@ class SkipBlock(nn.Module):
             self.norm3 = ChannelNorm(cout)
 
     def forward(self, x: Tensor, visible: Visible) -> Tensor:
-        y = F.leaky_relu(visible(self.norm1(visible(self.conv1(x)))), 0.01)
-        y = visible(self.norm2(visible(self.conv2(y))))
+        y = F.leaky_relu(visible.normed(self.norm1(visible(self.conv1(x)))), 0.01)
+        y = visible.normed(self.norm2(visible(self.conv2(y))))
         if self.shortcut:
-            x = visible(self.norm3(visible(self.conv3(x))))
+            x = visible.normed(self.norm3(visible(self.conv3(x))))
         return F.leaky_relu(y + x, 0.01)
 
 
@@ -207,7 +212,7 @@ class TokenMixer(nn.Module):
 
     def __init__(self, dim: int, grid: int, depth: int, *, masked: bool = False) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.masked = grid, masked
         self.pos_embed = nn.Parameter(torch.empty(1, grid**3, dim), requires_grad=False)
         with torch.no_grad():
             self.pos_embed.copy_(sine_positions(grid, dim))

@@ -50,7 +50,8 @@ def toki(features: Tensor, active: Tensor, A: Tensor) -> Tensor:
     later = torch.where(key, where, n - 1).flip(1).cummin(dim=1).values.flip(1)  # the next key, itself included
     after = torch.cat([later[:, 1:], later[:, -1:]], dim=1)  # the next key behind the position
     gap, inside = after - before, where - before
-    share = (inside / (gap - 1).clamp(min=1))[..., None].to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    share = (inside.to(wide) / (gap - 1).clamp(min=1))[..., None].to(x.dtype)
 
     def at(index: Tensor) -> Tensor:
         return x.gather(1, index[..., None].expand(-1, -1, channels))
@@ -109,19 +110,26 @@ class SparseEncoder(nn.Module):
         super().__init__()
         self.embeddings, self.mae = embeddings, mae
 
-    def forward(self, x: Tensor, active: Tensor, kept: int | None) -> tuple[list[Tensor], Tensor, int]:
-        x, skips = self.embeddings(x, Visible(active))
-        x, restore, walked = self.mae.forward_masked(x, active, kept)
-        return [x, *reversed(skips)], restore, walked
+    def forward(self, x: Tensor, active: Tensor, kept: int | None) -> tuple[list[Tensor], dict[str, Any]]:
+        """The maps, and for a sparse encoder the inverse order and the number of tokens that were walked."""
+        x, skips = self.embeddings(x, Visible(active, norms=self.mae.masked))
+        found: dict[str, Any] = {}
+        if self.mae.masked:
+            x, restore, walked = self.mae.forward_masked(x, active, kept)
+            found = {"ids_restore": restore[..., None], "n_kept": walked}
+        else:
+            x = self.mae(x)
+        return [x, *reversed(skips)], found
 
 
 class MambaMIM(nn.Module):
     """Masked pre-training: ``model(volumes)`` is the reconstruction loss on the hidden cells.
 
     Arguments: the encoder's as in :class:`zoo_medical.mambamim.Hybird`; ``decoder_width`` (halved at each level),
-    ``mask_ratio`` of hidden cells. Input (batch, in_chans, S, S, S); ``active`` (batch, 1, S/16, S/16, S/16) bool, True
-    where a cell is visible, is drawn when it is not given. The state of ``sparse_encoder`` goes into ``Hybird`` with
-    :func:`encoder_state`. Source: arXiv 2408.08070, section 3.
+    ``mask_ratio`` of hidden cells; ``sparse=False`` keeps the norms and the Mamba blocks of the encoder dense: hidden
+    cells are walked too, and only its convolutions and pools are masked. Input (batch, in_chans, S, S, S); ``active``
+    (batch, 1, S/16, S/16, S/16) bool, True where a cell is visible, is drawn when it is not given. The state of
+    ``sparse_encoder`` goes into ``Hybird`` with :func:`encoder_state`. Source: arXiv 2408.08070, section 3.
     """
 
     #: the number of tokens that are walked is counted over the whole batch, as in the original
@@ -138,13 +146,14 @@ class MambaMIM(nn.Module):
         depth: int = 4,
         decoder_width: int = 768,
         mask_ratio: float = 0.75,
+        sparse: bool = True,
     ) -> None:
         super().__init__()
         check_encoder(channels, depths, kernels, expansion, img_size)
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio is {mask_ratio}; expected a share between 0 and 1")
-        if decoder_width % 2**LEVELS:
-            raise ValueError(f"decoder_width is {decoder_width}; it is halved {LEVELS} times, give a multiple of 16")
+        if decoder_width < 2**LEVELS:
+            raise ValueError(f"decoder_width is {decoder_width}; it is halved {LEVELS} times, give 16 or more")
         if in_chans != 1:
             raise ValueError(f"in_chans is {in_chans}; the decoder reconstructs one channel")
         self.in_chans, self.img_size, self.grid, self.mask_ratio = in_chans, img_size, img_size // STRIDE, mask_ratio
@@ -153,7 +162,7 @@ class MambaMIM(nn.Module):
             raise ValueError(f"mask_ratio {mask_ratio} hides all of {self.grid**3} cells; use a larger img_size")
         self.sparse_encoder = SparseEncoder(
             Embeddings(in_chans, channels, depths, kernels, expansion),
-            TokenMixer(channels[-1], self.grid, depth, masked=True),
+            TokenMixer(channels[-1], self.grid, depth, masked=sparse),
         )
         self.dense_decoder = LightDecoder(decoder_width)
         widths = [channels[4], channels[4], channels[3], channels[2], channels[1]]
@@ -201,10 +210,10 @@ class MambaMIM(nn.Module):
                 "where a cell is visible"
             )
         visible = Visible(active)
-        maps, restore, walked = self.sparse_encoder(visible(image), active, kept)
+        maps, walk = self.sparse_encoder(visible(image), active, kept)
         filled = toki(maps[0], active, self.A_interpolation)
         if parts is not None:
-            parts.update(bcfff=maps[0], mask_token=filled, ids_restore=restore[..., None], n_kept=walked)
+            parts.update(bcfff=maps[0], mask_token=filled, **walk)
         dense = []
         for i, found in enumerate(maps[:LEVELS]):  # the original also projects the finest map, and drops it
             hidden = filled if i == 0 else self.mask_tokens[i].to(found.dtype)

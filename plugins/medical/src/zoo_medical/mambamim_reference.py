@@ -25,6 +25,17 @@ _ENCODER = {
     "depth": "depth",
 }
 _SEGMENTATION = {**_ENCODER, "n_classes": "num_classes"}
+#: the original's own defaults of ``Hybird``, which are not what it builds for the paper
+_DEFAULTS = {
+    "in_channel": 3,
+    "n_classes": 3,
+    "channels": (32, 64, 96, 128, 192),
+    "depths": (1, 1, 3, 3, 1),
+    "kernels": (3, 3, 3, 3, 3),
+    "exp_r": (2, 4, 4, 4, 2),
+    "img_size": 96,
+    "depth": 3,
+}
 
 
 class Interpolation(nn.Module):
@@ -49,7 +60,7 @@ class MambaMIMAdapter(MedicalAdapter):
             return self.load(Interpolation(config["C"]), state)
         if "encoder" in config:
             return self.load(MambaMIM(**_pretraining(config)), state)
-        return self.load(Hybird(**take("Hybird", config, _SEGMENTATION)), state)
+        return self.load(Hybird(**take("Hybird", {**_DEFAULTS, **config}, _SEGMENTATION, ["norm_layer"])), state)
 
     def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
         # the whole-model file keeps its configuration, which is no tensor, beside the weights
@@ -67,7 +78,8 @@ class MambaMIMAdapter(MedicalAdapter):
             parts: dict[str, Any] = {}
             loss = model.loss(image, model.reconstruct(image, active, parts=parts), active)
             found = {f"mid/{k}": v for k, v in parts.items() if isinstance(v, Tensor)}
-            found["mid/n_kept"] = torch.tensor([parts["n_kept"]])
+            if "n_kept" in parts:
+                found["mid/n_kept"] = torch.tensor([parts["n_kept"]])
             return {"loss": loss.reshape(1), "rec_or_inp": model.visualise(image, active)[2], **found}
         return super().run(model, inputs, call=call)
 
@@ -84,8 +96,11 @@ def _pretraining(config: Mapping[str, Any]) -> dict[str, Any]:
         "decoder_width": "decoder_width",
         "mask_ratio": "mask_ratio",
     }
-    found = take("MambaMIM", config, outer, ignored=["sbn"], fixed={"densify_norm": ""})
-    inner = take("the encoder of MambaMIM", found.pop("encoder"), _ENCODER, fixed={"sparse": True})
+    found = take("MambaMIM", config, outer, ignored=["sbn", "densify_norm"])  # neither is read by the original's layers
+    inner = take(
+        "the encoder of MambaMIM", {"sparse": False, **found.pop("encoder")}, _ENCODER | {"sparse": "sparse"},
+        ["norm_layer"],
+    )  # fmt: skip
     size = inner.pop("img_size", found.get("img_size", 96))
     if found.get("img_size", size) != size:
         raise ValueError(f"input_size is {found['img_size']} and the encoder's img_size {size}; they are the same")

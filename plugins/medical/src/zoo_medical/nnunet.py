@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .umamba import UMamba, UMambaAdapter
+from .umamba import UMamba
+from .umamba_reference import UMambaAdapter
 
 
 def umamba_from_plans(

@@ -20,7 +20,7 @@ def zoo_adapters() -> Mapping[str, str]:
         "mambamim": "zoo_medical.mambamim_reference:MambaMIMAdapter",
         "segmamba": "zoo_medical.segmamba:SegMambaAdapter",
         "swin_umamba": "zoo_medical.swin_umamba:SwinUMambaAdapter",
-        "umamba": "zoo_medical.umamba:UMambaAdapter",
+        "umamba": "zoo_medical.umamba_reference:UMambaAdapter",
         "vm_unet": "zoo_medical.vm_unet:VMUNetAdapter",
     }
 

@@ -27,7 +27,7 @@ from zoo_kernels import paths as grid_paths
 
 from . import lean
 from ._base import MedicalAdapter, check_input, take
-from .unetr_blocks import BasicBlock, OutBlock, UpBlock
+from .unetr_blocks import BasicBlock, NormName, OutBlock, UpBlock
 
 
 class TriMamba(nn.Module):
@@ -35,20 +35,36 @@ class TriMamba(nn.Module):
 
     ``x, z = in_proj(u)``; for each order its own causal depthwise convolution, SiLU and selective scan; the sum of the
     three, times SiLU(z), through ``out_proj``. (batch, length, dim) to the same; ``slices`` divides the length.
-    Arguments: ``dim``, ``state`` N, ``conv`` width, ``expand``, ``slices``. Parameters of the orders are stacked:
-    ``conv_weight`` (3, E, conv), ``conv_bias`` (3, E), ``scan`` see :class:`zoo.layers.PathScan`.
+    Arguments: ``dim``, ``state`` N, ``conv`` width, ``expand`` (E = int(expand * dim)), ``slices``, ``dt_rank`` (None:
+    dim / 16, rounded up), ``conv_bias``, ``bias`` of the projections. Parameters of the orders are stacked:
+    ``conv_weight`` (3, E, conv), ``conv_bias`` (3, E) or None, ``scan`` see :class:`zoo.layers.PathScan`.
     Source: arXiv 2401.13560, section 2.2 (ToM, equations 2 and 3).
     """
 
-    def __init__(self, dim: int, state: int = 16, conv: int = 4, expand: int = 2, slices: int = 5) -> None:
+    def __init__(
+        self,
+        dim: int,
+        state: int = 16,
+        conv: int = 4,
+        expand: float = 2,
+        slices: int = 5,
+        dt_rank: int | None = None,
+        conv_bias: bool = True,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         channels = int(expand * dim)
         self.slices = slices
-        self.in_proj = nn.Linear(dim, 2 * channels, bias=False)
+        self.in_proj = nn.Linear(dim, 2 * channels, bias=bias)
         self.conv_weight = nn.Parameter(torch.empty(3, channels, conv).uniform_(-(conv**-0.5), conv**-0.5))
-        self.conv_bias = nn.Parameter(torch.empty(3, channels).uniform_(-(conv**-0.5), conv**-0.5))
-        self.scan = PathScan(channels, state, math.ceil(dim / 16), 3)
-        self.out_proj = nn.Linear(channels, dim, bias=False)
+        self.conv_bias = None
+        if conv_bias:
+            self.conv_bias = nn.Parameter(torch.empty(3, channels).uniform_(-(conv**-0.5), conv**-0.5))
+        self.scan = PathScan(channels, state, math.ceil(dim / 16) if dt_rank is None else dt_rank, 3)
+        self.out_proj = nn.Linear(channels, dim, bias=bias)
+
+    def _conv_bias(self, order: int) -> Tensor | None:
+        return None if self.conv_bias is None else self.conv_bias[order]
 
     def forward(self, u: Tensor) -> Tensor:
         length = u.shape[1]
@@ -60,7 +76,7 @@ class TriMamba(nn.Module):
         order = grid_paths.get(f"tri_orientated(slices={self.slices})", (length,), device=u.device)
         x, z = self.in_proj(u).chunk(2, dim=-1)
         ways = [
-            causal_conv1d(x, self.conv_weight[k], self.conv_bias[k], activation="silu", path=order[k : k + 1])[0]
+            causal_conv1d(x, self.conv_weight[k], self._conv_bias(k), activation="silu", path=order[k : k + 1])[0]
             for k in range(3)
         ]
         return self.out_proj(self.scan(torch.stack(ways, dim=2), z=z, path=order))
@@ -73,10 +89,11 @@ class TriMamba(nn.Module):
         batch, length, _ = u.shape
         width = self.out_proj.in_features
         weight, scan = self.in_proj.weight, self.scan
+        bias_x, bias_z = (None, None) if self.in_proj.bias is None else self.in_proj.bias.split(width)
         A = -torch.exp(scan.A_log)
         x, y = u.new_empty(batch, length, width), u.new_empty(batch, length, width)
         for rows in lean.pieces(length, width):
-            x[:, rows] = linear(norm(u[:, rows]), weight[:width])
+            x[:, rows] = linear(norm(u[:, rows]), weight[:width], bias_x)
         for k in range(3):
             across = self.slices if k == 2 else 1
             read, written = (t.unflatten(1, (across, -1)).transpose(1, 2) for t in (x, y))
@@ -85,7 +102,7 @@ class TriMamba(nn.Module):
             for rows in cut[::-1] if k == 1 else cut:
                 part = read[:, rows].flatten(1, 2)
                 part, conv = causal_conv1d(
-                    part, self.conv_weight[k], self.conv_bias[k], activation="silu", reverse=k == 1,
+                    part, self.conv_weight[k], self._conv_bias(k), activation="silu", reverse=k == 1,
                     initial_state=conv, return_final_state=True,
                 )  # fmt: skip
                 dt, B, C = linear(part, scan.x_proj[k]).split([scan.dt_rank, scan.state, scan.state], dim=-1)
@@ -101,8 +118,8 @@ class TriMamba(nn.Module):
         del x
         answer = torch.empty_like(u)
         for rows in lean.pieces(length, width):
-            z = linear(norm(u[:, rows]), weight[width:], act="silu")
-            answer[:, rows] = linear(y[:, rows].mul_(z), self.out_proj.weight)
+            z = linear(norm(u[:, rows]), weight[width:], bias_z, act="silu")
+            answer[:, rows] = linear(y[:, rows].mul_(z), self.out_proj.weight, self.out_proj.bias)
         return answer
 
 
@@ -205,7 +222,8 @@ class SegMamba(nn.Module):
 
     Arguments: ``in_chans``, ``num_classes``, ``depths`` (Mamba layers of the four stages), ``feat_size`` (their
     widths), ``hidden_size`` (at the bottom), ``slices`` of the across-slice order in each stage (the authors' are the
-    numbers of slices of a 128^3 input), ``state`` N. Input (batch, in_chans, X, Y, Z), sides multiples of 16 whose
+    numbers of slices of a 128^3 input), ``state`` N; ``norm`` and ``residual`` of the convolutional blocks, see
+    :mod:`zoo_medical.unetr_blocks`. Input (batch, in_chans, X, Y, Z), sides multiples of 16 whose
     feature maps divide into the slices. Output: logits (batch, num_classes, X, Y, Z).
     Source: arXiv 2401.13560, section 2.
     """
@@ -228,6 +246,8 @@ class SegMamba(nn.Module):
         hidden_size: int = 768,
         slices: Sequence[int] = (64, 32, 16, 8),
         state: int = 16,
+        norm: NormName = "instance",
+        residual: bool = True,
     ) -> None:
         super().__init__()
         for name, given in (("depths", depths), ("feat_size", feat_size), ("slices", slices)):
@@ -236,16 +256,16 @@ class SegMamba(nn.Module):
         f = list(feat_size)
         self.in_chans, self.num_classes = in_chans, num_classes
         self.vit = MambaEncoder(in_chans, depths, f, slices, state)
-        self.encoder1 = BasicBlock(3, in_chans, f[0])
-        self.encoder2 = BasicBlock(3, f[0], f[1])
-        self.encoder3 = BasicBlock(3, f[1], f[2])
-        self.encoder4 = BasicBlock(3, f[2], f[3])
-        self.encoder5 = BasicBlock(3, f[3], hidden_size)
-        self.decoder5 = UpBlock(3, hidden_size, f[3])
-        self.decoder4 = UpBlock(3, f[3], f[2])
-        self.decoder3 = UpBlock(3, f[2], f[1])
-        self.decoder2 = UpBlock(3, f[1], f[0])
-        self.decoder1 = BasicBlock(3, f[0], f[0])
+        self.encoder1 = BasicBlock(3, in_chans, f[0], norm, residual)
+        self.encoder2 = BasicBlock(3, f[0], f[1], norm, residual)
+        self.encoder3 = BasicBlock(3, f[1], f[2], norm, residual)
+        self.encoder4 = BasicBlock(3, f[2], f[3], norm, residual)
+        self.encoder5 = BasicBlock(3, f[3], hidden_size, norm, residual)
+        self.decoder5 = UpBlock(3, hidden_size, f[3], norm, residual)
+        self.decoder4 = UpBlock(3, f[3], f[2], norm, residual)
+        self.decoder3 = UpBlock(3, f[2], f[1], norm, residual)
+        self.decoder2 = UpBlock(3, f[1], f[0], norm, residual)
+        self.decoder1 = BasicBlock(3, f[0], f[0], norm, residual)
         self.out = OutBlock(3, f[0], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -268,10 +288,21 @@ _CONFIG = {
     "depths": "depths",
     "feat_size": "feat_size",
     "hidden_size": "hidden_size",
+    "norm_name": "norm",
+    "res_block": "residual",
 }
-_IGNORED = ("drop_path_rate", "layer_scale_init_value", "out_indices")
-_FIXED = {"norm_name": "instance", "conv_block": True, "res_block": True, "spatial_dims": 3}
-_MIXER = {"d_model": "dim", "d_state": "state", "d_conv": "conv", "expand": "expand", "nslices": "slices"}
+_IGNORED = ("drop_path_rate", "layer_scale_init_value", "out_indices", "conv_block")
+_FIXED = {"spatial_dims": 3}
+_MIXER = {
+    "d_model": "dim",
+    "d_state": "state",
+    "d_conv": "conv",
+    "expand": "expand",
+    "nslices": "slices",
+    "dt_rank": "dt_rank",
+    "conv_bias": "conv_bias",
+    "bias": "bias",
+}
 
 
 def _mixer_rules(at: str) -> Rules:
@@ -297,15 +328,14 @@ class SegMambaAdapter(MedicalAdapter):
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
         if "d_model" in config:
             # the library's defaults, which only say how new weights are drawn, or which kernel runs
-            ignored = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path", "layer_idx")
-            fixed = {"bimamba_type": "v3", "dt_rank": "auto", "conv_bias": True, "bias": False}
-            return self.load(TriMamba(**take("the tri-orientated mixer", config, _MIXER, ignored, fixed)), state)
+            ignored = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "layer_idx", "device", "dtype")
+            # without the fast path the original walks the first order alone
+            fixed = {"bimamba_type": "v3", "use_fast_path": True}
+            arguments = take("the tri-orientated mixer", config, _MIXER, ignored, fixed)
+            if arguments.get("dt_rank") == "auto":
+                del arguments["dt_rank"]
+            return self.load(TriMamba(**arguments), state)
         return self.load(SegMamba(**take("SegMamba", config, _CONFIG, _IGNORED, _FIXED)), state)
-
-    def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
-        if state and all(k.startswith("module.") for k in state):  # as the authors' training loop saves it
-            state = {k.removeprefix("module."): v for k, v in state.items()}
-        return super().to_zoo(state, model=model)
 
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
         return Rules(

@@ -8,6 +8,7 @@ Differs: the encoder's widths, depths and states are arguments of both networks.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,30 +20,25 @@ from zoo.layers.vss import PatchExpanding
 from zoo.rules import Rules
 
 from ._base import MedicalAdapter, check_input, take
-from .unetr_blocks import BasicBlock, OutBlock, UpBlock
-from .vss_unet import VSSLayer, VSSMEncoder, block_path, init_linear, rules_for
+from .unetr_blocks import BasicBlock, NormName, OutBlock, UpBlock
+from .vss_unet import VSSLayer, VSSMEncoder, block_path, doubling, init_linear, rules_for, states
 
 
-def _widths(dims: int | Sequence[int]) -> list[int]:
-    found = [dims * 2**i for i in range(4)] if isinstance(dims, int) else [int(d) for d in dims]
-    if len(found) != 4:
-        raise ValueError(f"dims is {dims}; expected four widths, or one that doubles from stage to stage")
-    return found
-
-
-def _encoder(in_chans: int, patch: int, depths: Sequence[int], dims: Sequence[int], state: int, rate: float):
-    if len(depths) != 4:
-        raise ValueError(f"depths is {tuple(depths)}; expected the number of blocks of four stages")
+def _encoder(
+    in_chans: int, patch: int, depths: Sequence[int], dims: Sequence[int], state: int | None, rate: float,
+    **more: Any,
+) -> VSSMEncoder:  # fmt: skip
     rates = torch.linspace(0, rate, sum(depths), device="cpu").tolist()
-    return VSSMEncoder(in_chans, patch, depths, dims, state, rates)
+    return VSSMEncoder(in_chans, patch, depths, dims, states(state, dims), rates, **more)
 
 
 class SwinUMamba(nn.Module):
     """Strided stem, VMamba encoder, convolutional decoder with a residual block on every skip.
 
     Arguments: ``in_chans``, ``num_classes``, ``feat_size`` (widths of the decoder at strides 1, 2, 4, 8, 16),
-    ``hidden_size`` (width of the encoder's last map), ``dims``, ``depths``, ``state``, ``drop_path_rate`` of the
-    encoder, ``deep_supervision``. Input (batch, in_chans, H, W), sides multiples of 32. Output: logits (batch,
+    ``hidden_size`` (width of the encoder's last map), ``dims``, ``depths``, ``state`` (None: ``dims[0]`` / 6, rounded
+    up), ``drop_path_rate`` of the encoder, ``deep_supervision``, ``norm`` and ``residual`` of the convolutional blocks,
+    see :mod:`zoo_medical.unetr_blocks`. Input (batch, in_chans, H, W), sides multiples of 32. Output: logits (batch,
     num_classes, H, W); with deep supervision a list at scales 1, 1/2, 1/4, 1/8.
     Source: arXiv 2402.03302, section 2.
     """
@@ -56,13 +52,17 @@ class SwinUMamba(nn.Module):
         deep_supervision: bool = False,
         dims: int | Sequence[int] = (96, 192, 384, 768),
         depths: Sequence[int] = (2, 2, 9, 2),
-        state: int = 16,
+        state: int | None = 16,
         drop_path_rate: float = 0.2,
+        norm: NormName = "instance",
+        residual: bool = True,
     ) -> None:
         super().__init__()
         if len(feat_size) != 5:
             raise ValueError(f"feat_size is {tuple(feat_size)}; expected five widths, for strides 1, 2, 4, 8 and 16")
-        f, widths = list(feat_size), _widths(dims)
+        if len(depths) != 4:
+            raise ValueError(f"depths is {tuple(depths)}; expected the number of blocks of four stages")
+        f, widths = list(feat_size), doubling(dims, 4)
         if f[1:4] != widths[:3] or hidden_size != widths[3]:
             raise ValueError(
                 f"feat_size is {f} and hidden_size {hidden_size}; feat_size[1:4] and hidden_size are the encoder's "
@@ -73,17 +73,17 @@ class SwinUMamba(nn.Module):
             nn.Conv2d(in_chans, f[0], 7, stride=2, padding=3), nn.InstanceNorm2d(f[0], eps=1e-5, affine=True)
         )
         self.vssm_encoder = _encoder(f[0], 2, depths, widths, state, drop_path_rate)
-        self.encoder1 = BasicBlock(2, in_chans, f[0])
-        self.encoder2 = BasicBlock(2, f[0], f[1])
-        self.encoder3 = BasicBlock(2, f[1], f[2])
-        self.encoder4 = BasicBlock(2, f[2], f[3])
-        self.encoder5 = BasicBlock(2, f[3], f[4])
-        self.decoder6 = UpBlock(2, hidden_size, f[4])
-        self.decoder5 = UpBlock(2, f[4], f[3])
-        self.decoder4 = UpBlock(2, f[3], f[2])
-        self.decoder3 = UpBlock(2, f[2], f[1])
-        self.decoder2 = UpBlock(2, f[1], f[0])
-        self.decoder1 = BasicBlock(2, f[0], f[0])
+        self.encoder1 = BasicBlock(2, in_chans, f[0], norm, residual)
+        self.encoder2 = BasicBlock(2, f[0], f[1], norm, residual)
+        self.encoder3 = BasicBlock(2, f[1], f[2], norm, residual)
+        self.encoder4 = BasicBlock(2, f[2], f[3], norm, residual)
+        self.encoder5 = BasicBlock(2, f[3], f[4], norm, residual)
+        self.decoder6 = UpBlock(2, hidden_size, f[4], norm, residual)
+        self.decoder5 = UpBlock(2, f[4], f[3], norm, residual)
+        self.decoder4 = UpBlock(2, f[3], f[2], norm, residual)
+        self.decoder3 = UpBlock(2, f[2], f[1], norm, residual)
+        self.decoder2 = UpBlock(2, f[1], f[0], norm, residual)
+        self.decoder1 = BasicBlock(2, f[0], f[0], norm, residual)
         self.out_layers = nn.ModuleList(OutBlock(2, width, num_classes) for width in f[:4])
         init_linear(self)
 
@@ -118,13 +118,14 @@ class SwinUMamba(nn.Module):
 class MambaDecoder(nn.Module):
     """Expand, put the skip beside it, project back, two VSS blocks; at the end expand four times to full size."""
 
-    def __init__(self, widths: Sequence[int], classes: int, state: int, drop_path_rate: float) -> None:
+    def __init__(self, widths: Sequence[int], classes: int, state: int | None, drop_path_rate: float) -> None:
         super().__init__()
         down = list(reversed(widths))
+        wide = [math.ceil(2 * d / 6) if state is None else state for d in down[1:]]
         rates = torch.linspace(drop_path_rate, 0, 2 * (len(down) - 1), device="cpu").tolist()
         self.expand_layers = nn.ModuleList(PatchExpanding(a, b) for a, b in itertools.pairwise(down))
         self.expand_layers.append(PatchExpanding(down[-1], down[-1], 4))
-        self.stages = nn.ModuleList(VSSLayer(d, rates[2 * i : 2 * i + 2], state) for i, d in enumerate(down[1:]))
+        self.stages = nn.ModuleList(VSSLayer(d, rates[2 * i : 2 * i + 2], wide[i]) for i, d in enumerate(down[1:]))
         self.concat_back_dim = nn.ModuleList(nn.Linear(2 * d, d) for d in down[1:])
         self.seg_layers = nn.ModuleList(nn.Conv2d(d, classes, 1) for d in [*down[1:], down[-1]])
 
@@ -144,8 +145,11 @@ class MambaDecoder(nn.Module):
 class SwinUMambaD(nn.Module):
     """VMamba encoder on the image, and a decoder of VSS blocks ("dagger" in the paper).
 
-    Arguments as :class:`SwinUMamba`'s; ``patch_size`` of the encoder, ``decoder_state`` and
-    ``decoder_drop_path_rate`` of the decoder. With deep supervision a list at scales 1, 1/4, 1/8, 1/16.
+    Arguments as :class:`SwinUMamba`'s; ``dims`` and ``depths`` of any number of stages; ``patch_size`` and
+    ``patch_norm`` of the encoder's patch embedding (the decoder ends at 4 times the size of the first map, which is the
+    image's for patches of 4), ``drop_rate`` behind it, ``attn_drop_rate`` behind each mixer of the encoder;
+    ``decoder_state`` (None: a third of a stage's width, rounded up) and ``decoder_drop_path_rate`` of the decoder.
+    With deep supervision a list at scales 1, 1/4, 1/8, 1/16.
     Source: arXiv 2402.03302, section 2.
     """
 
@@ -155,19 +159,26 @@ class SwinUMambaD(nn.Module):
         num_classes: int = 8,
         dims: int | Sequence[int] = 96,
         depths: Sequence[int] = (2, 2, 9, 2),
-        state: int = 16,
-        decoder_state: int = 16,
+        state: int | None = 16,
+        decoder_state: int | None = 16,
         drop_path_rate: float = 0.2,
         decoder_drop_path_rate: float = 0.2,
         deep_supervision: bool = False,
         patch_size: int = 4,
+        patch_norm: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if patch_size != 4:
-            raise ValueError(f"patch_size is {patch_size}; the decoder's last step multiplies the sides by 4")
-        widths = _widths(dims)
+        widths = doubling(dims, len(depths))
+        if len(widths) < 2:
+            raise ValueError(f"depths is {tuple(depths)}; expected the numbers of blocks of two stages or more")
+        self.multiple = patch_size * 2 ** (len(widths) - 1)
         self.in_chans, self.num_classes, self.deep_supervision = in_chans, num_classes, deep_supervision
-        self.vssm_encoder = _encoder(in_chans, patch_size, depths, widths, state, drop_path_rate)
+        self.vssm_encoder = _encoder(
+            in_chans, patch_size, depths, widths, state, drop_path_rate,
+            patch_norm=patch_norm, drop=drop_rate, mixer_drop=attn_drop_rate,
+        )  # fmt: skip
         self.decoder = MambaDecoder(widths, num_classes, decoder_state, decoder_drop_path_rate)
         init_linear(self)
         for module in self.modules():
@@ -183,10 +194,11 @@ class SwinUMambaD(nn.Module):
 
     @property
     def unused_parameters(self) -> tuple[str, ...]:
-        return () if self.deep_supervision else tuple(f"decoder.seg_layers.{i}." for i in (0, 1, 2))
+        heads = len(self.decoder.seg_layers)
+        return () if self.deep_supervision else tuple(f"decoder.seg_layers.{i}." for i in range(heads - 1))
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        x = check_input("Swin-UMamba-D", x, self.in_chans, 2, 32)
+        x = check_input("Swin-UMamba-D", x, self.in_chans, 2, self.multiple)
         return self.decoder(self.vssm_encoder(x)[1:], self.deep_supervision)
 
 
@@ -197,13 +209,18 @@ _CONFIG = {
     "out_chans": "num_classes",
     "feat_size": "feat_size",
     "hidden_size": "hidden_size",
-    "drop_path_rate": "drop_path_rate",
     "deep_supervision": "deep_supervision",
+    "norm_name": "norm",
+    "res_block": "residual",
 }
-_IGNORED = ("layer_scale_init_value",)
-_FIXED = {"norm_name": "instance", "conv_block": True, "res_block": True, "spatial_dims": 2}
+#: ``drop_path_rate`` is not handed on to the encoder, which keeps its own 0.2
+_IGNORED = ("layer_scale_init_value", "drop_path_rate")
+_FIXED = {"spatial_dims": 2}
 _ENCODER = {"dims": "dims", "depths": "depths", "d_state": "state", "drop_path_rate": "drop_path_rate"}
-_VSS = {**_ENCODER, "in_chans": "in_chans", "patch_size": "patch_size"}
+_VSS = {
+    **_ENCODER,
+    **{k: k for k in ("in_chans", "patch_size", "patch_norm", "drop_rate", "attn_drop_rate")},
+}
 _DECODER = {
     "num_classes": "num_classes",
     "deep_supervision": "deep_supervision",
@@ -224,11 +241,10 @@ class SwinUMambaAdapter(MedicalAdapter):
                 raise ValueError(f"SwinUMambaD has no argument {', '.join(unknown)}; known: decoder_args, vss_args")
             vss, decoder = dict(config["vss_args"]), dict(config["decoder_args"])
             features = decoder.pop("features_per_stage", None)
-            if features is not None and list(features) != _widths(vss.get("dims", 96)):
-                raise ValueError(
-                    f"features_per_stage is {list(features)}; expected the encoder's widths {_widths(vss['dims'])}"
-                )
-            arguments = take("SwinUMambaD (vss_args)", vss, _VSS)
+            widths = doubling(vss.get("dims", 96), len(vss.get("depths", range(4))))
+            if features is not None and list(features) != widths:
+                raise ValueError(f"features_per_stage is {list(features)}; expected the encoder's widths {widths}")
+            arguments = take("SwinUMambaD (vss_args)", {"drop_path_rate": 0.1, **vss}, _VSS, ["use_checkpoint"])
             arguments |= take("SwinUMambaD (decoder_args)", decoder, _DECODER)
             return self.load(SwinUMambaD(**arguments), state)
         outer = {k: v for k, v in config.items() if k != "encoder"}

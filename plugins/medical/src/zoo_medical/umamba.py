@@ -8,7 +8,7 @@ is registered once (the original's state dict holds it twice), and one class ser
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
 from zoo.layers import Mamba
-from zoo.rules import Drop, Rules
 
 from . import lean
-from ._base import MedicalAdapter, check_input
+from ._base import check_input
 from .unetr_blocks import CONV
 
 #: one number for every axis, or one for each
@@ -70,11 +69,8 @@ class ResidualBlock(nn.Module):
     def lean(self, maps: Sequence[Tensor], *, owned: Sequence[bool]) -> Tensor:
         """The same for maps side by side, see :func:`zoo_medical.lean.residual`."""
         convs = (self.conv1, self.conv2, self.conv3)
-        return lean.residual(maps, convs, (_norm(self.norm1), _norm(self.norm2), None), self.slope, owned=owned)
-
-
-def _norm(norm: Any) -> lean.Norm:
-    return lean.Norm(norm.eps, norm.weight, norm.bias)
+        norms = (lean.norm_of(self.norm1), lean.norm_of(self.norm2), None)
+        return lean.residual(maps, convs, norms, self.slope, owned=owned)
 
 
 class ConvNorm(nn.Module):
@@ -101,7 +97,7 @@ class PlainBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if lean.lean(self, x):
             convs = (self.conv1.conv, self.conv2.conv, None)
-            norms = (_norm(self.conv1.norm), _norm(self.conv2.norm), None)
+            norms = (lean.norm_of(self.conv1.norm), lean.norm_of(self.conv2.norm), None)
             return lean.residual([lean.channel_last(x)], convs, norms, self.slope, owned=[False])
         return F.leaky_relu(self.conv2(F.leaky_relu(self.conv1(x), self.slope)) + x, self.slope)
 
@@ -216,7 +212,8 @@ class Upsample(nn.Module):
 class Decoder(nn.Module):
     """From the bottom up: upsample, put the skip beside it, blocks, and a 1x1 convolution to logits.
 
-    In two dimensions the last stage, at full size, takes no skip (as in the original).
+    It ends at the size of the first stage: the first stride is not undone. In two dimensions the last stage takes no
+    skip (as in the original).
     """
 
     def __init__(
@@ -264,13 +261,14 @@ class UMamba(nn.Module):
     """U-Mamba with a Mamba layer at the bottom (``mamba="bot"``) or after the encoder's stages (``mamba="enc"``).
 
     Arguments (nnU-Net plans): ``dims`` 2 or 3; ``features``, ``kernels``, ``strides`` of the stages (a kernel or stride
-    is a number or one an axis; the first stride is 1); ``blocks``, ``decoder_blocks``: convolution blocks a stage, one
-    number or a list, of which the deeper half is reduced to 1 as the original does; ``input_size``: the plan's
-    patch size, which an Enc network is tied to; ``conv_bias`` of the plain blocks; ``norm_eps``, ``norm_affine``;
-    ``slope`` of LeakyReLU; ``deep_supervision``.
+    is a number or one an axis; plans begin with the stride 1); ``blocks``, ``decoder_blocks``: convolution blocks a
+    stage, one number or a list, of which the deeper half is reduced to 1 as the original does; ``input_size``: the
+    plan's patch size, which an Enc network is tied to; ``conv_bias`` of the plain blocks; ``norm_eps``,
+    ``norm_affine``; ``slope`` of LeakyReLU (0: ReLU); ``deep_supervision``.
 
     Input (batch, in_chans, *size), sides multiples of the product of the strides. Output: logits (batch, num_classes,
-    *size); with deep supervision a list, full size first, one for each decoder stage.
+    *size) (size / strides[0], where that is not 1); with deep supervision a list, largest first, one for each decoder
+    stage.
     Source: arXiv 2401.04722, section 3 and figure 1.
     """
 
@@ -311,8 +309,6 @@ class UMamba(nn.Module):
                 f"{n} features, {len(kernels)} kernels and {len(strides)} strides; expected two stages or more, and "
                 "one of each for every stage"
             )
-        if any(t != 1 for t in _axes(strides[0], dims)):
-            raise ValueError(f"the first stride is {strides[0]}; expected 1, the full size")
         counts = _counts("blocks", blocks, n)
         counts_up = _counts("decoder_blocks", decoder_blocks, n - 1)
         for s in range(math.ceil(n / 2), n):
@@ -366,125 +362,3 @@ def _counts(name: str, value: int | Sequence[int], n: int) -> list[int]:
     if len(found) != n:
         raise ValueError(f"{name} is {value}; expected one number, or {n} of them")
     return found
-
-
-# -- the original's format --------------------------------------------------------------------------------------------
-
-_CONFIG = {
-    "input_channels": "in_chans",
-    "num_classes": "num_classes",
-    "features_per_stage": "features",
-    "kernel_sizes": "kernels",
-    "strides": "strides",
-    "n_conv_per_stage": "blocks",
-    "n_conv_per_stage_decoder": "decoder_blocks",
-    "conv_bias": "conv_bias",
-    "deep_supervision": "deep_supervision",
-    "input_size": "input_size",
-}
-#: arguments that change nothing in the original, and those read below
-_IGNORED = {"dropout_op", "dropout_op_kwargs", "stem_channels"}
-_READ = {"n_stages", "conv_op", "norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs", "block"}
-
-
-class UMambaAdapter(MedicalAdapter):
-    """bowang-lab/U-Mamba: ``UMambaBot`` and ``UMambaEnc`` of two and three dimensions.
-
-    Operators are given by name as nnU-Net's plans do: ``conv_op`` "Conv2d" or "torch.nn.modules.conv.Conv3d",
-    ``nonlin`` "LeakyReLU(0.01)" or "LeakyReLU" with ``nonlin_kwargs``.
-    """
-
-    system = "umamba"
-
-    def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
-        return self.load(UMamba(**translate(config, state, source)), state)
-
-    def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
-        check_copies(state)
-        return super().to_zoo(state, model=model)
-
-    def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
-        return Rules(
-            Drop("decoder.encoder.{rest:*}"),
-            Drop("{rest:*}.all_modules.{i:d}.{leaf}"),
-        )
-
-    def to_reference(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
-        """With the copies that the original's file holds: blocks under ``all_modules``, the encoder in the decoder."""
-        found: dict[str, Tensor] = {}
-        for key, value in state.items():
-            names = [key]
-            parts = key.split(".")
-            if len(parts) > 3 and parts[-3] in ("conv1", "conv2") and parts[-2] in ("conv", "norm"):
-                index = str(("conv", "norm").index(parts[-2]))
-                names.append(".".join([*parts[:-2], "all_modules", index, parts[-1]]))
-            if parts[0] == "encoder":
-                names += [f"decoder.{name}" for name in names]
-            found.update(dict.fromkeys(names, value))
-        return found
-
-
-def check_copies(state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError when a copy in the original's state dict differs from what it is a copy of."""
-    for key, value in state.items():
-        kept = key.removeprefix("decoder.") if key.startswith("decoder.encoder.") else key
-        kept = kept.replace(".all_modules.0.", ".conv.").replace(".all_modules.1.", ".norm.")
-        if kept == key:
-            continue
-        if kept not in state:
-            raise ValueError(f"{key!r} is a copy of {kept!r}, which is not in the state dict")
-        if value.device.type != "meta" and value is not state[kept] and not torch.equal(value, state[kept]):
-            raise ValueError(f"{key!r} differs from {kept!r}; in U-Mamba they are one tensor")
-
-
-def translate(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str = "") -> dict[str, Any]:
-    """Our constructor's arguments for those of the original's four classes."""
-    unknown = sorted(set(config) - set(_CONFIG) - _IGNORED - _READ)
-    if unknown:
-        known = ", ".join(sorted({*_CONFIG, *_IGNORED, *_READ}))
-        raise ValueError(f"U-Mamba has no argument {', '.join(map(repr, unknown))}; known: {known}")
-    found: dict[str, Any] = {ours: config[theirs] for theirs, ours in _CONFIG.items() if config.get(theirs) is not None}
-    weight = state["encoder.stem.0.conv1.weight"]
-    found["dims"] = weight.dim() - 2
-    conv = str(config.get("conv_op") or "").rpartition(".")[2]
-    if conv and conv != f"Conv{found['dims']}d":
-        raise ValueError(f"conv_op is {config['conv_op']!r}, but the weights are of {found['dims']} dimensions")
-    found["mamba"] = "bot" if any(k.startswith("mamba_layer.") for k in state) else "enc"
-    named = source.rpartition(":")[2]
-    if named in ("UMambaBot", "UMambaEnc") and named[-3:].lower() != found["mamba"]:
-        raise ValueError(f"{named} was named, but the weights are of U-Mamba {found['mamba'].capitalize()}")
-    n = config.get("n_stages", len(found["features"]))
-    if isinstance(found["features"], int):
-        found["features"] = [found["features"] * 2**i for i in range(n)]
-    if n != len(found["features"]):
-        raise ValueError(f"n_stages is {n}, but features_per_stage has {len(found['features'])} entries")
-    if "kernels" in found and isinstance(found["kernels"], int):
-        found["kernels"] = [found["kernels"]] * n
-    if isinstance(found["strides"], int):
-        found["strides"] = [1] + [found["strides"]] * (n - 1)
-    norm = str(config.get("norm_op") or "").rpartition(".")[2]
-    if norm and norm != f"InstanceNorm{found['dims']}d":
-        raise ValueError(f"norm_op is {config['norm_op']!r}; only InstanceNorm{found['dims']}d is built here")
-    options = dict(config.get("norm_op_kwargs") or {})
-    found["norm_eps"] = options.pop("eps", 1e-5)
-    found["norm_affine"] = options.pop("affine", False)
-    found["slope"] = _slope(config)
-    if options:
-        raise ValueError(f"norm_op_kwargs holds {', '.join(options)}; only eps and affine are read here")
-    return found
-
-
-def _slope(config: Mapping[str, Any]) -> float:
-    """The slope in "LeakyReLU(0.01)", in ``nonlin_kwargs``, or LeakyReLU's own 0.01."""
-    text = str(config.get("nonlin") or "LeakyReLU").rpartition("modules.activation.")[2].removeprefix("torch.nn.")
-    name, _, inside = text.partition("(")
-    if name != "LeakyReLU":
-        raise ValueError(f"nonlin is {config['nonlin']!r}; only LeakyReLU is built here")
-    options = dict(config.get("nonlin_kwargs") or {})
-    options.pop("inplace", None)
-    slope = options.pop("negative_slope", None)
-    if options:
-        raise ValueError(f"nonlin_kwargs holds {', '.join(options)}; only negative_slope and inplace are read here")
-    if slope is None:
-        slope = inside.rstrip(")").partition(",")[0].partition("=")[2] or inside.rstrip(")").partition(",")[0] or 0.01
-    return float(slope)

@@ -19,16 +19,17 @@ from zoo.layers.vss import PatchEmbed, PatchExpanding, PatchMerging
 from zoo.rules import Rules
 
 from ._base import MedicalAdapter, check_input, take
-from .vss_unet import VSSLayer, block_path, init_linear, rules_for
+from .vss_unet import VSSLayer, block_path, doubling, init_linear, rules_for, states
 
 
 class VMUNet(nn.Module):
     """Encoder and decoder of VSS blocks; each decoder level adds its skip *before* it doubles the sides.
 
-    Arguments: ``depths``, ``dims`` of the encoder's four levels, ``depths_decoder``, ``dims_decoder`` of the decoder's
-    (bottom first), ``state`` N of the scans, ``drop_path_rate``, ``in_chans`` (an image of one channel is repeated to
-    3), ``num_classes``. Input (batch, in_chans, H, W), sides multiples of 32. Output (batch, num_classes, H, W):
-    logits, or with one class its probability.
+    Arguments: ``depths``, ``dims`` of the encoder's levels (four in the paper; one number for ``dims`` doubles from
+    level to level), ``depths_decoder``, ``dims_decoder`` of the decoder's (bottom first), ``state`` N of the scans
+    (None: ``dims[0]`` / 6, rounded up), ``drop_path_rate``, ``in_chans`` (an image of one channel is repeated to 3),
+    ``num_classes``. Input (batch, in_chans, H, W), sides multiples of 32 (of 4 * 2^(levels - 1)). Output (batch,
+    num_classes, H, W): logits, or with one class its probability.
     Source: arXiv 2402.02491, section 3; ``VSSM`` and ``VMUNet`` of the original.
     """
 
@@ -43,21 +44,25 @@ class VMUNet(nn.Module):
         num_classes: int = 1,
         depths: Sequence[int] = (2, 2, 9, 2),
         depths_decoder: Sequence[int] = (2, 9, 2, 2),
-        dims: Sequence[int] = (96, 192, 384, 768),
+        dims: int | Sequence[int] = (96, 192, 384, 768),
         dims_decoder: Sequence[int] = (768, 384, 192, 96),
-        state: int = 16,
+        state: int | None = 16,
         drop_path_rate: float = 0.2,
     ) -> None:
         super().__init__()
-        for name, given in (("depths", depths), ("depths_decoder", depths_decoder), ("dims", dims)):
-            if len(given) != 4:
-                raise ValueError(f"{name} is {tuple(given)}; VM-UNet has four levels")
+        levels = len(depths)
+        if len(depths_decoder) != levels:
+            raise ValueError(
+                f"depths is {tuple(depths)} and depths_decoder {tuple(depths_decoder)}; expected as many levels in both"
+            )
+        dims = doubling(dims, levels)
+        width = states(state, dims)
         if list(dims_decoder) != list(reversed(dims)) or any(2 * a != b for a, b in itertools.pairwise(dims)):
             raise ValueError(
                 f"dims is {tuple(dims)} and dims_decoder {tuple(dims_decoder)}; each level doubles the one before, and "
                 "the decoder mirrors the encoder"
             )
-        self.in_chans, self.num_classes = in_chans, num_classes
+        self.in_chans, self.num_classes, self.multiple = in_chans, num_classes, 4 * 2 ** (levels - 1)
         self.accepted_channels = [3, 1] if in_chans == 3 else [in_chans]
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         rates_up = torch.linspace(0, drop_path_rate, sum(depths_decoder), device="cpu").tolist()[::-1]
@@ -66,19 +71,19 @@ class VMUNet(nn.Module):
             VSSLayer(
                 dims[i],
                 rates[sum(depths[:i]) : sum(depths[: i + 1])],
-                state,
-                down=PatchMerging(dims[i], dims[i + 1]) if i < 3 else None,
+                width,
+                down=PatchMerging(dims[i], dims[i + 1]) if i < levels - 1 else None,
             )
-            for i in range(4)
+            for i in range(levels)
         )
         self.layers_up = nn.ModuleList(
             VSSLayer(
                 dims_decoder[i],
                 rates_up[sum(depths_decoder[:i]) : sum(depths_decoder[: i + 1])],
-                state,
+                width,
                 up=PatchExpanding(dims_decoder[i - 1], dims_decoder[i]) if i else None,
             )
-            for i in range(4)
+            for i in range(levels)
         )
         self.final_up = PatchExpanding(dims_decoder[-1], dims_decoder[-1] // 4, 4)
         self.final_conv = nn.Conv2d(dims_decoder[-1] // 4, num_classes, 1)
@@ -87,7 +92,7 @@ class VMUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 4 and x.shape[1] == 1 and self.in_chans == 3:
             x = x.expand(-1, 3, -1, -1)
-        x = check_input("VM-UNet", x, self.in_chans, 2, 32)
+        x = check_input("VM-UNet", x, self.in_chans, 2, self.multiple)
         x = self.patch_embed(x)
         skips = []
         for layer in self.layers:

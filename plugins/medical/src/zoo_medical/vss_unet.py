@@ -6,6 +6,7 @@ Layout (batch, height, width, channels). The block itself is :class:`zoo.layers.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -14,9 +15,22 @@ from zoo.layers.vss import PatchEmbed, PatchMerging, VSSBlock
 from zoo.rules import Rename, Reshape, Rules
 
 
-def vss_blocks(dim: int, rates: Sequence[float], state: int) -> nn.Sequential:
-    """One VSS block for each drop-path rate."""
-    mixer = {"expand": 2.0, "state": state, "gate": True, "conv_bias": True}
+def doubling(dims: int | Sequence[int], stages: int) -> list[int]:
+    """The widths of the stages: ``dims`` itself, or for one number that times 1, 2, 4, ..."""
+    found = [dims * 2**i for i in range(stages)] if isinstance(dims, int) else [int(d) for d in dims]
+    if len(found) != stages:
+        raise ValueError(f"dims is {dims}; expected {stages} widths, or one that doubles from stage to stage")
+    return found
+
+
+def states(state: int | None, dims: Sequence[int]) -> int:
+    """The number of states: ``state``, or for None a sixth of the first width, rounded up."""
+    return math.ceil(dims[0] / 6) if state is None else state
+
+
+def vss_blocks(dim: int, rates: Sequence[float], state: int, drop: float = 0.0) -> nn.Sequential:
+    """One VSS block for each drop-path rate; ``drop``: dropout behind each mixer."""
+    mixer = {"expand": 2.0, "state": state, "gate": True, "conv_bias": True, "drop": drop}
     return nn.Sequential(*(VSSBlock(dim, mixer, mlp_ratio=0.0, drop_path=rate) for rate in rates))
 
 
@@ -31,11 +45,12 @@ class VSSLayer(nn.Module):
         *,
         up: nn.Module | None = None,
         down: nn.Module | None = None,
+        drop: float = 0.0,
     ) -> None:
         super().__init__()
         if up is not None:
             self.upsample = up
-        self.blocks = vss_blocks(dim, rates, state)
+        self.blocks = vss_blocks(dim, rates, state, drop)
         if down is not None:
             self.downsample = down
         self.has_up, self.has_down = up is not None, down is not None
@@ -50,24 +65,36 @@ class VSSLayer(nn.Module):
 class VSSMEncoder(nn.Module):
     """Patch embedding and four stages; returns the input and every stage's map before its downsampling.
 
-    Input (batch, in_chans, H, W); a list of (batch, C_i, H/(p 2^i), W/(p 2^i)) behind the input itself.
+    Input (batch, in_chans, H, W); a list of (batch, C_i, H/(p 2^i), W/(p 2^i)) behind the input itself. ``patch_norm``:
+    LayerNorm in the patch embedding; ``drop``: dropout behind it, ``mixer_drop``: behind each block's mixer.
     Source: Swin-UMamba's ``VSSMEncoder``.
     """
 
     def __init__(
-        self, in_chans: int, patch: int, depths: Sequence[int], dims: Sequence[int], state: int, rates: Sequence[float]
+        self,
+        in_chans: int,
+        patch: int,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        state: int,
+        rates: Sequence[float],
+        patch_norm: bool = True,
+        drop: float = 0.0,
+        mixer_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        self.patch_embed = PatchEmbed(in_chans, dims[0], patch)
+        self.patch_embed = PatchEmbed(in_chans, dims[0], patch, norm="ln" if patch_norm else "none")
+        self.drop = nn.Dropout(drop)
         starts = [sum(depths[:i]) for i in range(len(depths))]
         self.layers = nn.ModuleList(
-            VSSLayer(dim, rates[s : s + depth], state) for dim, depth, s in zip(dims, depths, starts, strict=True)
+            VSSLayer(dim, rates[s : s + depth], state, drop=mixer_drop)
+            for dim, depth, s in zip(dims, depths, starts, strict=True)
         )
         self.downsamples = nn.ModuleList(PatchMerging(a, b) for a, b in itertools.pairwise(dims))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = [x]
-        y = self.patch_embed(x)
+        y = self.drop(self.patch_embed(x))
         for i, layer in enumerate(self.layers):
             y = layer(y)
             maps.append(y.permute(0, 3, 1, 2))
