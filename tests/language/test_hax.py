@@ -9,8 +9,8 @@ import torch
 
 import zoo
 from zoo_language.generation import generate
-from zoo_language.hax import HaxLM
-from zoo_language.hax_sparse import Pattern
+from zoo_language.hax import HaxLM, arguments_of
+from zoo_language.hax_sparse import Pattern, SparseAttention
 from zoo_language.hax_task import JointRecall, recall_accuracy
 
 PATTERNS = [
@@ -196,11 +196,11 @@ def test_recipe_runs(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"sparse_arch": "none"}, "sparse_arch is 'none'"),
-        ({"sparse_arch": "full+sink"}, "'full' alone"),
+        ({"sparse_arch": "none+sink"}, "sparse_arch is 'none.sink'"),
+        ({"sparse_arch": "full+sink"}, "'full' or 'none' alone"),
         ({"sparse_arch": "sink+sliding_window+dilated", "sparse_keys": 2}, "gives no key"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"intermediate_size": 40}, "intermediate_size"),
+        ({"sparse_arch": "sign_bin_lsh"}, "num_hash is 64"),
         ({"heads": 3}, "no configuration key heads"),
     ],
 )
@@ -208,3 +208,22 @@ def test_what_is_refused(change, said):
     config = {"base_arch": "mamba", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "sparse_arch": "full"}
     with pytest.raises(ValueError, match=said):
         zoo.reference("hax").build(config | change, {})
+
+
+def test_switches_of_the_original_that_no_vector_holds():
+    """A width of its own for Mamba; Mamba-2 reads neither that nor rms_norm; no pattern at all averages everything."""
+    config = {"base_arch": "mamba", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    torch.manual_seed(0)
+    model = HaxLM(**arguments_of(config | {"intermediate_size": 40, "sparse_keys": 4})).eval()
+    branch = model.layers[0].mixer.sparse
+    assert (branch.d_inner, branch.pattern.arch) == (40, "none")
+    h = torch.randn(1, 5, 40)
+    torch.testing.assert_close(branch(h), h.mean(1, keepdim=True).expand_as(h))
+    other = config | {"base_arch": "mamba2", "head_dim": 8, "rms_norm": False, "intermediate_size": 40}
+    assert HaxLM(**arguments_of(other)).layers[0].mixer.d_ssm == 32
+
+
+def test_argmax_hashes_may_be_many():
+    branch = SparseAttention(8, 4, Pattern("argmax_lsh", 2, num_hash=80))
+    codes = torch.nn.functional.one_hot(torch.tensor([3, 70, 79]), 80) > 0
+    assert branch._bucket("argmax_lsh", codes).tolist() == [3, 70, 79]

@@ -322,17 +322,18 @@ class HaxLM(Rereading):
 
 # -- the original's format --------------------------------------------------------------------------------------------
 
-#: Keys of the original's configurations that change no number of a forward pass from given weights.
+#: Keys of the original's configurations that change no number of a forward pass from given weights; its Mamba-2 mixer
+#: has its gated norm whatever ``rms_norm`` says.
 _SILENT = {
     "fuse_cross_entropy", "fuse_norm", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range",
     "rescale_prenorm_residual", "time_step_scale", "time_step_min", "time_step_max", "time_step_init_scheme",
     "time_step_floor", "use_cache", "tie_word_embeddings", "chunk_size", "model_type", "transformers_version",
-    "architectures", "torch_dtype", "time_step_rank",
+    "architectures", "torch_dtype", "time_step_rank", "rms_norm",
 }  # fmt: skip
 _KNOWN = {
     "base_arch", "vocab_size", "hidden_size", "state_size", "num_hidden_layers", "expand", "conv_kernel",
     "intermediate_size", "layer_norm_epsilon", "use_bias", "use_conv_bias", "hidden_act", "residual_in_fp32",
-    "num_heads", "head_dim", "n_groups", "rms_norm", "time_step_limit", "sparse_arch", "sparse_keys", "num_hash",
+    "num_heads", "head_dim", "n_groups", "time_step_limit", "sparse_arch", "sparse_keys", "num_hash",
     "data_max_length",
 }  # fmt: skip
 
@@ -344,9 +345,10 @@ def arguments_of(config: Mapping[str, Any], base: str | None = None) -> dict[str
         raise ValueError(f"hax has no configuration key {', '.join(unknown)}; known: {', '.join(sorted(_KNOWN))}")
     base = config.get("base_arch", base or config.get("model_type", "mamba"))
     hidden, expand = config["hidden_size"], config.get("expand", 2)
-    inner = config.get("intermediate_size", int(expand * hidden))
-    if int(expand * hidden) != inner:
-        raise ValueError(f"hax: intermediate_size {inner} is not expand {expand} times hidden_size {hidden}")
+    inner = int(expand * hidden)
+    if base == "mamba" and config.get("intermediate_size", inner) != inner:
+        inner = config["intermediate_size"]  # this width counts there; the Mamba-2 mixer reads expand alone
+        expand = (inner + 0.5) / hidden  # rounded down to it again
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"hax: hidden_act is {config['hidden_act']!r}; the original's configurations have 'silu'")
     ssm: dict[str, Any] = {
@@ -358,8 +360,6 @@ def arguments_of(config: Mapping[str, Any], base: str | None = None) -> dict[str
     }
     limit = tuple(float(x) for x in config.get("time_step_limit") or (0.0, float("inf")))
     if base == "mamba2":
-        if not config.get("rms_norm", True):
-            raise ValueError("hax: rms_norm is false; the original's Mamba-2 mixer always has its gated norm")
         ssm |= {"headdim": config.get("head_dim", 64), "ngroups": config.get("n_groups", 1), "dt_limit": limit}
         heads = config.get("num_heads", inner // ssm["headdim"])
         if heads * ssm["headdim"] != inner:
@@ -375,7 +375,7 @@ def arguments_of(config: Mapping[str, Any], base: str | None = None) -> dict[str
         "base": base,
         "sparse_arch": config.get("sparse_arch", "none"),
         "sparse_keys": config.get("sparse_keys", 64),
-        "num_hash": config.get("num_hash", 8),
+        "num_hash": config.get("num_hash", 64),
         "data_max_length": config.get("data_max_length", 2048),
         "ssm": ssm,
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),

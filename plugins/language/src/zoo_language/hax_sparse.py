@@ -28,7 +28,9 @@ EPS = 1e-12  # torch.nn.functional.normalize
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which keys queries may see: ``arch`` as the original writes it, sources joined by "+", or "full".
+    """Which keys queries may see: ``arch`` as the original writes it, sources joined by "+", or "full", or "none".
+
+    With "none", the default of the original's configurations, no key is allowed and every query averages over the text.
 
     Each source has ``budget = keys // (number of sources)`` keys a query. ``num_hash``: hash functions of the LSH
     sources. ``max_length``: what the dilated pattern spreads its keys over.
@@ -41,19 +43,18 @@ class Pattern:
 
     def __post_init__(self) -> None:
         parts = self.arch.split("+") if self.arch else []
-        known = ("full", *SOURCES)
-        wrong = [p for p in parts if p not in known]
-        if not parts or wrong or ("full" in parts and len(parts) > 1) or len(set(parts)) < len(parts):
+        alone = self.arch in ("full", "none")
+        if not alone and (not parts or set(parts) - set(SOURCES) or len(set(parts)) < len(parts)):
             raise ValueError(
-                f"sparse_arch is {self.arch!r}; expected 'full' alone, or different ones of {', '.join(SOURCES)}, "
-                "joined by '+'"
+                f"sparse_arch is {self.arch!r}; expected 'full' or 'none' alone, or different ones of "
+                f"{', '.join(SOURCES)}, joined by '+'"
             )
-        if self.arch != "full" and self.budget < 1:
+        if not alone and self.budget < 1:
             raise ValueError(f"sparse_keys {self.keys} gives no key to each of the {len(parts)} sources of {self.arch}")
         if "dilated" in parts and self.dilation < 1:
             raise ValueError(f"data_max_length {self.max_length} is below the {self.budget} keys that dilated spreads")
-        if any(h in parts for h in HASHED) and not 1 <= self.num_hash < 64:
-            raise ValueError(f"num_hash is {self.num_hash}; expected 1 to 63")
+        if (self.hashes and self.num_hash < 1) or ("sign_bin_lsh" in parts and self.num_hash > 63):
+            raise ValueError(f"num_hash is {self.num_hash}; expected 1 to 63 (argmax_lsh takes more)")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -214,7 +215,9 @@ class SparseAttention(nn.Module):
         return found
 
     @staticmethod
-    def _bucket(codes: Tensor) -> Tensor:
+    def _bucket(name: str, codes: Tensor) -> Tensor:
+        if name == "argmax_lsh":
+            return codes.long().argmax(-1)
         return (codes.long() << torch.arange(codes.shape[-1], device=codes.device)).sum(-1)
 
     def _hashes(self, given: Iterator[Tensor] | None, like: Tensor) -> list[Tensor]:
@@ -278,7 +281,10 @@ class SparseAttention(nn.Module):
             marks = [c > 0.5 for c in rest.split(self.pattern.num_hash, dim=-1)] if self.pattern.hashes else []
         elif self.pattern.hashes:
             marks = codes_k
-        buckets = [(self._bucket(a), self._bucket(b)) for a, b in zip(codes_q, marks, strict=True)] if codes_q else []
+        buckets = []
+        if codes_q:
+            for name, a, b in zip(self.pattern.hashes, codes_q, marks, strict=True):
+                buckets.append((self._bucket(name, a), self._bucket(name, b)))
         allowed, past = self.pattern.allowed(at, key_at, buckets, score if self.selects else None)
         scores = q @ k.transpose(1, 2)
         least = torch.finfo(scores.dtype).min
