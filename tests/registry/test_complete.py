@@ -50,12 +50,13 @@ BUILTINS = {
     "CacheReadOnly": PermissionError,
     "UnsafeFile": ValueError,
     "BadCheckpoint": ValueError,
+    "BadFile": ValueError,
     "FormatTooNew": ValueError,
     "BadArgument": (TypeError, ValueError),
     "KeysDoNotMatch": KeyError,
 }
 #: Raised by the library above this one; their behaviour is tested there.
-RAISED_ABOVE = {"UnsafeFile", "FormatTooNew", "BadArgument"}
+RAISED_ABOVE = {"UnsafeFile", "FormatTooNew", "BadArgument", "BadFile"}
 
 classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__]
 exceptions = [c for c in classes if issubclass(c, errors.ZooError) and c is not errors.ZooError]

@@ -124,6 +124,26 @@ def test_unexpected_errors(cli, monkeypatch):
     assert cli("info", "toy_small")[0] == 130
 
 
+def test_errors_of_the_system_name_the_place(cli, monkeypatch, tmp_path):
+    import zoo.catalog
+
+    def refuse(error):
+        def info(name):
+            raise error
+
+        monkeypatch.setattr(zoo.catalog, "info", info)
+        return cli("info", "toy_small")
+
+    assert refuse(PermissionError(13, "Permission denied", "out.csv"))[::2] == (
+        7,
+        "error: out.csv: Permission denied\n",
+    )
+    assert refuse(FileNotFoundError(2, "No such file or directory", "x"))[0] == 3
+    # an empty file's EOFError is no Ctrl-D, which click takes it for
+    code, _, err = refuse(EOFError("No data left in file"))
+    assert (code, err.strip()) == (1, "error: EOFError: No data left in file")
+
+
 def test_predict(cli, tmp_path):
     code, out, err = cli("predict", "toy_small", str(SAMPLE), "--device", "cpu")
     assert code == 0
@@ -149,6 +169,16 @@ def test_predict_mistakes(cli, tmp_path):
     assert cli("predict", "toy_small", str(SAMPLE), "--set", "num_classes")[0] == 2
     assert cli("predict", "toy_small", str(SAMPLE), "--dtype", "float31")[0] == 2
     assert cli("predict", "toy_small")[0] == 2
+    assert cli("predict", "toy_small", "")[0] == 3  # not the working directory
+    for words, message in (
+        (("--device", "banana"), "device is 'banana'"),
+        (("--dtype", "int64"), "--dtype is 'int64'"),
+        (("-o", "upper=maybe"), "upper is 'maybe'; expected bool"),
+        (("--set", "num_classes=many"), "num_classes is 'many'; expected int"),
+    ):
+        code, _, err = cli("predict", "toy_small", str(SAMPLE), *words)
+        assert code == 2
+        assert message in err
 
 
 def test_demo(cli):

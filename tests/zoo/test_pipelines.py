@@ -104,6 +104,21 @@ def test_options_go_where_they_belong(toys, files):
     assert zoo.pipeline(zoo.load("toy_small"), upper=True).upper
 
 
+def test_wrong_devices_types_and_options(toys):
+    with pytest.raises(errors.BadArgument, match="device is 'banana', which this machine cannot compute on"):
+        zoo.load("toy_small", device="banana")
+    with pytest.raises(errors.BadArgument, match="device is 'banana'"):
+        zoo.create("toy_small", device="banana")
+    with pytest.raises(errors.BadArgument, match="dtype is 'int8'; expected a type of floating-point numbers"):
+        zoo.load("toy_small", dtype="int8")
+    assert zoo.create("toy_small", dtype="float64").head.weight.dtype == torch.float64
+    for model in ("toy_small", zoo.load("toy_small")):
+        with pytest.raises(errors.BadArgument, match="upper is 'yes'; expected bool"):
+            zoo.pipeline(model, upper="yes")
+    with pytest.raises(errors.BadArgument, match="toy_small: width is '8'; expected int"):
+        zoo.create("toy_small", width="8")
+
+
 def test_tasks(toys):
     with pytest.raises(errors.UnknownTask, match="toy-counting"):
         zoo.pipeline("toy_small", task="toy-countin")

@@ -221,6 +221,12 @@ class BadCheckpoint(ZooError, ValueError):
     exit_code = 5
 
 
+class BadFile(ZooError, ValueError):
+    """A file of the user's cannot be read as what it was given for: damaged, another format, no file. ``path``."""
+
+    exit_code = 5
+
+
 class FormatTooNew(ZooError, ValueError):
     """A saved folder was written by a newer zoo. ``format``, ``supported``."""
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import numbers
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from zoo_registry import errors
 
 from .catalog import find, import_object
+from .placement import checked_device, checked_dtype
 
 if TYPE_CHECKING:
     from zoo_registry import ModelCard, WeightsCard
@@ -52,7 +55,7 @@ def create(
     name: str,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Build a model with random weights, in training mode.
@@ -61,6 +64,7 @@ def create(
     ``overrides``: any argument of the model's builder (``num_classes=10``); an unknown one raises
     ``zoo.errors.BadArgument`` naming the nearest. ``device="meta"`` builds without memory, for counting.
     """
+    device, dtype = checked_device(device), checked_dtype(dtype)
     card, weights = find(name)
     config = {**card.config, **(weights.config if weights is not None and "." in name else {}), **overrides}
     model = construct(card, config, device=device)
@@ -83,9 +87,11 @@ def construct(card: ModelCard, config: Mapping[str, Any], *, device: torch.devic
             return builder(**config)
         except TypeError as error:  # behind **kwargs the class itself finds out
             unknown = re.search(r"(\S+) got an unexpected keyword argument '(\w+)'", str(error))
-            if unknown is None or unknown[2] not in config:
-                raise
-            raise _unknown_argument(card.name, unknown[2], config, builder) from error
+            if unknown is not None and unknown[2] in config:
+                raise _unknown_argument(card.name, unknown[2], config, builder) from error
+            if (wrong := wrong_type(builder, config)) is not None:
+                raise errors.BadArgument(f"{card.name}: {wrong[1]}", argument=wrong[0], accepted=[]) from error
+            raise
 
 
 def check_arguments(name: str, builder: Any, config: Mapping[str, Any]) -> None:
@@ -99,6 +105,38 @@ def check_arguments(name: str, builder: Any, config: Mapping[str, Any]) -> None:
     for key in config:
         if key not in parameters:
             raise _unknown_argument(name, key, config, builder)
+
+
+#: what an annotation of this name takes
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "int": (numbers.Integral,),
+    "float": (numbers.Real,),
+    "bool": (bool, numbers.Integral),
+    "str": (str, os.PathLike),
+    "None": (type(None),),
+}
+
+
+def wrong_type(function: Any, given: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first of ``given`` that fits none of the types of its annotation, and a sentence about it; None: all fit.
+
+    Only annotations of plain types (int, float, bool, str, None) are judged: those that a command line gets wrong.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # builtins and C callables have no signature
+        return None
+    for key, parameter in parameters.items():
+        annotation = parameter.annotation
+        text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+        kinds = [part.strip() for part in text.split("|")]
+        if key not in given or any(kind not in _PLAIN for kind in kinds):
+            continue
+        value = given[key]
+        fits = isinstance(value, tuple(kind for name in kinds for kind in _PLAIN[name]))
+        if not fits or (isinstance(value, bool) and "bool" not in kinds):
+            return key, f"{key} is {value!r:.80}; expected {' or '.join(kinds)}"
+    return None
 
 
 def _unknown_argument(name: str, key: str, config: Mapping[str, Any], builder: Any) -> errors.BadArgument:

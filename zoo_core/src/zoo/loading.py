@@ -102,6 +102,7 @@ def load(
                 accepted=[],
             )
         placement.needed()  # before anything is fetched
+    device, dtype = placement.checked_device(device), placement.checked_dtype(dtype)
     located = locate(source, checkpoint=checkpoint, revision=revision, **access)
     if checkpoint is None and located.weights is not None and located.weights.config_file is not None:
         # a folder of zoo.save never gets here: it says everything itself
@@ -110,7 +111,7 @@ def load(
     config = {**base, **overrides}
     model = building.skeleton(located.card, config)
     files = located.found or fetch(located, checkpoint=checkpoint, revision=revision, **access)
-    target = "cpu" if device is None else str(torch.device(device))
+    target = "cpu" if device is None else str(device)
     what = f"{located.name if checkpoint is None else os.fspath(checkpoint)} for {located.card.name}"
     if located.own or checkpoint is not None:
         state = conversion.read_own(files, located.card, located.weights, model, subkey=subkey, device=target)
@@ -142,7 +143,7 @@ def load(
     building.describe(model, info)
     if dtype is None and checkpoint is None and located.weights is not None:
         dtype = located.weights.dtype
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    kind = placement.checked_dtype(dtype)
     if device_map is not None:
         folder = None if offload_folder is None else Path(offload_folder)
         return placement.place(model.eval(), device_map, max_memory=max_memory, offload_folder=folder, dtype=kind)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from zoo_registry import errors, read_labels
 
-from .building import ZooInfo
+from .building import ZooInfo, wrong_type
 from .placement import device_of
 
 
@@ -273,6 +273,8 @@ class Pipeline(ABC):
         if not isinstance(one, (str, Path)):
             return [one], True
         text = str(one)
+        if not text.strip():  # Path("") is the working directory
+            raise errors.LocalFileMissing(f"an input is {text!r}; expected a file, a folder or a pattern", path=text)
         path = Path(os.path.expanduser(text))
         if path.is_file():
             return [path], True
@@ -371,12 +373,20 @@ def pipeline(model: str | Path | nn.Module, task: str | None = None, **options: 
         info = getattr(model, "zoo_info", None)
         own = info.card.task if info is not None and info.card is not None else None
         cls = catalog.pipeline_class(task_of(task or own, model))
+        _check_types(cls, options)
         return cls(model, **options)
     card = card_of(model)
     cls = catalog.pipeline_class(task_of(task or card.task, model))
     accepted = inspect.signature(cls).parameters
     mine = {k: v for k, v in options.items() if k in accepted and k != "model"}
+    _check_types(cls, mine)
     return cls(load(model, **{k: v for k, v in options.items() if k not in mine}), **mine)
+
+
+def _check_types(cls: type[Pipeline], options: Mapping[str, Any]) -> None:
+    """Raise BadArgument for an option of another type than the class says, before anything is loaded."""
+    if (wrong := wrong_type(cls, options)) is not None:
+        raise errors.BadArgument(wrong[1], argument=wrong[0], accepted=[])
 
 
 def task_of(task: str | None, model: Any) -> str:

@@ -72,6 +72,37 @@ def place(
     return model
 
 
+def checked_device(device: torch.device | str | None) -> torch.device | None:
+    """``device`` as torch has it; None stays. Raises BadArgument for one that is none, or not on this machine."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        if found.type != "meta":
+            torch.empty(0, device=found)  # finds out what is missing: a driver, a second GPU, support in this build
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = str(error).partition("\n")[0].partition(". ")[0]
+        raise errors.BadArgument(
+            f"device is {str(device)!r}, which this machine cannot compute on ({said}); expected cpu, cuda, cuda:1, "
+            "mps ... (`zoo doctor` shows what there is)",
+            argument="device",
+            accepted=[],
+        ) from error
+    return found
+
+
+def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A type of floating-point numbers, by its name too; None stays. Raises BadArgument for another."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise errors.BadArgument(
+        f"dtype is {str(dtype)!r}; expected a type of floating-point numbers, as float32, bfloat16 or float16",
+        argument="dtype",
+        accepted=["float32", "bfloat16", "float16"],
+    )
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes: its hook's device, else that of its first parameter."""
     hook = getattr(module, "_hf_hook", None)

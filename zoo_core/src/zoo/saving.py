@@ -26,6 +26,7 @@ from zoo_registry import ModelCard, errors
 
 from . import __version__, building, checkpoints
 from .adapting import ends_of
+from .files import unwritable
 from .loading import FORMAT
 
 #: Larger weights are written in several files of at most this many bytes.
@@ -80,10 +81,12 @@ def save(
     state = _first_names(model)
 
     folder = Path(folder).expanduser()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    work.mkdir()
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(None, "it is a file; expected a folder, new or not")
+        work.mkdir()
         _write_weights(state, work, table, shard_bytes)
         from .model_card import model_card
 
@@ -94,7 +97,7 @@ def save(
         else:
             _replace_files(work, folder)
     except OSError as error:
-        raise _explained(error, folder) from error
+        raise unwritable(folder, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
@@ -240,11 +243,3 @@ def _replace_files(work: Path, folder: Path) -> None:
     for old in folder.glob("model*.safetensors*"):
         if old.name not in new:
             old.unlink()
-
-
-def _explained(error: OSError, folder: Path) -> errors.ZooError:
-    import errno
-
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return errors.DiskFull(f"no space left to write {folder}; nothing half-written was kept", path=str(folder))
-    return errors.StoreError(f"{folder} cannot be written: {error}", path=str(folder))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zoo.cli import output
+from zoo.cli import output, training
 
 
 @click.command()
@@ -48,16 +48,14 @@ def predict_graphs(
 @click.command()
 @click.argument("name")
 @click.argument("data", type=click.Path(exists=True, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the weights.")
-@click.option("--epochs", default=200, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Graphs.")
-@click.option("--rate", default=1e-3, show_default=True, type=float)
+@training.out
+@training.epochs(200)
+@training.batch_size(32, "Graphs.")
+@training.rate(1e-3)
 @click.option("--warmup", default=10, show_default=True, type=click.IntRange(min=0), help="Epochs.")
 @click.option("--directed", is_flag=True, help="Edges count in their own direction only.")
 @click.option("--encoding", type=click.Choice(["laplacian", "random-walk"]), help="For models with pe_dim.")
-@click.option("--seed", default=0, show_default=True, type=int)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as layers=2.")
+@training.run_options("layers=2")
 @output.as_json
 def train_graphs(
     name: str,
@@ -119,8 +117,9 @@ def train_graphs(
     found = score(model, parts[2], batch_size=batch_size, encoding=encoding)
     what = "mean absolute error" if model.kind == "regression" else "accuracy"
     value = -found if model.kind == "regression" else found
-    metric = {"name": what, "value": value, "dataset": data.name, "split": f"{len(parts[2])} graphs"}
-    zoo.save(model.cpu(), out, labels=names, metrics=[metric | {"source": "measured by zoo train-graphs"}])
+    split = f"{len(parts[2])} graphs"
+    metrics = training.measured({what: value}, dataset=data.name, split=split, command="train-graphs")
+    zoo.save(model.cpu(), out, labels=names, metrics=metrics)
     if as_json:
         output.emit({what: value, "graphs": [len(p) for p in parts], "folder": str(out)})
         return

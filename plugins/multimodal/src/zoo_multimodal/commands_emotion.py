@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zoo.cli import output
+from zoo.cli import output, training
 
 
 @click.command()
@@ -34,14 +34,12 @@ def predict_emotions(
 @click.command()
 @click.argument("name")
 @click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the weights.")
-@click.option("--epochs", default=30, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1), help="Dialogues.")
-@click.option("--rate", default=1e-3, show_default=True, type=float)
+@training.out
+@training.epochs(30)
+@training.batch_size(16, "Dialogues.")
+@training.rate(1e-3)
 @click.option("--ridge", type=float, help="Solve the head by ridge regression with this penalty (head=broad).")
-@click.option("--seed", default=0, show_default=True, type=int)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as dim=64.")
+@training.run_options("dim=64")
 @output.as_json
 def train_emotions(
     name: str,
@@ -94,11 +92,8 @@ def train_emotions(
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     figures = {"weighted F1": found.weighted_f1, "accuracy": found.accuracy}
-    rows = [
-        {"name": k, "value": v, "dataset": data.name, "split": f"{len(parts.test)} dialogues"}
-        | {"source": "measured by zoo train-emotions"}
-        for k, v in figures.items()
-    ]
+    split_name = f"{len(parts.test)} dialogues"
+    rows = training.measured(figures, dataset=data.name, split=split_name, command="train-emotions")
     zoo.save(model.cpu(), out, labels=list(model.classes), metrics=rows)
     if as_json:
         sizes = [len(parts.train), len(parts.valid), len(parts.test)]
@@ -106,5 +101,5 @@ def train_emotions(
             figures | {"f1": dict(zip(model.classes, found.f1, strict=True)), "dialogues": sizes, "folder": str(out)}
         )
         return
-    click.echo(f"{len(parts.test)} test dialogues: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+    click.echo(f"{len(parts.test)} test dialogues: {training.said(figures)}")
     click.echo(f"saved to {out}; try: zoo predict-emotions ./{out} FILE --out answers.csv")

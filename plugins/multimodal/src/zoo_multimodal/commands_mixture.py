@@ -7,20 +7,18 @@ from typing import Any
 
 import click
 
-from zoo.cli import output
+from zoo.cli import output, training
 
 
 @click.command()
 @click.argument("name")
 @click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the weights.")
-@click.option("--steps", default=1000, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Documents.")
-@click.option("--rate", default=1e-3, show_default=True, type=float)
+@training.out
+@training.steps(1000)
+@training.batch_size(32, "Documents.")
+@training.rate(1e-3)
 @click.option("--warmup", default=50, show_default=True, type=click.IntRange(min=0), help="Steps.")
-@click.option("--seed", default=0, show_default=True, type=int)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as dense=true.")
+@training.run_options("dense=true")
 @output.as_json
 def train_interleaved(
     name: str,
@@ -64,15 +62,12 @@ def train_interleaved(
         found, count = train(model, data, settings, device, report)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    rows = [
-        {"name": k, "value": v, "dataset": data.name, "split": f"{count} documents", "source": "zoo train-interleaved"}
-        for k, v in found.items()
-    ]
+    rows = training.measured(found, dataset=data.name, split=f"{count} documents", command="train-interleaved")
     zoo.save(model.cpu(), out, metrics=rows)
     if as_json:
         output.emit(found | {"documents": count, "folder": str(out)})
         return
-    click.echo(f"{count} documents kept for measuring: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+    click.echo(f"{count} documents kept for measuring: {training.said(found)}")
     click.echo(f"saved to {out}")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import click
+
+from zoo.cli import output, training
 
 OPTIONS = [
     click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=0)),
@@ -21,7 +22,7 @@ OPTIONS = [
     click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), help="The folder of tokenizer.model."),
     click.option("--checkpoint", type=click.Path(path_type=Path), help="Local weights, the zoo's or the original's."),
     click.option("--dtype", help="float32, bfloat16 or float16."),
-    click.option("--device", default="cpu", show_default=True),
+    training.device,
 ]
 
 
@@ -61,7 +62,7 @@ def ask(model: str, pictures: tuple[Path, ...], question: str, chat: bool, as_js
     seconds = time.perf_counter() - began
     if as_json:
         found = pipe.last.to_dict() | {"model": pipe.name, "pictures": [str(p) for p in pictures], "seconds": seconds}
-        click.echo(json.dumps(found, ensure_ascii=False))
+        output.emit(found)
         return
     click.echo()
     while chat:
@@ -97,7 +98,7 @@ def _layers(text: str | None, counts: tuple[int, int]) -> tuple[list[int], list[
 @click.argument("teacher")
 @click.argument("conversations", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--stage", required=True, type=click.Choice(["1", "2", "3"]), help="New parts, whole mixers, end to end.")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The student goes here.")
+@training.out_folder("The student goes here.", file_okay=False)
 @click.option("--student", type=click.Path(exists=True, path_type=Path), help="What the stage before wrote (2 and 3).")
 @click.option("--softmax", help="Layers that stay softmax, as 0,4,8: the language stack's are numbered from 8.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps, the schedule in proportion.")
@@ -111,11 +112,12 @@ def _layers(text: str | None, counts: tuple[int, int]) -> tuple[list[int], list[
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="The teacher's local weights.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--dtype", help="float32 or bfloat16.")
-@click.option("--device", default="cpu", show_default=True)
+@training.device
+@output.as_json
 def distill(
     teacher: str, conversations: Path, stage: str, out: Path, student: Path | None, softmax: str | None,
     steps: int | None, learning_rate: float | None, accumulation: int | None, max_length: int, max_tiles: int | None,
-    images: Path | None, labels: bool, seed: int, **options: Any,
+    images: Path | None, labels: bool, seed: int, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """One stage of mmMamba's distillation: TEACHER (softmax throughout) on CONVERSATIONS, a JSON line each.
 
@@ -164,12 +166,16 @@ def distill(
     began, every = time.perf_counter(), max(1, settings.total // 20)
 
     def report(step: int, loss: float) -> None:
-        if step % every == 0 or step in (1, settings.total):
+        if not as_json and (step % every == 0 or step in (1, settings.total)):
             click.echo(f"step {step} of {settings.total}: loss {loss:.4f}, {time.perf_counter() - began:.0f} s")
 
     losses = d.distil(learner, batches, number, teacher=taught, settings=settings, on_step=report)
     # what the student is fed stays what its teacher was fed
     learner.zoo_info.weights = WeightsCard(tag="own", where=f"distilled from {teacher}", preprocess=pipe.preprocess)
     zoo.save(d.without_shadows(learner), out)
+    if as_json:
+        facts = {"stage": number, "steps": len(losses), "loss": [losses[0], losses[-1]], "left_out": reader.left_out}
+        output.emit(facts | {"folder": str(out)})
+        return
     left = f", {reader.left_out} conversations left out as too long" if reader.left_out else ""
     click.echo(f"stage {number}: loss {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps{left} -> {out}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zoo.cli import output
+from zoo.cli import output, training
 
 
 @click.command()
@@ -50,20 +50,18 @@ def classify_flows(
 @click.command()
 @click.argument("name")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the weights.")
+@training.out
 @click.option("--pretrained", help="A pre-trained model to start from: netmamba_pretrain.six, or a saved folder.")
-@click.option("--epochs", default=120, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
-@click.option("--rate", default=2e-3, show_default=True, type=float, help="For a batch of 256; scaled to the batch.")
+@training.epochs(120)
+@training.batch_size(64)
+@training.rate(2e-3, "For a batch of 256; scaled to the batch.")
 @click.option("--warmup", default=20, show_default=True, type=click.IntRange(min=0), help="Epochs.")
 @click.option("--layer-decay", default=0.75, show_default=True, type=float)
 @click.option("--loss", default="cross-entropy", show_default=True, help="Or class-balanced, ldam.")
 @click.option("--smoothing", default=0.1, show_default=True, type=float)
 @click.option("--augment", is_flag=True, help="Every run of five packets of a flow is a sample.")
 @click.option("--bidirectional", is_flag=True, help="Both directions of a connection are one flow.")
-@click.option("--seed", default=0, show_default=True, type=int)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as embed_dim=96.")
+@training.run_options("embed_dim=96")
 @output.as_json
 def train_flows(
     name: str,
@@ -135,10 +133,7 @@ def train_flows(
         report=report,
     )
     found, per_class = scores(predict(model, test.flows), test.labels, test.classes)
-    metrics = [
-        {"name": k, "value": v, "dataset": folder.name, "split": "test", "source": "measured by zoo train-flows"}
-        for k, v in found.items()
-    ]
+    metrics = training.measured(found, dataset=folder.name, split="test", command="train-flows")
     zoo.save(model.cpu(), out, labels=train.classes, metrics=metrics)
     if as_json:
         output.emit({"test": found, "per_class": per_class, "flows": [len(train), len(valid), len(test)]})
@@ -150,15 +145,14 @@ def train_flows(
 @click.command()
 @click.argument("name")
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the weights.")
-@click.option("--steps", default=150_000, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
-@click.option("--rate", default=1e-3, show_default=True, type=float, help="For a batch of 256; scaled to the batch.")
+@training.out
+@training.steps(150_000)
+@training.batch_size(128)
+@training.rate(1e-3, "For a batch of 256; scaled to the batch.")
 @click.option("--mask-ratio", default=0.9, show_default=True, type=click.FloatRange(0, 1, True, True))
 @click.option("--augment", is_flag=True, help="Every run of five packets of a flow is a sample.")
-@click.option("--seed", default=0, show_default=True, type=int)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as embed_dim=96.")
+@training.run_options("embed_dim=96")
+@output.as_json
 def pretrain_flows(
     name: str,
     inputs: tuple[str, ...],
@@ -171,6 +165,7 @@ def pretrain_flows(
     seed: int,
     device: str,
     choices: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Pre-train NAME, a masked autoencoder, on the flows of INPUTS (captures and folders; no labels needed).
 
@@ -197,17 +192,12 @@ def pretrain_flows(
     flows = np.concatenate([read_flows(file, representation, augment=augment) for file in files])
     if not len(flows):
         raise click.UsageError(f"there are no flows of IPv4 in {', '.join(inputs)}")
-    every = max(steps // 20, 1)
-    recent: list[float] = []
-
-    def report(step: int, loss: float) -> None:
-        recent.append(loss)
-        if (step + 1) % every == 0:
-            click.echo(f"step {step + 1} loss {sum(recent) / len(recent):.4f}")
-            recent.clear()
-
     model.to(device)
     settings = {"steps": steps, "batch_size": batch_size, "base_rate": rate, "mask_ratio": mask_ratio, "seed": seed}
-    pretrain(model, flows, report=report, **settings)  # type: ignore[arg-type]
+    report = training.reporter(steps, quiet=as_json)
+    losses = pretrain(model, flows, report=report, **settings)  # type: ignore[arg-type]
     zoo.save(model.cpu(), out)
+    if as_json:
+        output.emit({"steps": steps, "flows": len(flows), "loss": losses[-1], "folder": str(out)})
+        return
     click.echo(f"saved to {out}; try: zoo train-flows netmamba_classifier FOLDER --pretrained ./{out} --out tuned")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zoo.cli import output
+from zoo.cli import output, training
 from zoo_registry import errors
 
 
@@ -80,7 +80,7 @@ def label_points(
 @click.command()
 @click.argument("name")
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the weights.")
+@training.out_folder(file_okay=False)
 @click.option("--steps", default=1000, show_default=True, type=click.IntRange(min=1), help="Training steps.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Clouds of each step.")
 @click.option("--points", default=1024, show_default=True, type=click.IntRange(min=1), help="Points of each cloud.")
@@ -95,10 +95,11 @@ def label_points(
 )
 @click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as embed_dim=96.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps ...")
+@output.as_json
 def pretrain_points(
     name: str,
     inputs: tuple[str, ...],
-    out: str,
+    out: Path,
     steps: int,
     batch_size: int,
     points: int,
@@ -107,6 +108,7 @@ def pretrain_points(
     invalid: str,
     choices: tuple[str, ...],
     device: str,
+    as_json: bool,
 ) -> int:
     """Pre-train NAME, a masked autoencoder, on INPUTS (clouds and folders without labels).
 
@@ -140,11 +142,15 @@ def pretrain_points(
 
     def report(step: int, loss: float) -> None:
         recent.append(loss)
-        if step % 100 == 0 or step == steps:
+        if not as_json and (step % 100 == 0 or step == steps):
             click.echo(f"step {step}: loss {sum(recent) / len(recent):.5f}")
             recent.clear()
 
     batches = cloud_batches(files, points, batch_size, seed, invalid=invalid)
-    pretrain(model.to(device), batches, steps, rate=rate, report=report)
-    click.echo(f"{len(files)} clouds; weights in {zoo.save(model.cpu().eval(), out)}")
+    losses = pretrain(model.to(device), batches, steps, rate=rate, report=report)
+    saved = zoo.save(model.cpu().eval(), out)
+    if as_json:
+        output.emit({"steps": steps, "clouds": len(files), "loss": losses[-1], "folder": str(saved)})
+        return 0
+    click.echo(f"{len(files)} clouds; weights in {saved}")
     return 0

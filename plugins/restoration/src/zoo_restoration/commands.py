@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from zoo.cli import output
+from zoo.cli import output, training
 
 
 def _image_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,22 +116,22 @@ def _ending(source: str) -> str:
 @click.command()
 @click.argument("name")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run and of the model.")
+@training.out_folder("Folder of the run and of the model.")
 @click.option(
     "--degradation", help="What to take off: blur:sigma=2,noise=0.05, noise:std=0.1, down:factor=8, box:share=0.25, "
     "pixels:share=0.5; for a model that enlarges bicubic:scale=... (its default)."
 )  # fmt: skip
-@click.option("--steps", default=10_000, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1))
+@training.steps(10_000)
+@training.batch_size(16)
 @click.option("--patch", default=96, show_default=True, type=click.IntRange(min=8), help="Side of the clean crops.")
-@click.option("--rate", default=2e-4, show_default=True, type=float)
+@training.rate(2e-4)
 @click.option("--ema", default=0.999, show_default=True, type=click.FloatRange(0, 1, max_open=True))
 @click.option("--held-out", default=0.1, show_default=True, type=click.FloatRange(0, 0.9), help="Share to measure on.")
 @click.option("--save-every", default=500, show_default=True, type=click.IntRange(min=1), help="Steps.")
-@click.option("--seed", default=0, show_default=True, type=int)
-@click.option("--device", default="cpu", show_default=True)
+@training.seed
+@training.device
 @click.option("--start", help="Weights to begin with: a name with a tag, or a saved folder.")
-@click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as dim=60.")
+@training.model_arguments("dim=60")
 @output.as_json
 def train_restorer(
     name: str,
@@ -199,16 +199,7 @@ def train_restorer(
     if len(held):
         scores = measure(lambda x: best(x.to(device)).float().cpu(), held, spoil)
         found |= {"restored": scores, "given": measure(plain_for(spoil), held, spoil)}
-        measured = [
-            {
-                "name": k,
-                "value": v,
-                "dataset": folder.name,
-                "split": "held out",
-                "source": "measured by zoo train-restorer",
-            }
-            for k, v in scores.items()
-        ]
+        measured = training.measured(scores, dataset=folder.name, split="held out", command="train-restorer")
     saved = save_trained(best.cpu(), out / "model", spoil, measured)
     if as_json:
         output.emit(found | {"model": str(saved)})

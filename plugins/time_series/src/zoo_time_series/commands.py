@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from zoo.cli import output
+from zoo.cli import training as shared
 
 from .tables import IRREGULAR, MISSING
 
@@ -87,8 +88,8 @@ SYSTEMS = {"spacetime": "spacetime_ett_720", "tsm2": "tsm2_96"}
               help="Epochs in which SpaceTime's open-loop terms count; -1: all.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True)
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Another model argument; repeatable.")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder (default: MODEL-TABLE).")
+@shared.device
+@shared.out_folder("Folder (default: MODEL-TABLE).", required=False, file_okay=False)
 @output.as_json
 def train_forecaster(
     model: str,

@@ -125,7 +125,9 @@ def run(args: list[str] | None = None) -> int:
             return 0
         except click.exceptions.Exit as error:
             return error.exit_code
-        except (KeyboardInterrupt, click.Abort):
+        except (KeyboardInterrupt, click.Abort) as error:
+            if isinstance(error.__cause__, EOFError) and str(error.__cause__):  # click takes every one for Ctrl-D
+                return _report("EOFError", f"EOFError: {error.__cause__}", 1, as_json)
             click.echo("interrupted", err=True)
             return 130
         except click.ClickException as error:
@@ -138,12 +140,23 @@ def run(args: list[str] | None = None) -> int:
         except BrokenPipeError:  # the reader of our output (head, less) has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except OSError as error:
+            if debug or error.errno is None:  # libraries' own kinds, which say nothing about a place
+                return _unexpected(error, debug, as_json)
+            place = f"{error.filename}: " if error.filename is not None else ""
+            code = 3 if isinstance(error, FileNotFoundError) else 7
+            text = "\n".join([f"{place}{error.strerror or error}", *getattr(error, "__notes__", [])])
+            return _report(type(error).__name__, text, code, as_json)
         except Exception as error:
-            if debug:
-                raise
-            notes = getattr(error, "__notes__", [])
-            text = "\n".join([f"{type(error).__name__}: {error}", *notes, "`zoo --debug ...` shows where"])
-            return _report(type(error).__name__, text, 1, as_json)
+            return _unexpected(error, debug, as_json)
+
+
+def _unexpected(error: Exception, debug: bool, as_json: bool) -> int:
+    if debug:
+        raise error
+    notes = getattr(error, "__notes__", [])
+    text = "\n".join([f"{type(error).__name__}: {error}", *notes, "`zoo --debug ...` shows where"])
+    return _report(type(error).__name__, text, 1, as_json)
 
 
 def _usage(error: click.ClickException) -> str | None:

@@ -131,9 +131,10 @@ def loading(options: dict[str, Any]) -> dict[str, Any]:
     settings = pairs(options.pop("settings"), "--set")
     device = options.pop("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = options.pop("dtype")
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    found = None if dtype is None else getattr(torch, dtype, None)
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise click.UsageError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16")
-    found = {
+    chosen = {
         "device": device,
         "dtype": dtype,
         "checkpoint": options.pop("checkpoint"),
@@ -141,4 +142,4 @@ def loading(options: dict[str, Any]) -> dict[str, Any]:
         "cache_dir": options.pop("cache_dir"),
         "local_files_only": options.pop("offline"),
     }
-    return {k: v for k, v in found.items() if v} | settings
+    return {k: v for k, v in chosen.items() if v} | settings

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zoo.cli import output
+from zoo.cli import output, training
 
 
 @click.command("generate-images")
@@ -81,9 +81,9 @@ def _classes(pipe: Any, label: str) -> list[int]:
 @click.command("train-images")
 @click.argument("model")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--steps", default=10_000, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
-@click.option("--lr", default=1e-4, show_default=True, help="AdamW's learning rate.")
+@training.steps(10_000)
+@training.batch_size(64)
+@click.option("--lr", default=1e-4, show_default=True, callback=training.positive, help="AdamW's learning rate.")
 @click.option("--cosine", is_flag=True, help="Let the rate fall to nothing.")
 @click.option("--warmup", default=0, show_default=True, help="Steps in which the rate rises.")
 @click.option("--decay", default=0.9999, show_default=True, help="Of the averaged weights, which are saved.")
@@ -95,8 +95,9 @@ def _classes(pipe: Any, label: str) -> list[int]:
 @click.option("--start", type=click.Path(exists=True, path_type=Path), help="Weights of MODEL to begin with.")
 @click.option("--autoencoder", help="Repository or folder of a diffusers AutoencoderKL, for models of latents.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Another model argument; repeatable.")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder (default: MODEL-FOLDER).")
+@training.device
+@training.out_folder("Folder (default: MODEL-FOLDER).", required=False, file_okay=False)
+@output.as_json
 def train_images(
     model: str,
     folder: Path,
@@ -116,6 +117,7 @@ def train_images(
     settings: tuple[str, ...],
     device: str,
     out: Path | None,
+    as_json: bool,
 ) -> None:
     """Train MODEL on pictures by flow matching: FOLDER/CLASS/PICTURES, or FOLDER/PICTURES without labels.
 
@@ -131,14 +133,19 @@ def train_images(
 
     import zoo
     from zoo.catalog import find
+    from zoo.files import check_place
 
-    from . import training
+    from . import training as flow_matching
     from .autoencoder import Autoencoder
     from .images import read_folder
 
     console = Console(stderr=True)
     arguments = output.pairs(settings, "--set")
+    out = out or Path(f"{model}-{folder.name}")
+    check_place(out)
     card, _ = find(model)
+    if "img_resolution" not in card.config:
+        raise click.UsageError(f"{model} generates no images from labels; expected a DiMSUM (dimsum_...)")
     wanted = {**card.config, **arguments}
     latent = wanted["in_channels"] == 4
     side = wanted["img_resolution"] * (8 if latent else 1)
@@ -151,7 +158,7 @@ def train_images(
     encoder = None
     if latent:
         encoder = Autoencoder(autoencoder, device=device) if autoencoder else Autoencoder(device=device)
-    data.images = training.to_model_space(data.images, encoder)
+    data.images = flow_matching.to_model_space(data.images, encoder)
     train, rest = data.split(held_out, seed)
     console.print(f"{len(train)} images to train on, {len(rest)} to measure, {len(data.classes) or 'no'} classes")
 
@@ -160,18 +167,18 @@ def train_images(
             f"step {row['step']}: loss {row['loss']:.4f}, held out {row['held_out']:.4f} ({row['seconds']:.0f} s)"
         )
 
-    history = training.fit(
+    history = flow_matching.fit(
         network.to(device), train.images, train.labels,
-        training.Settings(
+        flow_matching.Settings(
             steps=steps, batch_size=batch_size, learning_rate=lr, clip=clip, decay=decay, warmup=warmup, cosine=cosine,
             flip=flip, report_every=report_every, seed=seed,
         ),
         held_out=(rest.images, rest.labels), on_report=report,
     )  # fmt: skip
-    out = out or Path(f"{model}-{folder.name}")
-    metrics = [
-        {"name": "flow-matching loss", "value": history.rows[-1]["held_out"], "dataset": folder.name,
-         "split": "held out", "source": "measured by zoo train-images"}
-    ] if history.rows else []  # fmt: skip
+    found = {"flow-matching loss": history.rows[-1]["held_out"]} if history.rows else {}
+    metrics = training.measured(found, dataset=folder.name, split="held out", command="train-images")
     zoo.save(network.cpu(), out, labels=data.classes or None, metrics=metrics)
+    if as_json:
+        output.emit(found | {"images": [len(train), len(rest)], "classes": data.classes, "folder": str(out)})
+        return
     click.echo(f"saved to {out}; try: zoo generate-images ./{out} {'all' if data.classes else 'none'}")

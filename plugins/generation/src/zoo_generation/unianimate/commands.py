@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zoo.cli import output
+from zoo.cli import output, training
 
 
 @click.command()
@@ -70,21 +70,20 @@ def animate(
 @click.command()
 @click.argument("name")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the weights.")
-@click.option("--steps", default=10_000, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=1, show_default=True, type=click.IntRange(min=1))
+@training.out
+@training.steps(10_000)
+@training.batch_size(1)
 @click.option("--frames", default=16, show_default=True, type=click.IntRange(min=1), help="Of a clip in a batch.")
-@click.option("--rate", default=5e-5, show_default=True, type=float)
+@training.rate(5e-5)
 @click.option("--average", type=click.FloatRange(0, 1, True, True), help="Decay of a moving average of the weights.")
 @click.option("--first-frame", "first", default=0.5, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--unconditional", default=0.1, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--start", help="A model to start from: a name with its tag, or a saved folder.")
 @click.option("--autoencoder", type=click.Path(), help="Stable Diffusion 2.1's, for models that need it.")
 @click.option("--clip", type=click.Path(), help="OpenCLIP ViT-H/14, for models that need it.")
-@click.option("--seed", default=0, show_default=True, type=int)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as temporal=mamba.")
+@training.run_options("temporal=mamba")
 @click.option("--option", "-o", "more", multiple=True, metavar="NAME=VALUE", help="Pipeline option, as latents=patch.")
+@output.as_json
 def train_animation(
     name: str,
     folder: Path,
@@ -103,6 +102,7 @@ def train_animation(
     device: str,
     choices: tuple[str, ...],
     more: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Train the model NAME on the clips of FOLDER: CLIP/frames.gif (or .mp4) and CLIP/poses.npz (or .json).
 
@@ -132,19 +132,15 @@ def train_animation(
     batches = Batches(model, pipe.latents, pipe.features, **kind)
     if pipe.features is not None:
         model.zero_y = pipe.features.prompt()
-    every, recent = max(steps // 20, 1), []
 
     def batch(r: Any) -> Batch:
         return batches.of([clips[i].cut(r, frames) for i in r.integers(0, len(clips), batch_size)])
 
-    def report(step: int, loss: float) -> None:
-        recent.append(loss)
-        if (step + 1) % every == 0:
-            click.echo(f"step {step + 1} loss {sum(recent) / len(recent):.4f}")
-            recent.clear()
-
     settings: dict[str, Any] = {"rate": rate, "average": average, "first_frame": first, "seed": seed}
     settings["unconditional"] = unconditional
-    train(model, batch, steps=steps, report=report, **settings)
+    losses = train(model, batch, steps=steps, report=training.reporter(steps, quiet=as_json), **settings)
     zoo.save(model.cpu(), out)
+    if as_json:
+        output.emit({"steps": steps, "clips": len(clips), "loss": losses[-1], "folder": str(out)})
+        return
     click.echo(f"saved to {out}; try: zoo animate ./{out} person.png poses.npz --out person.gif")

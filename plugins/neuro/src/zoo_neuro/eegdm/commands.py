@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zoo.cli import output
+from zoo.cli import output, training
 
 
 @click.command()
@@ -75,14 +75,13 @@ def generate_eeg(
 @click.command()
 @click.argument("name")
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the weights.")
-@click.option("--steps", default=100_000, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=108, show_default=True, type=click.IntRange(min=1), help="Channels of windows.")
-@click.option("--rate", default=1e-4, show_default=True, type=float)
+@training.out
+@training.steps(100_000)
+@training.batch_size(108, "Channels of windows.")
+@training.rate(1e-4)
 @click.option("--missing-zeros", is_flag=True, help="Zeros where a recording lacks channels of the montage.")
-@click.option("--seed", default=0, show_default=True, type=int)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as d_model=64.")
+@training.run_options("d_model=64")
+@output.as_json
 def pretrain_eeg(
     name: str,
     inputs: tuple[str, ...],
@@ -94,6 +93,7 @@ def pretrain_eeg(
     seed: int,
     device: str,
     choices: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Teach the backbone NAME to denoise the recordings INPUTS (files and folders; no labels needed).
 
@@ -119,29 +119,24 @@ def pretrain_eeg(
         raise click.UsageError(f"no recordings in {', '.join(inputs)}")
     missing = "zeros" if missing_zeros else "error"
     x = np.concatenate([windows(read_recording(file), model.preparation, missing=missing)[0] for file in files])
-    every = max(steps // 20, 1)
-    recent: list[float] = []
-
-    def report(step: int, loss: float) -> None:
-        recent.append(loss)
-        if (step + 1) % every == 0:
-            click.echo(f"step {step + 1} loss {sum(recent) / len(recent):.4f}")
-            recent.clear()
-
-    pretrain(model.to(device), x, steps=steps, batch_size=batch_size, rate=rate, seed=seed, report=report)
+    report = training.reporter(steps, quiet=as_json)
+    losses = pretrain(model.to(device), x, steps=steps, batch_size=batch_size, rate=rate, seed=seed, report=report)
     zoo.save(model.cpu(), out)
+    if as_json:
+        output.emit({"steps": steps, "channels": len(x), "loss": losses[-1], "folder": str(out)})
+        return
     click.echo(f"saved to {out}; try: zoo train-eeg eegdm_classifier_tuev FOLDER --pretrained ./{out} --out tuned")
 
 
 @click.command()
 @click.argument("name")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the weights.")
+@training.out
 @click.option("--pretrained", help="A backbone to read: eegdm_backbone_base.tuev, or a saved folder.")
 @click.option("--test", "test_folder", type=click.Path(path_type=Path), help="Labelled recordings to measure on.")
-@click.option("--epochs", default=50, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
-@click.option("--rate", default=5e-4, show_default=True, type=float, help="The highest of the cycle.")
+@training.epochs(50)
+@training.batch_size(32)
+@training.rate(5e-4, "The highest of the cycle.")
 @click.option("--smoothing", default=0.1, show_default=True, type=float)
 @click.option("--pos-weight", type=float, help="Weight of a yes, for one logit (CHB-MIT: 150.51).")
 @click.option("--patience", default=3, show_default=True, type=click.IntRange(min=0), help="Epochs after the best.")
@@ -150,9 +145,7 @@ def pretrain_eeg(
 )
 @click.option("--step", type=float, help="Seconds between windows; their length unless given.")
 @click.option("--missing-zeros", is_flag=True, help="Zeros where a recording lacks channels of the montage.")
-@click.option("--seed", default=0, show_default=True, type=int)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as n_clst=8.")
+@training.run_options("n_clst=8")
 @output.as_json
 def train_eeg(
     name: str,
@@ -214,8 +207,7 @@ def train_eeg(
 
     def report(epoch: Any) -> None:
         if not as_json:
-            said = ", ".join(f"{k} {v:.4f}" for k, v in epoch.measures.items())
-            click.echo(f"epoch {epoch.number:3} loss {epoch.loss:.4f} validation: {said}")
+            click.echo(f"epoch {epoch.number:3} loss {epoch.loss:.4f} validation: {training.said(epoch.measures)}")
 
     finetune(
         model, train, valid, epochs=epochs, batch_size=batch_size, top_rate=rate, smoothing=smoothing,
@@ -225,15 +217,10 @@ def train_eeg(
     if test_folder is not None:
         test, split = read_labelled(test_folder, model.preparation, known, classes=whole.classes, **cut), "test"
     found = measures(predict(model, test.x), test.labels)
-    data = (test_folder or folder).name
-    metrics = [
-        {"name": k, "value": v, "dataset": data, "split": split, "source": "measured by zoo train-eeg"}
-        for k, v in found.items()
-    ]
+    metrics = training.measured(found, dataset=(test_folder or folder).name, split=split, command="train-eeg")
     zoo.save(model.cpu(), out, labels=whole.classes, metrics=metrics)
     if as_json:
         output.emit({split: found, "windows": [len(train), len(valid), len(test)]})
         return
-    said = ", ".join(f"{k} {v:.4f}" for k, v in found.items())
-    click.echo(f"{len(test)} {split} windows: {said}")
+    click.echo(f"{len(test)} {split} windows: {training.said(found)}")
     click.echo(f"saved to {out}; try: zoo classify-eeg ./{out} recording.edf")

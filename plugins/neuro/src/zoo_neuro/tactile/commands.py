@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zoo.cli import output
+from zoo.cli import output, training
 
 
 @click.command()
@@ -53,17 +53,16 @@ def touch_activity(
 def _training_options(command: Any) -> Any:
     for option in reversed(
         (
-            click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the weights."),
-            click.option("--epochs", default=100, show_default=True, type=click.IntRange(min=1)),
-            click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=2)),
-            click.option("--rate", default=1e-3, show_default=True, type=float),
+            training.out,
+            training.epochs(100),
+            training.batch_size(256, least=2),
+            training.rate(1e-3),
             click.option("--weight-decay", default=5e-4, show_default=True, type=float),
             click.option("--optimiser", default="sgd", show_default=True, type=click.Choice(["sgd", "adamw"])),
             click.option("--schedule", default="step", show_default=True, type=click.Choice(["step", "cosine"])),
             click.option("--step-size", default=30, show_default=True, type=click.IntRange(min=1), help="Epochs."),
-            click.option("--seed", default=0, show_default=True, type=int),
-            click.option("--device", default="cpu", show_default=True),
-            click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument."),
+            training.run_options(),
+            output.as_json,
         )
     ):
         command = option(command)
@@ -84,7 +83,6 @@ def _settings(given: dict[str, Any]) -> Any:
 @click.option("--freeze", is_flag=True, help="Train the decoder alone (of a pre-trained network).")
 @click.option("--augment", is_flag=True, help="Mirrored and turned arrays are further samples.")
 @_training_options
-@output.as_json
 def train_touch(
     name: str,
     folder: Path,
@@ -139,10 +137,7 @@ def train_touch(
     view = TouchAugmentation(temporal=False) if augment else None
     train(model, recordings, valid, _settings(given), view=view, report=report)
     found = {"accuracy": accuracy(model, test), "top5": accuracy(model, test, min(5, len(test.classes)))}
-    metrics = [
-        {"name": k, "value": v, "dataset": folder.name, "split": "test", "source": "measured by zoo train-touch"}
-        for k, v in found.items()
-    ]
+    metrics = training.measured(found, dataset=folder.name, split="test", command="train-touch")
     zoo.save(model.cpu(), out, labels=recordings.classes, metrics=metrics)
     if as_json:
         output.emit({"test": found, "recordings": [len(recordings), len(valid), len(test)]})
@@ -165,6 +160,7 @@ def pretrain_touch(
     out: Path,
     device: str,
     choices: tuple[str, ...],
+    as_json: bool,
     **given: Any,
 ) -> None:
     """Train the encoder and attender of NAME on the recordings of FOLDER without their labels.
@@ -194,10 +190,14 @@ def pretrain_touch(
     every = max(given["epochs"] // 20, 1)
 
     def report(epoch: Any) -> None:
-        if epoch.number % every == 0:
+        if epoch.number % every == 0 and not as_json:
             click.echo(f"epoch {epoch.number} loss {epoch.loss:.4f}")
 
     settings = _settings(given)
-    pretrain(model.to(device), recordings.frames, objective, settings, temporal=not no_reversal, report=report)
+    turned = not no_reversal
+    history = pretrain(model.to(device), recordings.frames, objective, settings, temporal=turned, report=report)
     zoo.save(model.cpu(), out)
+    if as_json:
+        output.emit({"recordings": len(recordings), "loss": history[-1].loss, "folder": str(out)})
+        return
     click.echo(f"saved to {out}; try: zoo train-touch {name} FOLDER --pretrained ./{out} --out trained")

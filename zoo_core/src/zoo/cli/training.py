@@ -1,0 +1,135 @@
+"""Options that the commands which train have in common, each said once, and what they do with the figures.
+
+What is wrong with a value is found out before the work begins: that ``--out`` cannot be written, say, and not after
+hours, when the weights would be lost. Options are given one by one, so that each command keeps their order::
+
+    @click.command()
+    @training.out
+    @training.epochs(30)
+    @training.batch_size(16, "Dialogues.")
+    @training.rate(1e-3)
+    @click.option("--ridge", ...)            # the command's own
+    @training.run_options("dim=64")          # --seed, --device, --set
+    @output.as_json
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zoo_registry import errors
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _place(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """A folder that can be made or written to."""
+    from zoo.files import check_place
+
+    if value is None:
+        return None
+    if value.exists() and not value.is_dir():
+        raise click.BadParameter(f"{str(value)!r} is a file; expected a folder, new or not", ctx, parameter)
+    try:
+        check_place(value / "model.safetensors")
+    except errors.StoreError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from error
+    return value
+
+
+def _device(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    if value != "cpu":
+        from zoo.placement import checked_device
+
+        try:
+            checked_device(value)
+        except errors.BadArgument as error:
+            raise click.BadParameter(str(error), ctx, parameter) from error
+    return value
+
+
+def positive(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """A callback: finite and above 0."""
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise click.BadParameter(f"{value} is no rate; expected a number above 0, as 1e-3", ctx, parameter)
+    return value
+
+
+def out_folder(help: str = "Folder for the weights.", *, required: bool = True, **kind: Any) -> Decorator:
+    """``--out``: a folder, refused at once where it cannot be written. ``kind``: of click.Path."""
+    place = click.Path(path_type=Path, **kind)
+    return click.option("--out", required=required, type=place, callback=_place, help=help)
+
+
+#: ``--out FOLDER`` for the weights
+out = out_folder()
+
+
+def steps(default: int) -> Decorator:
+    return click.option("--steps", default=default, show_default=True, type=click.IntRange(min=1))
+
+
+def epochs(default: int) -> Decorator:
+    return click.option("--epochs", default=default, show_default=True, type=click.IntRange(min=1))
+
+
+def batch_size(default: int, of: str | None = None, *, least: int = 1) -> Decorator:
+    """``--batch-size``; ``of``: what it counts ("Dialogues.")."""
+    return click.option("--batch-size", default=default, show_default=True, type=click.IntRange(min=least), help=of)
+
+
+def rate(default: float, help: str | None = None) -> Decorator:
+    """``--rate``: the learning rate."""
+    return click.option("--rate", default=default, show_default=True, type=float, callback=positive, help=help)
+
+
+#: ``--seed``
+seed = click.option("--seed", default=0, show_default=True, type=int)
+#: ``--device``: the CPU unless given, found out at once
+device = click.option("--device", default="cpu", show_default=True, callback=_device)
+
+
+def model_arguments(example: str | None = None) -> Decorator:
+    """``--set NAME=VALUE`` as ``choices``, for :func:`zoo.cli.output.pairs`; ``example``: one for the help."""
+    said = "Model argument." if example is None else f"Model argument, as {example}."
+    return click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help=said)
+
+
+def run_options(example: str | None = None) -> Decorator:
+    """``--seed``, ``--device`` and ``--set``."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        return seed(device(model_arguments(example)(command)))
+
+    return add
+
+
+def measured(found: Mapping[str, float], *, dataset: str, split: str, command: str) -> list[dict[str, Any]]:
+    """Figures as ``zoo.save(metrics=)`` takes them; ``command``: who measured."""
+    facts = {"dataset": dataset, "split": split, "source": f"measured by zoo {command}"}
+    return [{"name": name, "value": value} | facts for name, value in found.items()]
+
+
+def said(found: Mapping[str, float]) -> str:
+    """Figures in a line."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+
+
+def reporter(steps: int, *, quiet: bool = False) -> Callable[[int, float], None]:
+    """``report(step, loss)`` with steps from 0: prints the mean loss of every twentieth of ``steps``."""
+    every = max(steps // 20, 1)
+    recent: list[float] = []
+
+    def report(step: int, loss: float) -> None:
+        recent.append(loss)
+        if (step + 1) % every == 0:
+            if not quiet:
+                click.echo(f"step {step + 1} loss {sum(recent) / len(recent):.4f}")
+            recent.clear()
+
+    return report
