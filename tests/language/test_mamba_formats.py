@@ -104,7 +104,7 @@ def test_transformers_activation_other_than_silu_is_refused():
 
 # -- single mixers -----------------------------------------------------------------------------------------------------
 
-MIXERS = {
+MIXERS: dict[str, tuple[type, dict, dict]] = {
     "Mamba": (Mamba, {"d_model": 16, "d_state": 4, "d_conv": 3, "dt_rank": 2}, {"use_fast_path": False}),
     "Mamba2": (Mamba2, {"d_model": 16, "d_state": 4, "headdim": 8, "d_ssm": 16}, {"sequence_parallel": False}),
     "Mamba3": (Mamba3, {"d_model": 16, "d_state": 8, "headdim": 8}, {"dropout": 0.1, "n_layer": 4, "chunk_size": 8}),

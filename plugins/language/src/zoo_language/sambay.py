@@ -40,11 +40,11 @@ class GMU(nn.Module):
     Paper, section 3.1. x: (..., d_model), m: (..., d_memory).
     """
 
-    def __init__(self, d_model: int, d_memory: int, *, norm: bool = False) -> None:
+    def __init__(self, d_model: int, d_memory: int, *, norm: bool = False, bias: bool = False) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(d_model, d_memory, bias=False)
+        self.in_proj = nn.Linear(d_model, d_memory, bias=bias)
         self.norm = GatedRMSNorm(d_memory) if norm else None
-        self.out_proj = nn.Linear(d_memory, d_model, bias=False)
+        self.out_proj = nn.Linear(d_memory, d_model, bias=bias)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         gate = self.in_proj(x)
@@ -77,12 +77,18 @@ class Differential(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped causal attention: with a window, full, or (``cross``) reading the shared keys and values."""
+    """Grouped causal attention: with a window, full, or (``cross``) reading the shared keys and values.
+
+    ``rotary``: (channels that rotate, base), or None. ``gated``: a sigmoid a head before the projection. ``qk_norm``:
+    the eps of an RMSNorm that queries and keys get a head. ``out_norm``: what normalises all heads before the
+    projection.
+    """
 
     def __init__(
         self, d_model: int, heads: int, kv_heads: int, head_dim: int, index: int, *,
         window: int | None, cross: bool, differential: bool, bias: bool, out_bias: bool, scale: float,
-        rope_base: float | None,
+        rotary: tuple[int, float] | None, gated: bool = False, qk_norm: float | None = None,
+        out_norm: nn.Module | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if heads % kv_heads:
@@ -90,10 +96,15 @@ class Attention(nn.Module):
         if differential and (heads % 2 or kv_heads % 2):
             raise ValueError(f"differential attention needs even numbers of heads, not {heads} and {kv_heads}")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.window, self.cross, self.scale, self.rope_base = window, cross, scale, rope_base
+        self.window, self.cross, self.scale, self.rotary = window, cross, scale, rotary
         self.q_proj = nn.Linear(d_model, heads * head_dim, bias=bias)
         self.k_proj = None if cross else nn.Linear(d_model, kv_heads * head_dim, bias=False)
         self.v_proj = None if cross else nn.Linear(d_model, kv_heads * head_dim, bias=bias)
+        self.g_proj = nn.Linear(d_model, heads, bias=bias) if gated else None
+        # cross layers have both norms too, and use neither: their queries and outputs stay as they are
+        self.q_norm = None if qk_norm is None else RMSNorm(head_dim, qk_norm)
+        self.k_norm = None if qk_norm is None else RMSNorm(head_dim, qk_norm)
+        self.attn_norm = out_norm
         self.proj = nn.Linear(heads * head_dim, d_model, bias=out_bias)
         self.da = Differential(head_dim, index) if differential else None
         self.cache = Cache(window)
@@ -105,7 +116,7 @@ class Attention(nn.Module):
         return self.cache.empty(batch, self.kv_heads, self.head_dim, device=weight.device, dtype=weight.dtype)
 
     def _turn(self, x: Tensor, at: Tensor) -> Tensor:
-        return x if self.rope_base is None else rotary(x, at, self.head_dim, self.rope_base)
+        return x if self.rotary is None else rotary(x, at, *self.rotary)
 
     def forward(
         self, x: Tensor, shared: Shared, state: LayerState | None, position: Tensor | None, lengths: Tensor | None,
@@ -114,7 +125,10 @@ class Attention(nn.Module):
         """The mixed x, and the attention output before its projection. ``share``: k and v go into ``shared``."""
         start = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if position is None else position
         at = start[:, None] + torch.arange(x.shape[1], device=x.device)
-        q = self._turn(self.q_proj(x).unflatten(-1, (self.heads, -1)), at)
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1))
+        if self.q_norm is not None and not self.cross:
+            q = self.q_norm(q)
+        q = self._turn(q, at)
         if self.cross:
             k, v, seen = shared.k, shared.v, shared.k_position
             assert k is not None
@@ -122,7 +136,8 @@ class Attention(nn.Module):
         else:
             assert self.k_proj is not None
             assert self.v_proj is not None
-            k = self._turn(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)), at)
+            k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1))
+            k = self._turn(k if self.k_norm is None else self.k_norm(k), at)
             v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
             seen = None
             if state is not None:
@@ -137,17 +152,20 @@ class Attention(nn.Module):
         if seen is not None:
             how |= {"q_position": at, "k_position": seen}
         out = self.da(q, k, v, **how) if self.da is not None else attend(q, k, v, **how)
+        if self.g_proj is not None:
+            out = out * self.g_proj(x).sigmoid()[..., None]
         out = out.flatten(-2)
-        return self.proj(out), out
+        normed = out if self.attn_norm is None or self.cross else self.attn_norm(out)
+        return self.proj(normed), out
 
 
 class MLP(nn.Module):
     """``w3(silu(gate) * value)`` with ``gate, value = w1(x)``."""
 
-    def __init__(self, d_model: int, hidden: int) -> None:
+    def __init__(self, d_model: int, hidden: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.w1 = nn.Linear(d_model, 2 * hidden, bias=False)
-        self.w3 = nn.Linear(hidden, d_model, bias=False)
+        self.w1 = nn.Linear(d_model, 2 * hidden, bias=bias)
+        self.w3 = nn.Linear(hidden, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output and the value half (a memory source)."""
@@ -217,6 +235,13 @@ class SambaY(CausalLM):
     "scan", "attention" or "mlp"; ``differential`` attention; ``rope_base`` (None: no positions); ``attn_bias``,
     ``attn_out_bias``; ``layer_norm`` instead of RMSNorm; ``tied``; ``mup`` (scales of muP) with ``mup_d0`` and
     ``mup_hd0``; ``depth_scale`` (branches divided by sqrt(2 n)); ``yoco_window``: the shared attention's window.
+
+    What only ablations of the original set: ``full_per_layer`` (without a window, the last of so many layers);
+    ``adaptive_rope`` (base 0.09 window^1.628 instead of ``rope_base``, the long window counted as 4096);
+    ``rotary_share`` of each head's channels; ``yoco_nope`` (no positions where attention has no window); ``gated``,
+    ``qk_norm`` and ``attn_norm`` (see :class:`Attention`); ``attn_scale`` instead of 1/sqrt(head_dim);
+    ``constant_lambda`` (of differential attention, not by depth); ``bias`` (of MLPs and GMUs); ``scale_embed`` (by
+    sqrt(d_model)).
     """
 
     def __init__(
@@ -248,6 +273,17 @@ class SambaY(CausalLM):
         depth_scale: bool = False,
         padding_multiple: int = 64,
         yoco_window: int | None = None,
+        full_per_layer: int | None = None,
+        adaptive_rope: bool = False,
+        rotary_share: float = 1.0,
+        yoco_nope: bool = False,
+        gated: bool = False,
+        qk_norm: bool = False,
+        attn_norm: bool = False,
+        attn_scale: float | None = None,
+        constant_lambda: bool = False,
+        bias: bool = False,
+        scale_embed: bool = False,
     ) -> None:
         super().__init__()
         if n_layer % 4 and yoco:
@@ -262,12 +298,24 @@ class SambaY(CausalLM):
         self.embedding = nn.Embedding(padded, d_model)
         inner2 = 8 * math.ceil(2 * d_model / 64 / 8) * 64
         d_memory = {
-            "scan": 2 * d_model if rnn_type == "mamba" else inner2, "attention": heads * head_dim, "mlp": ff,
+            "scan": inner2 if rnn_type == "mamba2" else 2 * d_model, "attention": heads * head_dim, "mlp": ff,
         }[gmu_source]  # fmt: skip
-        scale = head_dim**-0.5 * (math.sqrt(mup_hd0 / head_dim) if mup else 1.0)
+        self.embed_scale = math.sqrt(d_model) if scale_embed else 1.0
+        scale = head_dim**-0.5 if attn_scale is None else attn_scale
+        scale = scale * (math.sqrt(mup_hd0 / head_dim) if mup else 1.0)
 
-        def norm() -> nn.Module:
-            return nn.LayerNorm(d_model, eps=norm_eps) if layer_norm else RMSNorm(d_model, norm_eps)
+        def norm(dim: int = d_model) -> nn.Module:
+            return nn.LayerNorm(dim, eps=norm_eps) if layer_norm else RMSNorm(dim, norm_eps)
+
+        def phases(role: str, width: int | None, full: bool) -> tuple[int, float] | None:
+            if rope_base is None or (yoco_nope and (role == "cross" or full or width is None)):
+                return None
+            base = float(rope_base)
+            if adaptive_rope:
+                if width is None:
+                    raise ValueError("adaptive_rope follows the window; every attention needs one")
+                base = 0.09 * (4096 if width == yoco_window else width) ** 1.628
+            return int(rotary_share * head_dim), base
 
         def mixer(role: str, i: int) -> nn.Module:
             if role == "mamba":
@@ -275,11 +323,15 @@ class SambaY(CausalLM):
             if role == "mamba2":
                 return Mamba2(d_model, d_ssm=inner2, expand=inner2 / d_model)
             if role == "gmu":
-                return GMU(d_model, d_memory, norm=gmu_source == "scan" and rnn_type == "mamba2")
+                # by the kind of recurrence, whatever the memory is of (gated_memory_unit.py, ``use_norm``)
+                return GMU(d_model, d_memory, norm=rnn_per_layer > 0 and rnn_type == "mamba2", bias=bias)
             width = window if role == "window" else (yoco_window if yoco else None)
+            full = full_per_layer is not None and i % full_per_layer == full_per_layer - 1
             return Attention(
-                d_model, heads, kv_heads, head_dim, i, window=width, cross=role == "cross", differential=differential,
-                bias=attn_bias, out_bias=attn_out_bias, scale=scale, rope_base=rope_base,
+                d_model, heads, kv_heads, head_dim, 10000 if constant_lambda else i, window=None if full else width,
+                cross=role == "cross", differential=differential, bias=attn_bias, out_bias=attn_out_bias, scale=scale,
+                rotary=phases(role, width, full), gated=gated, qk_norm=norm_eps if qk_norm else None,
+                out_norm=norm(heads * head_dim) if attn_norm else None,
             )  # fmt: skip
 
         half = n_layer // 2
@@ -296,7 +348,7 @@ class SambaY(CausalLM):
                     memory = gmu_source
             blocks.append(
                 Block(
-                    role, mixer(role, i), norm(), norm(), MLP(d_model, ff),
+                    role, mixer(role, i), norm(), norm(), MLP(d_model, ff, bias=bias),
                     memory=memory, share_kv=role == "full" and yoco,
                     branch_scale=1 / math.sqrt(2 * n_layer) if depth_scale else 1.0,
                 )
@@ -315,6 +367,10 @@ class SambaY(CausalLM):
                     nn.init.normal_(module.weight, std=0.02)
         elif self.lm_head is not None:
             nn.init.zeros_(self.lm_head.weight)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        return x if self.embed_scale == 1.0 else x * self.embed_scale
 
     def head(self, hidden: Tensor) -> Tensor:
         return placement.linear(hidden * self.logit_scale, self.embedding if self.lm_head is None else self.lm_head)

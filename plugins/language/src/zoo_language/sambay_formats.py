@@ -13,35 +13,33 @@ from zoo.rules import Rename, Rules, Split, Tied
 
 from .sambay import Attention, SambaY, Shared
 
-#: What no published configuration sets otherwise; another value is refused.
+#: Switches of the original that are not built; another value is refused.
 FIXED: dict[str, Any] = {
-    "scale_embed": False, "moe": False, "zero_mod": False, "sqrt_gate": False, "rotary_percentage": 1.0,
-    "ada_rope": False, "separate_qkv": True, "qk_norm": False, "attn_norm": False, "sc_attn": False,
-    "sink_attn": False, "relu2": False, "full_swa_extend": False, "da_const_lamb": False, "use_sigmoid": False,
-    "gated_attn": False, "scaling_factor": 1.0, "bias": False, "no_mlp_bias": False, "mlp": True, "oss_swiglu": False,
-    "ffn_norm": False, "mlp_relu2": False, "full_per_layer": 1000000, "attn_layer_pos": None, "jamba_norm": False,
-    "yoco_nope": False, "post_norm": False, "decouple_postnorm": False, "skip_gain": False,
-    "skip_weight_per_layer": -1, "no_skip": False, "lc": False, "lc_shared": False, "sc_lc": False, "sum_skip": False,
-    "share_per_layer": -1, "share_group": 1, "compress": False, "attn_scale": None, "super_mup": False,
-    "original_mup": False, "shadow_init": False,
+    "moe": False, "zero_mod": False, "sqrt_gate": False, "separate_qkv": True, "sc_attn": False, "sink_attn": False,
+    "relu2": False, "full_swa_extend": False, "use_sigmoid": False, "scaling_factor": 1.0, "mlp": True,
+    "oss_swiglu": False, "ffn_norm": False, "mlp_relu2": False, "attn_layer_pos": None, "jamba_norm": False,
+    "post_norm": False, "decouple_postnorm": False, "skip_gain": False, "skip_weight_per_layer": -1, "no_skip": False,
+    "lc": False, "lc_shared": False, "sum_skip": False, "share_per_layer": -1, "share_group": 1, "fa2": True,
+    "use_cu_seqlen": False,
 }  # fmt: skip
-#: Keys that name things, or change speed, training or initialisation only.
+#: Keys that name things, change speed, training or initialisation only, or are read by nothing.
 IGNORED = {
-    "org", "name", "block_size", "eos_token_id", "padded_vocab_size", "fa2", "use_cu_seqlen", "residual_in_fp32",
-    "w_init_scale", "head_init_std", "use_muon", "use_muonh", "lc_budget_tau", "lc_budget_lambda", "sparsity", "top_k",
-    "aux_gamma", "aux_style", "share_expert", "fuse_sort_and_padding", "use_sonicmoe", "global_aux",
-    "intermediate_size",
+    "org", "name", "eos_token_id", "residual_in_fp32", "w_init_scale", "head_init_std", "use_muon", "lc_budget_tau",
+    "lc_budget_lambda", "sparsity", "top_k", "aux_gamma", "aux_style", "share_expert", "fuse_sort_and_padding",
+    "use_sonicmoe", "global_aux", "super_mup", "original_mup", "shadow_init", "compress", "sc_lc", "no_mlp_bias",
 }  # fmt: skip
 READ = {
-    "vocab_size", "padding_multiple", "n_layer", "n_head", "n_embd", "ar", "mlp_expand", "head_dim", "n_query_groups",
-    "tied_embed", "local_window", "nope", "use_da", "rope_base", "attn_bias", "attn_out_bias", "rnn_per_layer",
-    "rnn_type", "yoco", "gmu_yoco", "gmu_per_layer", "gmu_attn", "gmu_mlp", "yoco_window", "mup", "mup_d0", "mup_hd0",
-    "depth_scale", "_norm_class", "norm_eps",
+    "vocab_size", "padding_multiple", "padded_vocab_size", "n_layer", "n_head", "n_embd", "ar", "mlp_expand",
+    "intermediate_size", "head_dim", "n_query_groups", "tied_embed", "block_size", "local_window", "nope", "use_da",
+    "rope_base", "attn_bias", "attn_out_bias", "rnn_per_layer", "rnn_type", "yoco", "gmu_yoco", "gmu_per_layer",
+    "gmu_attn", "gmu_mlp", "yoco_window", "mup", "mup_d0", "mup_hd0", "use_muonh", "depth_scale", "_norm_class",
+    "norm_eps", "full_per_layer", "ada_rope", "rotary_percentage", "yoco_nope", "gated_attn", "qk_norm", "attn_norm",
+    "attn_scale", "da_const_lamb", "bias", "scale_embed",
 }  # fmt: skip
 
 
 def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """SambaY's arguments from an ArchScale Config. Switches that nothing published uses are refused by name."""
+    """SambaY's arguments from an ArchScale Config. Switches that are not built are refused by name."""
     for key, value in config.items():
         if key in FIXED and value != FIXED[key]:
             raise ValueError(f"sambay: {key}={value!r} is not built; only {FIXED[key]!r} is")
@@ -51,20 +49,26 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     norm = config.get("_norm_class", "FusedRMSNorm")
     if norm not in norms:
         raise ValueError(f"sambay: _norm_class is {norm!r}; expected one of {sorted(norms)}")
-    n = config["n_layer"]
-    d = config["ar"] * n if config.get("ar") else config["n_embd"]
-    heads = config["n_head"]
+    n = config.get("n_layer", 16)
+    ar = config.get("ar")
+    d = ar * n if ar is not None else config.get("n_embd", 4096)
+    ff = config.get("mlp_expand", 4) * d
+    if ar is None and config.get("intermediate_size") is not None:  # a width by aspect ratio sets it anew
+        ff = config["intermediate_size"]
+    heads = config.get("n_head", 32)
     window = config.get("local_window", -1)
-    source = "attention" if config.get("gmu_attn") else ("mlp" if config.get("gmu_mlp") else "scan")
+    source = "mlp" if config.get("gmu_mlp") else ("attention" if config.get("gmu_attn") else "scan")
+    period = config.get("full_per_layer", 1000000)
+    padded = config.get("padded_vocab_size")
     return {
-        "vocab_size": config["vocab_size"],
-        "padding_multiple": config.get("padding_multiple", 512),
+        "vocab_size": config.get("vocab_size", 50254),
+        "padding_multiple": padded if padded is not None else config.get("padding_multiple", 512),
         "n_layer": n,
         "d_model": d,
         "heads": heads,
         "kv_heads": config.get("n_query_groups") or heads,
         "head_dim": config.get("head_dim") or d // heads,
-        "ff": int(config.get("mlp_expand", 4) * d),
+        "ff": int(ff),
         "window": window if window > 0 else None,
         "rnn_per_layer": config.get("rnn_per_layer", -1),
         "rnn_type": config.get("rnn_type", "mamba"),
@@ -80,10 +84,22 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": config.get("norm_eps", 1e-5),
         "tied": config.get("tied_embed", False),
         "mup": config.get("mup", False),
-        "mup_d0": config.get("mup_d0", 16),
+        # the hyperball optimiser leaves the logits as they are: n / n
+        "mup_d0": n if config.get("use_muonh") else config.get("mup_d0", 16),
         "mup_hd0": config.get("mup_hd0", 128),
         "depth_scale": config.get("depth_scale", False),
-        "yoco_window": config["block_size"] // 2 if config.get("yoco_window") else None,
+        "yoco_window": config.get("block_size", 4096) // 2 if config.get("yoco_window") else None,
+        "full_per_layer": None if period >= n else period,
+        "adaptive_rope": config.get("ada_rope", False),
+        "rotary_share": config.get("rotary_percentage", 1.0),
+        "yoco_nope": config.get("yoco_nope", False),
+        "gated": config.get("gated_attn", False),
+        "qk_norm": config.get("qk_norm", False),
+        "attn_norm": config.get("attn_norm", False),
+        "attn_scale": config.get("attn_scale"),
+        "constant_lambda": config.get("da_const_lamb", False),
+        "bias": config.get("bias", False),
+        "scale_embed": config.get("scale_embed", False),
     }
 
 
@@ -180,8 +196,14 @@ class SambaYAdapter(ReferenceAdapter):
         shared = Shared()
         x = model.embed(inputs["input_ids"])
         last: Tensor | None = None
+        middle = model.layers[model.n_layer // 2]
+        replaced = any(layer.memory == "mlp" for layer in model.layers) and middle.role in ("mamba", "mamba2")
         for i, layer in enumerate(model.layers):
+            if replaced and layer is middle:  # the original keeps its scan as well, until an MLP's values replace it
+                layer.memory = "scan"
             x = layer(x, shared, None, None, None)
+            if replaced and layer is middle:
+                layer.memory = None
             found[f"mid/block{i}"] = x
             if shared.memory is not None and shared.memory is not last:
                 found[f"mid/gmu_memory{i}"] = last = shared.memory
