@@ -21,3 +21,8 @@ def zoo_adapters() -> Mapping[str, str]:
         "s4": "zoo.systems.s4:S4Adapter",
         "survey_visual": "zoo.systems.survey_visual:ScanOrdersAdapter",
     }
+
+
+@hookimpl
+def zoo_pipelines() -> Mapping[str, str]:
+    return {"sequence-classification": "zoo.tasks.sequence_classification:SequenceClassification"}

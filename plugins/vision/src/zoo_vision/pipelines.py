@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
+from zoo.images import EXTENSIONS, open_image
 from zoo.pipelines import Failure, Pipeline, Result
 from zoo_registry import errors, optional
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 #: settings that timm's transforms take from a weights card
 _SETTINGS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
@@ -169,47 +169,6 @@ def transform_settings(model: nn.Module, preprocess: dict[str, Any]) -> dict[str
         known.setdefault("std", (0.5,))
     resolved = resolve_data_config(args=known, pretrained_cfg=known)
     return {k: resolved[k] for k in _SETTINGS if k in resolved}
-
-
-def open_image(source: Any, channels: int) -> Image.Image:
-    """A path, PIL image or array as a PIL image of 1 or 3 channels, upright as its EXIF data says."""
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3):
-            raise errors.BadArgument(
-                f"an array of {source.dtype} and shape {source.shape} was given; expected uint8, (height, width) or "
-                "(height, width, 3)",
-                argument="inputs",
-                accepted=[],
-            )
-        image = Image.fromarray(source)
-    elif isinstance(source, Image.Image):
-        image = source
-    elif isinstance(source, (str, Path)):
-        try:
-            image = Image.open(source)
-            image.load()
-        except OSError as error:
-            raise errors.BadArgument(
-                f"{source} is not an image that can be read ({error}); expected {', '.join(EXTENSIONS)}",
-                argument="inputs",
-                accepted=[],
-            ) from error
-    else:
-        raise errors.BadArgument(
-            f"a {type(source).__name__} was given; expected a file, a PIL image, an array or a tensor",
-            argument="inputs",
-            accepted=[],
-        )
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16-bit and float greys: stretch their own range to 8 bits
-        values = np.asarray(image, dtype=np.float64)
-        low, high = float(values.min()), float(values.max())
-        image = Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        solid = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        solid.alpha_composite(image.convert("RGBA"))
-        image = solid
-    return image.convert("L" if channels == 1 else "RGB")
 
 
 # -- tables and vectors ----------------------------------------------------------------------------------------------
