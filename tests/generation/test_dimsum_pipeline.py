@@ -231,9 +231,10 @@ def test_folders(pictures, tmp_path):
     assert read_picture(tmp_path / "wide.png", 4, 1).tolist() == [[[1.0] * 4] * 4]
     (pictures / "dark" / "bad.png").write_bytes(b"no picture")
     for call, words in (
-        (lambda: read_folder(pictures, 8, 1), r"bad\.png is no readable picture"),
+        (lambda: read_folder(pictures, 8, 1), r"bad\.png is no picture that can be read"),
         (lambda: read_folder(tmp_path / "nowhere", 8, 1), "there is no folder"),
-        (lambda: read_folder(pictures / "light", 8, 1).split(1.0), "at least 2 are needed"),
+        (lambda: read_folder(pictures / "light", 8, 1).split(0.99), "at least 2 are needed"),
+        (lambda: read_folder(pictures / "light", 8, 1).split(2.0), "the share of images to keep apart is 2.0"),
         (lambda: read_folder(pictures, 8, 1, ["dark"]), "has the class 'light', which is none of dark"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -311,6 +312,47 @@ def test_commands(pictures, tmp_path):
         catch_exceptions=False,
     )
     assert again.exit_code == 0
+
+
+def test_images_without_a_label(tmp_path):
+    quick = ["--method", "euler", "--steps", "1", "--json", "--out", str(tmp_path / "a.png")]
+    for asked in ([], ["none"]):
+        done = CliRunner().invoke(generate_images, ["dimsum_micro", *asked, *quick], catch_exceptions=False)
+        assert json.loads(done.output)["labels"] == ["none"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--out", "a.xyz"], errors.BadArgument, r"a\.xyz ends in '\.xyz'; expected \.png"),
+        (["--out", "file/a.png"], errors.StoreError, "cannot be written"),
+        (["--out", "a.png", "--cfg", "nan"], errors.BadArgument, "cfg is nan"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_work(options, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(ImageGeneration, "forward", lambda *_: pytest.fail("the work was done first"))
+    with pytest.raises(error, match=message):
+        CliRunner().invoke(generate_images, ["dimsum_micro", "ring", *options], catch_exceptions=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_latents_go_to_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = ["dimsum_micro", "ring", "--method", "euler", "--steps", "1", "--latents"]
+    done = CliRunner().invoke(generate_images, quick, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["latents"]  # and none that is called generated.png
+    done = CliRunner().invoke(generate_images, [*quick, "--out", "a.png"])
+    assert done.exit_code == 2
+    assert "expected a folder for --latents" in done.output
+
+
+def test_training_commands_refuse_other_models(pictures):
+    done = CliRunner().invoke(train_images, ["unianimate_micro", str(pictures)])
+    assert done.exit_code == 2
+    assert "unianimate_micro generates no images from labels" in done.output
 
 
 def test_training_on_latents(pictures, tmp_path, diffusers):

@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_said(pipe, tmp_path):
         pipe((FIGURE, tmp_path / "alone.npz"))
     with pytest.raises(ValueError, match="holds no key points"):
         pipe((FIGURE, FIGURE))
-    with pytest.raises(ValueError, match="no readable picture"):
+    with pytest.raises(ValueError, match="no picture that can be read"):
         pipe((POSES, POSES))
     with pytest.raises(ValueError, match="expected a pair"):
         pipe.read(FIGURE)
@@ -149,6 +149,33 @@ def test_what_does_not_fit_is_said(pipe, tmp_path):
         zoo.pipeline(MODEL, frames=0)
     with pytest.raises(ValueError, match="detector is given without pose"):
         zoo.pipeline(MODEL, detector="yolox_l.onnx")
+    for wrong, message in (
+        ({"pose": "dw-ll_ucoco_384.onnx"}, "pose is given without detector"),
+        ({"fps": 0}, "fps is 0"),
+        ({"guidance": float("nan")}, "guidance nan"),
+        ({"prior": 1000}, "prior is 1000; expected -1 for noise alone, or 0 to 999"),
+        ({"pose_size": 3}, "pose_size is 3; expected width and height"),
+        ({"pose_size": [0, 9]}, r"pose_size is \[0, 9\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            zoo.pipeline(MODEL, **wrong)
+
+
+def test_the_callers_random_numbers_stay_as_they_are(pipe):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    pipe((FIGURE, POSES))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("out", ["a.xyz", "a", "file/a.gif"])
+def test_what_cannot_be_written_is_said_before_the_work(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(HumanAnimation, "forward", lambda *_: pytest.fail("the work was done first"))
+    with pytest.raises((errors.BadArgument, errors.StoreError), match=f"{out} (ends in|cannot be written)"):
+        CliRunner().invoke(animate, [MODEL, str(FIGURE), str(POSES), "--out", out], catch_exceptions=False)
 
 
 def test_commands(tmp_path, figures, monkeypatch):

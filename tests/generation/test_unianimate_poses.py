@@ -117,10 +117,28 @@ def test_bad_arrays(tmp_path):
     with pytest.raises(ValueError, match=r"arrays \['points'\]"):
         read_poses(tmp_path / "a.npz")
     (tmp_path / "b.npz").write_bytes(b"no")
-    with pytest.raises(ValueError, match="no readable npz"):
+    with pytest.raises(ValueError, match=r"b\.npz is no \.npz or \.npy file of plain arrays"):
         read_poses(tmp_path / "b.npz")
     with pytest.raises(ValueError, match="expected key points"):
         read_poses(tmp_path / "a.txt")
+    for size in ([0, 10], [3], 4):
+        with pytest.raises(ValueError, match="expected the picture's width and height in pixels"):
+            Poses.of(np.ones((1, 18, 2)), size=size)
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        ({"people": "Anna"}, "has no 'people', a list of objects"),
+        ({"people": [5]}, "has no 'people', a list of objects"),
+        ({"people": [{"pose_keypoints_2d": ["a"] * 54}]}, "expected 54 or 75 numbers"),
+        ({"people": [{"pose_keypoints_2d": [300, 200, 1] * 18}], "canvas_width": "a", "canvas_height": 4}, "of what"),
+    ],
+)
+def test_bad_json(frame, message, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([frame]))
+    with pytest.raises(ValueError, match=rf"a\.json: frame 0.*{message}"):
+        read_poses(tmp_path / "a.json")
 
 
 def test_wholebody():
@@ -237,5 +255,5 @@ def test_animations(tmp_path):
     (tmp_path / "b.gif").write_bytes(b"no")
     with pytest.raises(ValueError, match="no readable animation"):
         media.read_frames(tmp_path / "b.gif")
-    with pytest.raises(ValueError, match="expected uint8"):
+    with pytest.raises(ValueError, match="a picture is an array of float64"):
         media.read_picture(np.zeros((2, 2)))

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,21 @@ def _rgb(image: Any, name: str) -> Any:
             raise errors.BadFile(f"{name} has values outside 0 to 65535; expected 8 or 16 bits a channel", path=name)
         image = Image.fromarray((values.astype(np.float32) / 257).round().astype(np.uint8))
     return image.convert("RGB")
+
+
+def check_ending(path: str | os.PathLike[str], endings: Collection[str] | None = None) -> None:
+    """Raise BadArgument for a name whose ending says no format: none of ``endings``, or (None) of pictures'."""
+    said = endings
+    if endings is None:
+        from PIL import Image
+
+        endings, said = Image.registered_extensions(), (".png", ".jpg", ".webp", ".tif", "...")
+    assert said is not None
+    ending = Path(path).suffix.lower()
+    if ending not in endings:
+        raise errors.BadArgument(
+            f"{path} ends in {ending!r}; expected {', '.join(said)}", argument="path", accepted=sorted(endings)
+        )
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from zoo_registry import errors, read_labels
 
 from .building import ZooInfo, wrong_type
+from .files import check_ending, whole
 from .placement import device_of
 
 
@@ -81,8 +82,9 @@ class Result:
                 f"a {type(self).__name__} has no picture; print it, or use to_dict()", argument="path", accepted=[]
             )
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        check_ending(path)
+        with whole(path) as work:
+            image.save(work)
         return path
 
     def __str__(self) -> str:

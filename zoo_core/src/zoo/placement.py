@@ -82,9 +82,10 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
             torch.empty(0, device=found)  # finds out what is missing: a driver, a second GPU, support in this build
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         said = str(error).partition("\n")[0].partition(". ")[0]
+        why = "" if said.startswith("Expected one of") else f" ({said})"  # a list of all that torch has ever known
         raise errors.BadArgument(
-            f"device is {str(device)!r}, which this machine cannot compute on ({said}); expected cpu, cuda, cuda:1, "
-            "mps ... (`zoo doctor` shows what there is)",
+            f"device is {str(device)!r}, which this machine cannot compute on{why}; expected cpu, cuda, cuda:1, mps ... "
+            "(`zoo doctor` shows what there is)",
             argument="device",
             accepted=[],
         ) from error

@@ -36,7 +36,7 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: Path | None) -
     if value.exists() and not value.is_dir():
         raise click.BadParameter(f"{str(value)!r} is a file; expected a folder, new or not", ctx, parameter)
     try:
-        check_place(value / "model.safetensors")
+        check_place(value)
     except errors.StoreError as error:
         raise click.BadParameter(str(error), ctx, parameter) from error
     return value

@@ -50,9 +50,17 @@ def generate_images(
         zoo generate-images dimsum_l2 207 --latents --out latents/
     """
     import zoo
+    from zoo.files import check_ending, check_place
 
     from .pipeline import GeneratedImages, ImageGeneration
 
+    if latents and out.suffix:
+        if click.get_current_context().get_parameter_source("out") is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(f"--out is {out}, a file; expected a folder for --latents")
+        out = Path("latents")
+    if out.suffix:
+        check_ending(out)
+    check_place(out if out.suffix else out / "image.png")
     pipe = ImageGeneration(
         zoo.load(model, device=device, checkpoint=checkpoint), seed=seed, count=count, method=method, steps=steps,
         cfg=cfg, adaptive=adaptive, decode=not latents, autoencoder=autoencoder,
@@ -74,8 +82,9 @@ def generate_images(
     click.echo(f"-> {written[0] if len(written) == 1 else f'{len(written)} files in {out}'}")
 
 
-def _classes(pipe: Any, label: str) -> list[int]:
-    return pipe.read(Path(label) if label.endswith(".txt") and Path(label).is_file() else label)
+def _classes(pipe: Any, label: str) -> list[int | str]:
+    found = pipe.read(Path(label) if label.endswith(".txt") and Path(label).is_file() else label)
+    return ["none" if one == pipe.network.y_embedder.null else one for one in found]
 
 
 @click.command("train-images")

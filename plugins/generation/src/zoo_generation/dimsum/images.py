@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+
+from zoo import files
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -26,6 +28,8 @@ class ImageSet:
 
     def split(self, share: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
         """The set without a random ``share``, and that share (at least one image)."""
+        if not 0 <= share < 1:
+            raise ValueError(f"the share of images to keep apart is {share}; expected 0 or more and below 1")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         cut = len(self) - max(1, round(share * len(self)))
         if cut < 1:
@@ -39,11 +43,8 @@ class ImageSet:
 
 def read_picture(path: Path, side: int, channels: int) -> Tensor:
     """The middle square of a picture at ``side`` pixels, (channels, side, side) in [-1, 1]; grey or RGB."""
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} is no readable picture ({error})") from error
+    image = files.read_picture(path)
+    image = image.convert("L") if channels == 1 else image
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
     box = (left, top, left + short, top + short)

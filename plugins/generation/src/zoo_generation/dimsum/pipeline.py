@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from zoo import errors
+from zoo import errors, files
 from zoo.pipelines import Pipeline, Result
 from zoo_registry import optional
 
@@ -63,16 +63,17 @@ class GeneratedImages(Result):
     def save(self, folder: str | Path) -> list[Path]:
         """Every image as FOLDER/NUMBER_LABEL.png, or latents as FOLDER/latents.npy."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         if self.images is None:
             assert self.latents is not None
-            np.save(folder / "latents.npy", self.latents)
+            with files.whole(folder / "latents.npy") as work:
+                np.save(work, self.latents)
             return [folder / "latents.npy"]
         written = []
         for i, (image, label) in enumerate(zip(self.images, self.labels, strict=True)):
             words = "".join(c if c.isalnum() else "_" for c in label)[:40]
             written.append(folder / f"{i:03d}_{words}.png")
-            Image.fromarray(image).save(written[-1])
+            with files.whole(written[-1]) as work:
+                Image.fromarray(image).save(work)
         return written
 
 
@@ -123,6 +124,8 @@ class ImageGeneration(Pipeline):
                 f"method is {method!r}; expected one of {', '.join(flow.METHODS)}", argument="method",
                 accepted=list(flow.METHODS),
             )  # fmt: skip
+        if cfg is not None and not math.isfinite(cfg):
+            raise errors.BadArgument(f"cfg is {cfg}; expected a finite number, 1 for none", argument="cfg", accepted=[])
         own = self.preprocess
         self.network, self.seed, self.count, self.images_at_once = model, seed, count, images_at_once
         #: models of 4 channels that say nothing else work on latents
@@ -182,7 +185,7 @@ class ImageGeneration(Pipeline):
     def read(self, source: Any) -> list[int]:
         """The classes asked for, one an image."""
         if isinstance(source, Path):
-            lines = [line.partition("#")[0].strip() for line in source.read_text(encoding="utf-8").splitlines()]
+            lines = [line.partition("#")[0].strip() for line in files.read_text(source).splitlines()]
             asked: list[Any] = [line for line in lines if line]
             if not asked:
                 raise errors.BadArgument(

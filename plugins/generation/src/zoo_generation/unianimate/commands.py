@@ -53,7 +53,12 @@ def animate(
             --autoencoder v2-1_512-ema-pruned.ckpt --clip CLIP-ViT-H-14 --out dance.mp4 --device cuda --dtype float16
     """
     import zoo
+    from zoo.files import check_place
 
+    from .media import check_ending
+
+    check_ending(out)
+    check_place(out)
     own = ("frames", "every", "steps", "guidance", "seed", "first_frame", "autoencoder", "clip", "detector", "pose")
     given = {k: v for k in own if (v := options.pop(k)) is not None and v is not False}
     if unaligned:

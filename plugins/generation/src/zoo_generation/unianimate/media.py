@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
+from zoo import files
 from zoo_registry import optional
 
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
@@ -19,27 +20,17 @@ POSE_OF_REFERENCE = "ref_pose.jpg"  #: its name among the drawn poses that the o
 
 def read_picture(source: Any) -> Image.Image:
     """A path, a PIL picture or an array (H, W, 3) uint8, in RGB. Raises ValueError for what is none."""
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    if isinstance(source, np.ndarray):
-        if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
-            raise ValueError(f"a picture is {source.dtype} of shape {source.shape}; expected uint8 (height, width, 3)")
-        return Image.fromarray(source)
-    try:
-        with Image.open(source) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{source} is no readable picture ({error})") from error
+    return files.read_picture(source)
 
 
 def read_frames(path: str | Path) -> list[Image.Image]:
     """A GIF or WebP animation, a video (imageio), or a folder of pictures in the order of their names."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES and f.name != POSE_OF_REFERENCE)
-        if not files:
+        pictures = sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES and f.name != POSE_OF_REFERENCE)
+        if not pictures:
             raise ValueError(f"the folder {path} holds no pictures; expected {', '.join(PICTURES)}")
-        return [read_picture(f) for f in files]
+        return [read_picture(f) for f in pictures]
     if path.suffix.lower() in VIDEOS:
         imageio: Any = optional("imageio.v3", f"{path}: a video", "ssm-zoo-generation[video]", otherwise="or use a GIF")
         return [Image.fromarray(np.asarray(frame)[..., :3]) for frame in imageio.imiter(path)]
@@ -54,24 +45,36 @@ def write_frames(frames: np.ndarray, path: str | Path, fps: float, scale: int = 
     """Write (frames, H, W, 3) uint8: .gif, .webp and .apng by PIL, .mp4 by imageio, .npz as an array, any other picture
     as a strip of all frames. scale: every pixel so many times, for small ones."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_ending(path)
+    with files.whole(path) as work:
+        _write(frames, work, fps, scale)
+    return path
+
+
+def check_ending(path: str | Path) -> None:
+    """Raise BadArgument for a name that no animation is written under, and MissingExtra for a video without imageio."""
+    kind = Path(path).suffix.lower()
+    if kind in VIDEOS:
+        optional("imageio.v3", f"{path}: a video", "ssm-zoo-generation[video]", otherwise="or write .gif")
+    elif kind != ".npz":
+        files.check_ending(path)
+
+
+def _write(frames: np.ndarray, path: Path, fps: float, scale: int) -> None:
     kind = path.suffix.lower()
     if kind == ".npz":
         np.savez_compressed(path, frames=frames, fps=fps)
-        return path
+        return
     frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     if kind in ANIMATED:
         first, *rest = [Image.fromarray(f) for f in frames]
         shown: dict[str, Any] = {"lossless": True} if kind == ".webp" else {}
         first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, **shown)
     elif kind in VIDEOS:
-        imageio: Any = optional(
-            "imageio.v3", f"{path}: a video", "ssm-zoo-generation[video]", otherwise="or write .gif"
-        )
+        imageio: Any = optional("imageio.v3", f"{path}: a video", "ssm-zoo-generation[video]")
         imageio.imwrite(path, frames, fps=fps)
     else:
         strip(frames).save(path)
-    return path
 
 
 def strip(frames: Sequence[np.ndarray] | np.ndarray) -> Image.Image:

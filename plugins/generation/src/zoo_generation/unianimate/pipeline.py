@@ -108,8 +108,10 @@ class HumanAnimation(Pipeline):
         self.overlap = int(own.get("overlap", 8) if overlap is None else overlap)
         self.fps = float(own.get("fps", 8) if fps is None else fps)
         self.aligned = bool(own.get("aligned", True) if aligned is None else aligned)
-        wide, high = own.get("pose_size", SIZE) if pose_size is None else pose_size
-        self.pose_size = (int(wide), int(high))
+        drawn = own.get("pose_size", SIZE) if pose_size is None else pose_size
+        if isinstance(drawn, (int, str)) or len(drawn) != 2 or min(drawn) < 1:
+            raise ValueError(f"pose_size is {drawn!r}; expected width and height in pixels, as [512, 768]")
+        self.pose_size = (int(drawn[0]), int(drawn[1]))
         self.pose_width = own.get("pose_width") if pose_width is None else pose_width
         self.frames, self.every, self.seed = frames, int(every), int(seed)
         self.first_frame = bool(first_frame)
@@ -119,6 +121,10 @@ class HumanAnimation(Pipeline):
         diffusion.windows(1, self.size, self.overlap)
         if self.every < 1 or (frames is not None and frames < 1):
             raise ValueError(f"frames is {frames} and every {every}; expected 1 or more of each")
+        if not (self.fps > 0 and np.isfinite(self.guidance)):
+            raise ValueError(f"fps is {self.fps} and guidance {self.guidance}; expected above 0, and a finite number")
+        if self.prior is not None and not -1 <= self.prior < diffusion.STEPS:
+            raise ValueError(f"prior is {self.prior}; expected -1 for noise alone, or 0 to {diffusion.STEPS - 1}")
         if self.first_frame and "local_image" not in model.video_compositions:
             raise ValueError("first_frame=True needs a model with the condition local_image; this one has none")
         given = not isinstance(autoencoder, (str, Path, type(None)))
@@ -142,6 +148,8 @@ class HumanAnimation(Pipeline):
 
     @staticmethod
     def _detector(detector: str | Path | Detector | None, pose: str | Path | None) -> Detector | None:
+        if detector is None and pose is not None:
+            raise ValueError("pose is given without detector; expected yolox_l.onnx and dw-ll_ucoco_384.onnx")
         if not isinstance(detector, (str, Path)):
             return detector
         if pose is None:
@@ -242,7 +250,10 @@ class HumanAnimation(Pipeline):
         else:
             given["randomref"] = latent
         noise = diffusion.starting_noise(
-            self.schedule, latent.cpu().float(), prior=self._prior(frames), generator=torch.manual_seed(self.seed)
+            self.schedule,
+            latent.cpu().float(),
+            prior=self._prior(frames),
+            generator=torch.Generator().manual_seed(self.seed),
         )
         z = diffusion.sample(
             model,

@@ -12,13 +12,14 @@ Alignment: arXiv 2406.01188, section 3.3 (pose alignment); ali-vilab/UniAnimate 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from zoo import files
 
 BODY, TOES, HAND, FACE = 18, 2, 21, 68
 SEEN = 0.3  #: the confidence above which a detected point counts
@@ -87,7 +88,10 @@ def _points(given: Any, counts: tuple[int, ...], what: str, size: Sequence[float
     seen = (points[..., :2] >= 0).all(-1)
     if points.shape[2] == 3:
         seen &= points[..., 2] > SEEN
-    points = points[..., :2] / (np.asarray(size, float) if size is not None else 1.0)
+    sides = np.ones(2) if size is None else np.asarray(size, float)
+    if sides.shape != (2,) or not (sides > 0).all():
+        raise ValueError(f"size is {sides.tolist()}; expected the picture's width and height in pixels")
+    points = points[..., :2] / sides
     points[~seen] = np.nan
     largest = np.nanmax(points) if seen.any() else 0.0
     if size is None and largest > 4:
@@ -118,11 +122,7 @@ def read_poses(path: str | Path) -> tuple[Poses, Poses | None]:
 
 
 def _read_npz(path: Path) -> tuple[Poses, Poses | None]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no readable npz file ({error})") from error
+    arrays = files.read_arrays(path)
     if "body" not in arrays:
         raise ValueError(f"{path} has the arrays {sorted(arrays)}; expected body (frames, 18 or 20, 2 or 3)")
     size = arrays.get("size")
@@ -143,10 +143,7 @@ def _named(path: Path, body: Any, hands: Any, face: Any, size: Any) -> Poses:
 
 
 def _read_json(path: Path) -> tuple[Poses, Poses | None]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
+    content = files.read_json(path)
     reference = None
     if isinstance(content, Mapping) and "frames" in content:
         reference, content = content.get("reference"), content["frames"]
@@ -160,8 +157,8 @@ def _people(path: Path, frames: list[Any]) -> Poses:
     bodies, hands, faces, several = [], [], [], 0
     for number, frame in enumerate(frames):
         people = frame.get("people") if isinstance(frame, Mapping) else None
-        if people is None:
-            raise ValueError(f"{path}: frame {number} has no 'people'")
+        if not isinstance(people, list) or not all(isinstance(one, Mapping) for one in people):
+            raise ValueError(f"{path}: frame {number} has no 'people', a list of objects with pose_keypoints_2d")
         several += len(people) > 1
         person = people[0] if people else {}
         size = frame.get("canvas_width"), frame.get("canvas_height")
@@ -182,13 +179,15 @@ def _flat(
     values = person.get(key)
     if not values:
         return np.full((counts[0], 3), -1.0)
+    expected = " or ".join(str(3 * n) for n in counts)
+    if not isinstance(values, list) or not all(v is None or isinstance(v, (int, float)) for v in values):
+        raise ValueError(f"{where}: {key} is {values!r:.60}; expected {expected} numbers")
     if len(values) % 3 or len(values) // 3 not in counts:
-        expected = " or ".join(str(3 * n) for n in counts)
         raise ValueError(f"{where}: {key} holds {len(values)} numbers; expected {expected}")
     points = np.array([-1.0 if v is None else v for v in values], float).reshape(-1, 3)
     seen = points[:, 2] > 0
     if seen.any() and points[seen, :2].max() > 4:
-        if not all(size):
+        if not all(isinstance(side, (int, float)) and side > 0 for side in size):
             raise ValueError(f"{where} is in pixels without canvas_width and canvas_height, which say of what")
         points[:, :2] /= np.array(size, float)
     points[~seen] = -1.0
