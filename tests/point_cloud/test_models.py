@@ -66,6 +66,64 @@ def test_pcm_flags(flags, has, has_not):
     assert torch.isfinite(logits).all()
 
 
+def test_pcm_position_mlp_has_biases():
+    """The original's MLP takes ``bias=False`` and does not hand it on."""
+    _, theirs = random_state("pcm", {"encoder_args": {**ENCODER, "pos_proj_type": "mlp"}, "cls_args": HEAD})
+    assert "encoder.pos_proj.1.layers.2.bias" in theirs
+
+
+@pytest.mark.parametrize(
+    ("head", "keys"),
+    [
+        ({"mlps": [8]}, ["0.0.bias", "0.0.weight", "2.0.bias", "2.0.weight"]),  # norm_args None: a bias, no norm
+        (
+            {"mlps": [8], "norm_args": {"norm": None}, "dropout": 0},
+            ["0.0.bias", "0.0.weight", "1.0.bias", "1.0.weight"],
+        ),
+        ({"mlps": None}, ["0.0.bias", "0.0.weight"]),
+        ({}, ["0.0.bias", "0.0.weight", "2.0.bias", "2.0.weight"]),
+    ],
+)
+def test_pcm_heads_have_the_originals_defaults(head, keys):
+    config = {"encoder_args": ENCODER, "cls_args": {"NAME": "ClsHead", "num_classes": 5, **head}}
+    adapter, theirs = random_state("pcm", config)
+    assert sorted(k.removeprefix("prediction.head.") for k in theirs if k.startswith("prediction.")) == keys
+    if not head:
+        assert theirs["prediction.head.0.0.weight"].shape == (256, 24)
+    model = adapter.build(config, {f"module.{k}": v for k, v in theirs.items()})
+    for act in ("gelu", {"act": "leaky_relu", "inplace": True}, None):
+        other = adapter.build({**config, "cls_args": {**config["cls_args"], "act_args": act}}, theirs)
+        points = torch.rand(2, 40, 3)
+        assert torch.allclose(other(points), model(points)) is (head == {"mlps": None})
+    bad = {**config["cls_args"], "act_args": {"act": "leaky_relu", "negative_slope": 0.3}}
+    with pytest.raises(ValueError, match=r"cls_args\.act_args is"):
+        adapter.build({**config, "cls_args": bad}, theirs)
+
+
+def test_pcm_without_a_head_gives_features():
+    adapter, theirs = random_state("pcm", {"encoder_args": ENCODER})
+    assert not any(k.startswith("prediction.") for k in theirs)
+    points = torch.rand(2, 40, 3)
+    model = adapter.build({"encoder_args": ENCODER}, theirs)
+    assert torch.equal(adapter.run(model, {"pos": points})["logits"], model.forward_features(points))
+
+
+def test_pcm_decoder_arguments_override_the_encoders():
+    decoder = {"encoder_channel_list": [12, 12, 24], "decoder_channel_list": [16, 12], "decoder_blocks": [0, 1],
+               "mamba_blocks": [0, 1], "mamba_layers_orders": ["null"], "act_args": "gelu", "gmp_dim": 8}  # fmt: skip
+    config = {"encoder_args": {**ENCODER, "bias": False, "rms_norm": True}, "decoder_args": decoder,
+              "cls_args": {"NAME": "SegHead", "num_classes": 3, "norm_args": {"norm": "bn"}}}  # fmt: skip
+    _, theirs = random_state("pcm", config)
+    assert "decoder.gmp_map_end.net.0.bias" not in theirs
+    config["decoder_args"] = {**decoder, "bias": True, "rms_norm": False}
+    adapter, theirs = random_state("pcm", config)
+    assert "decoder.gmp_map_end.net.0.bias" in theirs
+    assert "decoder.mamba_list.1.0.norm.bias" in theirs
+    model = adapter.build(config, theirs)
+    assert isinstance(model.decoder.decode_list[1].extraction.operation[0].act, torch.nn.GELU)
+    assert isinstance(model.decoder.decode_list[1].fuse.net[2], torch.nn.ReLU)  # as in the original, whatever act_args
+
+
 @pytest.mark.parametrize("parts", [False, True])
 def test_pcm_decoder_with_mamba(parts):
     decoder = {

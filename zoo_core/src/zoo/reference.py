@@ -101,6 +101,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return header.pop("__metadata__", {}), {key: tensors[key] for key in header}
 
 
+def unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``state`` without the prefix ``module.`` of parallel training, where every key has it."""
+    if state and all(k.startswith("module.") for k in state):
+        return {k.removeprefix("module."): v for k, v in state.items()}
+    return state
+
+
 class ReferenceAdapter(ABC):
     """Reads one original system. Subclasses set ``system`` and implement :meth:`build` and :meth:`run`."""
 
@@ -175,8 +182,9 @@ class ReferenceAdapter(ABC):
         """Our keys and layouts from the original's state dict. It is how published checkpoints are read.
 
         Give ``model`` (our model, also on the meta device) where it exists; systems whose table depends on the
-        variant need it.
+        variant need it. The prefix ``module.`` of parallel training is taken off.
         """
+        state = unwrapped(state)
         return self.rules(state, model=model).to_zoo(state)
 
     def to_reference(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:

@@ -26,9 +26,6 @@ class MedicalAdapter(ReferenceAdapter):
         """The dotted name of our module that does what the original's submodule ``path`` does."""
         return path
 
-    def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
-        return super().to_zoo(unwrapped(state), model=model)
-
     def replay(self, path: str | Path, *, grad: bool = False, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         self._watch = {k: self.our_path(v) for k, v in read_golden(path).mids_of.items() if not k.startswith("_")}
         try:
@@ -72,13 +69,6 @@ class MedicalAdapter(ReferenceAdapter):
     def loss(self, golden: Golden, named: Mapping[str, Tensor]) -> Tensor:
         """The sum over all outputs of mean(output^2)."""
         return sum((v.float().pow(2).mean() for k, v in named.items() if k.startswith("out/")), start=Tensor([0.0])[0])
-
-
-def unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """``state`` without the prefix ``module.`` of parallel training, where every key has it."""
-    if state and all(k.startswith("module.") for k in state):
-        return {k.removeprefix("module."): v for k, v in state.items()}
-    return state
 
 
 def take(

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.reference import unwrapped
 from zoo.rules import Drop, Rules
 
-from ._base import MedicalAdapter, unwrapped
+from ._base import MedicalAdapter
 from .umamba import UMamba
 
 _CONFIG = {

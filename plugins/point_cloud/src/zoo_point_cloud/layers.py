@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "selu": nn.SELU,
     "hardswish": nn.Hardswish,
     "leakyrelu": nn.LeakyReLU,
+    "rrelu": nn.RReLU,
 }
 
 

@@ -252,19 +252,20 @@ class PCM(_PCM):
     depend on its batch; False is the published behaviour. ``pool`` "max", "mean" or "max_mean" (their sum).
     Other arguments: ``in_chans``, ``embed_dim``, ``groups``, ``res_expansion``, ``bias``, ``activation``,
     ``use_xyz``, ``normalize``, ``block_residual``, ``mamba_pos``, ``rms_norm``, ``two_way``, ``drop_path``,
-    ``grid_size``; ``head_mlps``, ``head_dropout``.
+    ``grid_size``; ``head_mlps``, ``head_dropout``, ``head_norm`` (batch norm in the head's hidden layers) and
+    ``head_act`` of them.
     """
 
     def __init__(
         self, num_classes: int = 15, *, pool: str = "max", head_mlps: Sequence[int] = (512, 256),
-        head_dropout: float = 0.5, **encoder: Any,
+        head_dropout: float = 0.5, head_norm: bool = True, head_act: str | None = "relu", **encoder: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         if pool not in ("max", "mean", "max_mean"):
             raise ValueError(f"pool is {pool!r}; expected 'max', 'mean' or 'max_mean'")
         self.encoder = PCMEncoder(**encoder)
         self.pool, self.num_features = pool, self.encoder.channels[-1]
-        self.head_arguments = (list(head_mlps), head_dropout)
+        self.head_arguments = (list(head_mlps), head_dropout, head_norm, head_act)
         self.reset_classifier(num_classes)
         self.ends = {"num_classes": NewHead(f"prediction.head.{len(self.prediction.head) - 1}")}
 
@@ -292,9 +293,10 @@ class PCMSegmentation(_PCM):
     """Point Cloud Mamba for segmentation: (B, N, 3) points and (B, C, N) features to (B, num_classes, N).
 
     ``decoder_channels``, ``decoder_blocks``, ``decoder_mamba_blocks``: deep level first; ``decoder_orders`` of its
-    Mamba layers ("null": as it is); ``global_feat``: pools appended to every point before the head; ``shapes``: number
-    of object classes (part segmentation; 0: none), given as ``cls`` (B,). ``test_crop``: in eval mode a single cloud
-    with more points is cut into tiles over x and y (scene segmentation; None: never). Other arguments: :class:`PCM`.
+    Mamba layers ("null": as it is), ``decoder_act``, ``decoder_bias`` and ``decoder_rms_norm`` (None: the encoder's);
+    ``global_feat``: pools appended to every point before the head; ``shapes``: number of object classes (part
+    segmentation; 0: none), given as ``cls`` (B,). ``test_crop``: in eval mode a single cloud with more points is cut
+    into tiles over x and y (scene segmentation; None: never). Other arguments: :class:`PCM`.
     """
 
     def __init__(
@@ -306,12 +308,16 @@ class PCMSegmentation(_PCM):
         decoder_mamba_blocks: Sequence[int] | None = None,
         decoder_orders: Sequence[str] = (),
         decoder_act: str = "relu",
+        decoder_bias: bool | None = None,
+        decoder_rms_norm: bool | None = None,
         context_dim: int = 64,
         shapes: int = 0,
         shape_dim: int = 64,
         global_feat: Sequence[str] = ("max", "avg"),
         head_mlps: Sequence[int] | None = None,
         head_dropout: float = 0.5,
+        head_norm: bool = True,
+        head_act: str | None = "relu",
         test_crop: int | None = None,
         **encoder: Any,
     ) -> None:
@@ -324,9 +330,9 @@ class PCMSegmentation(_PCM):
             decoder_blocks,
             [0] * len(decoder_channels) if decoder_mamba_blocks is None else decoder_mamba_blocks,
             decoder_orders,
-            rms=encoder.get("rms_norm", True),
+            rms=encoder.get("rms_norm", True) if decoder_rms_norm is None else decoder_rms_norm,
             two_way=encoder.get("two_way", True),
-            bias=encoder.get("bias", False),
+            bias=encoder.get("bias", False) if decoder_bias is None else decoder_bias,
             act=decoder_act,
             context_dim=context_dim,
             shapes=shapes,
@@ -334,7 +340,7 @@ class PCMSegmentation(_PCM):
             per_cloud=self.encoder.per_cloud_order,
         )
         self.num_features = self.decoder.out_channels
-        self.head = SegHead(self.num_features, num_classes, global_feat, head_mlps, head_dropout)
+        self.head = SegHead(self.num_features, num_classes, global_feat, head_mlps, head_dropout, head_norm, head_act)
         self.ends = {"num_classes": NewHead(f"head.head.{len(self.head.head) - 1}")}
 
     def forward(

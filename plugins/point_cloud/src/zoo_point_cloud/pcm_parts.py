@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo_kernels import paths
 
 from .geometry import check_points, farthest_point_sample, gather, interpolate, serialise_each
-from .layers import ConvNormAct, MambaLayer, PointConv, PointNorm, ResidualStack
+from .layers import ConvNormAct, MambaLayer, PointConv, PointNorm, ResidualStack, activation
 
 Recorder = Callable[[str, Tensor], None]
 
@@ -21,13 +21,11 @@ def nothing(_name: str, _tensor: Tensor) -> None:
 
 
 class PositionMLP(nn.Module):
-    """Three linear layers without bias, ReLU between them."""
+    """Three linear layers, ReLU between them. (The original's ``bias=False`` does not reach them.)"""
 
     def __init__(self, out_channels: int, hidden: int = 2048) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Linear(i, o, bias=False) for i, o in ((3, hidden), (hidden, hidden), (hidden, out_channels))
-        )
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in ((3, hidden), (hidden, hidden), (hidden, out_channels)))
 
     def forward(self, p: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -94,7 +92,7 @@ class Propagation(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, blocks: int, act: str) -> None:
         super().__init__()
-        self.fuse = ConvNormAct(in_channels, channels, bias=True, act=act)
+        self.fuse = ConvNormAct(in_channels, channels, bias=True)  # ReLU whatever ``act`` is, as in the original
         self.extraction = ResidualStack(channels, blocks, groups=1, expansion=1.0, bias=True, act=act)
 
     def forward(self, shallow_p: Tensor, deep_p: Tensor, shallow: Tensor, deep: Tensor) -> Tensor:
@@ -190,15 +188,25 @@ class Decoder(nn.Module):
         return torch.cat(parts, dim=-1)
 
 
-class ClsHead(nn.Module):
-    """[Linear, batch norm, ReLU, dropout] for each of ``mlps``, then Linear; (B, C) to (B, classes)."""
+def _hidden(linear: type[nn.Linear] | type[PointConv], width: int, out: int, norm: bool, act: str | None) -> nn.Module:
+    """One hidden layer of a head. Batch norm takes the place of the linear layer's bias."""
+    layers: list[nn.Module] = [linear(width, out, bias=not norm)]
+    layers += [PointNorm(out)] if norm else []
+    return nn.Sequential(*layers, *([] if act is None else [activation(act)]))
 
-    def __init__(self, in_channels: int, num_classes: int, mlps: Sequence[int], dropout: float = 0.5) -> None:
+
+class ClsHead(nn.Module):
+    """[Linear, batch norm, activation, dropout] for each of ``mlps``, then Linear; (B, C) to (B, classes)."""
+
+    def __init__(
+        self, in_channels: int, num_classes: int, mlps: Sequence[int], dropout: float = 0.5, norm: bool = True,
+        act: str | None = "relu",
+    ) -> None:  # fmt: skip
         super().__init__()
         layers: list[nn.Module] = []
         width = in_channels
         for hidden in mlps:
-            layers.append(nn.Sequential(nn.Linear(width, hidden, bias=False), PointNorm(hidden), nn.ReLU()))
+            layers.append(_hidden(nn.Linear, width, hidden, norm, act))
             layers += [nn.Dropout(dropout)] if dropout else []  # as published: numbers of later layers depend on it
             width = hidden
         self.head_hidden_size = width
@@ -214,7 +222,7 @@ class SegHead(nn.Module):
 
     def __init__(
         self, in_channels: int, num_classes: int, pooled: Sequence[str] = (), mlps: Sequence[int] | None = None,
-        dropout: float = 0.5,
+        dropout: float = 0.5, norm: bool = True, act: str | None = "relu",
     ) -> None:  # fmt: skip
         super().__init__()
         if unknown := [p for p in pooled if p not in ("max", "avg")]:
@@ -223,7 +231,7 @@ class SegHead(nn.Module):
         width = in_channels * (1 + len(self.pooled))
         layers: list[Any] = []
         for hidden in [width] if mlps is None else mlps:
-            layers.append(nn.Sequential(PointConv(width, hidden), PointNorm(hidden), nn.ReLU()))
+            layers.append(_hidden(PointConv, width, hidden, norm, act))
             layers += [nn.Dropout(dropout)] if dropout else []
             width = hidden
         layers.append(nn.Sequential(PointConv(width, num_classes, bias=True)))

@@ -11,7 +11,7 @@ from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Rules, Squeeze
 from zoo_kernels import paths
 
-from .layers import bimamba_rules
+from .layers import ACTIVATIONS, bimamba_rules
 from .pcm import PCM, PCMSegmentation
 
 #: PointMambaEncoder's arguments and their defaults, as in its constructor.
@@ -30,10 +30,16 @@ DECODER: dict[str, Any] = {
     "rms_norm": True, "fused_add_norm": False, "residual_in_fp32": False, "bimamba_type": None, "gmp_dim": 64,
     "cls_dim": 64, "bias": True,
 }  # fmt: skip
-HEAD: dict[str, Any] = {
-    "num_classes": None, "in_channels": None, "mlps": None, "norm_args": None, "act_args": {"act": "relu"},
+CLS_HEAD: dict[str, Any] = {
+    "num_classes": None, "in_channels": None, "mlps": [256], "norm_args": None, "act_args": {"act": "relu"},
+    "dropout": 0.5, "global_feat": None, "point_dim": 2,
+}  # fmt: skip
+SEG_HEAD: dict[str, Any] = {
+    "num_classes": None, "in_channels": None, "mlps": None, "norm_args": {"norm": "bn1d"}, "act_args": {"act": "relu"},
     "dropout": 0.5, "global_feat": None,
 }  # fmt: skip
+#: names of activations in the heads that ours have another name for
+_HEAD_ACTS = {"leaky_relu": "leakyrelu", "hard_swish": "hardswish", "swish": "silu"}
 _SHARED = ("NAME",)
 
 
@@ -82,19 +88,24 @@ class PCMAdapter(ReferenceAdapter):
         }
         if unknown := sorted(set(config) - known):
             raise ValueError(f"pcm has no configuration key {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        encoder, head = dict(config["encoder_args"]), _filled("cls_args", config.get("cls_args") or {}, HEAD)
+        encoder, theirs = dict(config["encoder_args"]), config.get("cls_args")
         rows = config.get("prompt_index_per_layer")
         common = _encoder(_filled("encoder_args", encoder, ENCODER), state, rows)
-        _check_head(head)
         if config.get("decoder_args") is None:
+            # without a head the pooled features are the output
+            head = _filled("cls_args", theirs, CLS_HEAD) if theirs else {**CLS_HEAD, "num_classes": 0, "mlps": None}
+            if head["global_feat"] is not None:
+                raise ValueError("cls_args.global_feat is set; the encoder's features are pooled already (cls_pooling)")
             model: nn.Module = PCM(
                 head["num_classes"],
                 pool={"max": "max", "mean": "mean"}.get(encoder.get("cls_pooling", "max"), "max_mean"),
-                head_mlps=head["mlps"] or (),
-                head_dropout=head["dropout"],
+                **_head(head),
                 **common,
             )
             return self.load(model, state)
+        if not theirs:
+            raise ValueError("the configuration has decoder_args and no cls_args; expected those of a SegHead")
+        head = _filled("cls_args", theirs, SEG_HEAD)
         given = {k: v for k, v in encoder.items() if k in DECODER} | dict(config["decoder_args"])
         decoder = _filled("decoder_args", given, DECODER)
         parts = decoder.get("NAME") == "PointMambaPartDecoder" or config.get("NAME") == "BasePartSeg"
@@ -107,13 +118,14 @@ class PCMAdapter(ReferenceAdapter):
             decoder_blocks=decoder["decoder_blocks"],
             decoder_mamba_blocks=decoder["mamba_blocks"],
             decoder_orders=orders if wanted else (),
-            decoder_act=_name(decoder["act_args"]),
+            decoder_act=_activation(decoder["act_args"]),
+            decoder_bias=decoder["bias"],
+            decoder_rms_norm=decoder["rms_norm"],
             context_dim=decoder["gmp_dim"],
             shapes=16 if parts else 0,
             shape_dim=decoder["cls_dim"],
             global_feat=_pools(head["global_feat"]),
-            head_mlps=[head["mlps"]] if isinstance(head["mlps"], int) else head["mlps"],
-            head_dropout=head["dropout"],
+            **(_head(head) | {"head_mlps": [head["mlps"]] if isinstance(head["mlps"], int) else head["mlps"]}),
             test_crop=None if parts else config.get("test_crop", 24000),
             **common,
         )
@@ -171,8 +183,9 @@ def _filled(what: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) ->
     return {**defaults, **given}
 
 
-def _name(args: Any) -> str:
-    return args if isinstance(args, str) else args["act"]
+def _activation(name: str) -> str:
+    """The original takes any name that it does not know for ReLU."""
+    return name if name.lower() in ACTIVATIONS else "relu"
 
 
 def _pools(text: str | None) -> list[str]:
@@ -182,12 +195,27 @@ def _pools(text: str | None) -> list[str]:
     )
 
 
-def _check_head(head: Mapping[str, Any]) -> None:
-    norm = (head["norm_args"] or {}).get("norm") if head["mlps"] != [] else "bn"
-    if head["norm_args"] is not None and norm not in ("bn", "bn1d"):
-        raise ValueError(f"cls_args.norm_args is {head['norm_args']}; expected batch norm, {{'norm': 'bn'}} or 'bn1d'")
-    if _name(head["act_args"] or "relu") != "relu":
-        raise ValueError(f"cls_args.act_args is {head['act_args']}; the published heads use relu")
+def _head(head: Mapping[str, Any]) -> dict[str, Any]:
+    """Our arguments of a head. Raises ValueError for norms and activations that are not built here."""
+    norm, act = head["norm_args"], head["act_args"]
+    norm = dict(norm) if isinstance(norm, Mapping) else {"norm": norm}
+    if norm not in ({"norm": None}, {"norm": "bn"}, {"norm": "bn1d"}) and head["mlps"] != []:
+        raise ValueError(f"cls_args.norm_args is {norm}; expected batch norm, {{'norm': 'bn'}} or 'bn1d', or None")
+    act = dict(act) if isinstance(act, Mapping) else {"act": act}
+    name = act.pop("act", None)
+    act.pop("inplace", None)
+    name = None if name is None else _HEAD_ACTS.get(name.lower(), name.lower())
+    if act or (name is not None and name not in ACTIVATIONS):
+        raise ValueError(
+            f"cls_args.act_args is {head['act_args']}; expected one of {', '.join([*ACTIVATIONS, *_HEAD_ACTS])} "
+            "without further arguments, or None"
+        )
+    return {
+        "head_mlps": head["mlps"] or (),
+        "head_dropout": head["dropout"],
+        "head_norm": norm["norm"] is not None,
+        "head_act": name,
+    }
 
 
 def _encoder(theirs: Mapping[str, Any], state: Mapping[str, Tensor], rows: Any) -> dict[str, Any]:
@@ -213,7 +241,7 @@ def _encoder(theirs: Mapping[str, Any], state: Mapping[str, Tensor], rows: Any) 
         "groups": theirs["groups"],
         "res_expansion": theirs["res_expansion"],
         "bias": theirs["bias"],
-        "activation": theirs["activation"],
+        "activation": _activation(theirs["activation"]),
         "use_xyz": theirs["use_xyz"],
         "normalize": theirs["normalize"],
         "block_residual": theirs["block_residual"],
