@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import zoo
+from zoo_kernels import selective_scan
 from zoo_registry import errors
-from zoo_remote_sensing.encoder import forward_type
+from zoo_remote_sensing.encoder import DEFAULTS, forward_type, make_block
 from zoo_remote_sensing.losses import lovasz_softmax
 from zoo_remote_sensing.palettes import colours, label_set
 from zoo_remote_sensing.tiling import blended, starts, tile_side
@@ -36,8 +38,42 @@ def test_misspelt_option_is_named():
 def test_forward_types():
     assert forward_type("v3noz") == {"gate": False, "gate_act": True, "out_norm": "norm"}
     assert forward_type("v2nonenozact") == {"gate": True, "gate_act": False, "out_norm": "none"}
+    assert forward_type("v32dsoftmaxnoz") == {
+        "paths": "raster+raster+reverse(raster)+reverse(raster)", "gate": False, "gate_act": True,
+        "out_norm": "softmax",
+    }  # fmt: skip
+    # whatever begins with v0 is the first release's mixer, tags or not
+    assert forward_type("v01") == forward_type("v0noz") == forward_type("v0seq")
+    assert forward_type("v0")["conv_bias"]
     with pytest.raises(ValueError, match="forward_type"):
         forward_type("v9noz")
+
+
+def test_one_and_two_ways_are_those_of_the_original():
+    """v31d scans row by row four times, v32d twice and twice backwards, each with weights of its own."""
+    torch.manual_seed(0)
+    ways = {"v31dnoz": [False] * 4, "v32dnoz": [False, False, True, True]}
+    for name, backwards in ways.items():
+        op = make_block(8, DEFAULTS | forward_type(name) | {"expand": 1.0, "conv": 0, "out_norm": "none"}).eval().op
+        x = torch.randn(1, 3, 5, 8)
+        u = F.silu(op.in_proj(x)).flatten(1, 2)
+        total = torch.zeros_like(u)
+        for i, back in enumerate(backwards):
+            scan, seen = op.scan, u.flip(1) if back else u
+            dt, B, C = (seen @ scan.x_proj[i].t()).split([1, 1, 1], dim=-1)
+            A = -scan.A_log[i].exp()
+            y, _ = selective_scan(
+                seen, dt, A, B, C, scan.D[i], dt_bias=scan.dt_bias[i], dt_proj=scan.dt_proj[i], dt_softplus=True
+            )
+            total = total + (y.flip(1) if back else y)
+        with torch.no_grad():
+            torch.testing.assert_close(op(x), op.out_proj(total).view(1, 3, 5, 8), rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_the_last_smoothing_are_found():
+    model = zoo.create("mamba_fcs_scd_second", dims=[8] * 4, depths=[1] * 4, mlp_ratio=1.0)
+    where, _ = zoo.reference("mamba_fcs").place(model, "decoder_T1.smooth_layer_0_semantic.se")
+    assert model.get_submodule(where) is model.before.smooth.se
 
 
 def test_reference_keys_go_both_ways(semantic):

@@ -1,14 +1,21 @@
 """RSMamba's shuffles and class tokens; hyperspectral cubes to class maps."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import zoo
+from zoo.reference import read_golden
 from zoo_registry import errors
 from zoo_remote_sensing.hyperspectral import principal_components, windows
-from zoo_remote_sensing.rsmamba import RSMamba
+from zoo_remote_sensing.rsmamba import PatchEmbed, RSMamba
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = {"arch": None, "dim": 8, "depth": 2, "num_classes": 3, "img_size": (24, 24), "patch_size": 8, "stride": 8}
 
 
@@ -39,6 +46,69 @@ def test_arguments_are_checked():
         RSMamba(**TINY | {"out_type": "cls_token"})
     with pytest.raises(ValueError, match="resize the image"):
         RSMamba(**TINY)(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "grid", "margins"),  # margins: left, right, above, below
+    [
+        ({"stride": 4}, (21, 18), (6, 5), (0, 6, 0, 7)),
+        ({"stride": (4, 8), "padding": "same"}, (21, 18), (6, 3), (3, 3, 3, 4)),
+        ({"stride": 4, "padding": 1}, (21, 18), (4, 4), (1, 1, 1, 1)),
+        ({"stride": 4, "padding": (2, 0), "dilation": 2}, (21, 18), (3, 1), (0, 0, 2, 2)),
+    ],
+)
+def test_patches_are_padded_as_asked(settings, size, grid, margins):
+    torch.manual_seed(0)
+    embed = PatchEmbed(2, 8, 8, bias=True, norm_eps=1e-5, **settings)
+    image = torch.randn(1, 2, *size)
+    tokens, found = embed(image)
+    stride, dilation = settings["stride"], settings.get("dilation", 1)
+    expected = F.conv2d(F.pad(image, margins), embed.proj.weight, embed.proj.bias, stride, dilation=dilation)
+    assert found == embed.grid(*size) == grid == tuple(expected.shape[2:])
+    expected = F.layer_norm(expected.flatten(2).transpose(1, 2), (8,), eps=1e-5)
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_originals_settings_of_patches_norms_and_activations():
+    adapter = zoo.reference("rsmamba")
+    backbone = {
+        "arch": {"embed_dims": 8, "num_layers": 1, "feedforward_channels": 16}, "img_size": 24, "patch_size": 8,
+        "path_type": "forward", "norm_cfg": {"type": "LN"}, "layer_cfgs": {"hidden_act": "gelu_new"},
+        "patch_cfg": {"padding": "same", "bias": True, "norm_cfg": {"type": "LN", "eps": 1e-3}, "stride": [8, 4]},
+    }  # fmt: skip
+    plain = RSMamba(
+        **TINY | {"depth": 1, "hidden": 16, "path_type": "forward", "stride": (8, 4), "norm_eps": 1e-5},
+        patch={"padding": "same", "bias": True, "norm_eps": 1e-3}, mixer={"act": "gelu_pytorch_tanh"},
+    ).eval()  # fmt: skip
+    state = adapter.to_reference(plain.state_dict(), model=plain)
+    assert {"backbone.patch_embed.projection.bias", "backbone.patch_embed.norm.weight"} <= state.keys()
+    model = adapter.build({"backbone": backbone, "num_classes": 3}, state)
+    assert {m.eps for m in (model.pre_norm, model.final_norm, model.out_norm)} == {1e-5}  # MMPretrain's where none is
+    image = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.run(model, {"image": image})["logits"], plain(image))
+    with pytest.raises(ValueError, match="norm_cfg is"):
+        adapter.build({"backbone": {**backbone, "norm_cfg": {"type": "BN"}}, "num_classes": 3}, state)
+
+
+def test_intermediates_of_keras_layers_hold_their_activation_and_axes(tmp_path):
+    golden = read_golden(GOLDEN / "morpmamba__uh.safetensors")
+    layers = {
+        "dense": "dense", "classifier": "classifier", "query": "multi_head_attention.query", "nothing": "dropout",
+        "gate": "feature_enhancement.spatial_gate", "erosion": "token_generation.erosion_layer_spectral",
+    }  # fmt: skip
+    tensors = {f"state/{k}": v for k, v in golden.state.items()} | {f"mid/{k}": torch.zeros(1) for k in layers}
+    meta = {"system": "morpmamba", "config": json.dumps(golden.config), "mids": json.dumps(layers)}
+    save_file(tensors | {"in/patch": golden.inputs["patch"]}, tmp_path / "file.safetensors", metadata=meta)
+    found = zoo.reference("morpmamba").replay(tmp_path / "file.safetensors")
+    assert "mid/nothing" not in found  # no module of ours computes it: the rest is compared all the same
+    assert torch.equal(found["mid/classifier"], found["out/probabilities"])
+    assert found["mid/query"].shape == (3, 4, 4, 16)
+    assert found["mid/erosion"].shape == (3, 9, 4, 4)
+    spatial = golden.mids["feature_enhancement.0"] / golden.mids["token_generation.0"]
+    torch.testing.assert_close(found["mid/gate"][:, :, None].expand_as(spatial), spatial, rtol=1e-3, atol=1e-4)
+    logits = found["mid/dense"] @ golden.state["classifier.kernel"] + golden.state["classifier.bias"]
+    torch.testing.assert_close(logits.softmax(-1), golden.outputs["probabilities"], rtol=1e-4, atol=1e-6)
 
 
 def test_windows_hold_the_pixel_at_their_middle():

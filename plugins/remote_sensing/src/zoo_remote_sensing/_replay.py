@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.reference import Golden, ReferenceAdapter, read_golden
+
+logger = logging.getLogger(__name__)
 
 #: an original's module path -> ours, and the layout of its output; see :meth:`PathAdapter.paths`
 Place = tuple[str, Callable[[Any], Any]]
@@ -92,7 +95,12 @@ class PathAdapter(ReferenceAdapter):
         outputs: dict[str, list[Any]] = {name: [] for name in wanted}
         handles = []
         for name, original in wanted.items():
-            where, layout = self.place(model, original)
+            try:
+                where, layout = self.place(model, original)
+                module = model.get_submodule(where)
+            except (ValueError, AttributeError) as reason:  # all else of the file can still be compared
+                logger.warning("mid/%s is left out: %s", name, reason)
+                continue
             parts = self.calls(model, original)
 
             def keep(module: nn.Module, args: Any, output: Any, name=name, layout=layout, parts=parts) -> None:
@@ -101,7 +109,7 @@ class PathAdapter(ReferenceAdapter):
                 pieces = [[t.chunk(parts)[i] for t in output] if many else output.chunk(parts)[i] for i in range(parts)]
                 outputs[name] += pieces
 
-            handles.append(model.get_submodule(where).register_forward_hook(keep))
+            handles.append(module.register_forward_hook(keep))
         try:
             yield
         finally:

@@ -92,9 +92,17 @@ class PairModel(nn.Module):
 
 # -- the originals' terms --------------------------------------------------------------------------------------------
 
+#: cores of the mixer, without the tags behind them -> our options
+_CORES: dict[str, dict[str, str]] = {
+    "v1": {}, "v2": {}, "v3": {}, "v4": {},
+    "v31d": {"paths": "+".join(["raster"] * 4)},
+    "v32d": {"paths": "raster+raster+reverse(raster)+reverse(raster)"},
+}  # fmt: skip
 _OUT_NORMS = {"none": "none", "dwconv3": "conv", "softmax": "softmax", "sigmoid": "sigmoid"}
 #: arguments of the originals' encoder that change no number here: read and ignored there too, or training only
-IGNORED = ("pretrained", "num_classes", "ssm_rank_ratio", "imgsize", "use_checkpoint", "out_indices")
+IGNORED = (
+    "pretrained", "num_classes", "ssm_rank_ratio", "imgsize", "posembed", "post_norm", "use_checkpoint", "out_indices",
+)  # fmt: skip
 REFERENCE_DEFAULTS: dict[str, Any] = {
     "patch_size": 4, "in_chans": 3, "depths": (2, 2, 9, 2), "dims": (96, 192, 384, 768), "ssm_d_state": 16,
     "ssm_ratio": 2.0, "ssm_dt_rank": "auto", "ssm_act_layer": "silu", "ssm_conv": 3, "ssm_conv_bias": True,
@@ -108,8 +116,11 @@ def forward_type(name: str) -> dict[str, Any]:
     """The mixer's options for a ``forward_type`` of the originals' older VMamba, written without underscores ("v3noz").
 
     Read from the right: no32 (a matter of casts), noz, nozact, then one output norm. The cores v1 to v4 are one
-    mathematics. Raises ValueError for others.
+    mathematics, v31d and v32d walk one and two ways (of four), and everything that begins with v0 is the first
+    release's mixer, whatever is asked of gate, activation and convolution. Raises ValueError for others.
     """
+    if name.startswith("v0"):
+        return {"act": "silu", "conv": 3, "conv_bias": True, "init": "mamba", "gate": True}
     kind, found = name.replace("_", ""), {}
     for tag in ("no32", "noz", "nozact"):
         found[tag] = kind.endswith(tag)
@@ -119,12 +130,13 @@ def forward_type(name: str) -> dict[str, Any]:
         if kind.endswith(tag):
             kind, out_norm = kind.removesuffix(tag), value
             break
-    if kind not in ("v1", "v2", "v3", "v4"):
+    if kind not in _CORES:
         raise ValueError(
-            f"forward_type={name!r} is not known; expected v1, v2, v3 or v4, with at most one of "
-            f"{', '.join(_OUT_NORMS)} and the tags nozact, noz, no32 behind it"
+            f"forward_type={name!r} is not known; expected v0, v0seq or one of {', '.join(_CORES)}, the latter with at "
+            f"most one of {', '.join(_OUT_NORMS)} and the tags nozact, noz, no32 behind it (SS2D's xv1a, xv2a and xv3a "
+            "are not built)"
         )
-    return {"gate": not found["noz"], "gate_act": not found["nozact"], "out_norm": out_norm}
+    return {**_CORES[kind], "gate": not found["noz"], "gate_act": not found["nozact"], "out_norm": out_norm}
 
 
 def translate(system: str, config: Mapping[str, Any], own: Sequence[str] = ()) -> dict[str, Any]:

@@ -91,8 +91,8 @@ class MambaFCSAdapter(PathAdapter):
             ours = _DECODERS[first]
             if not rest:
                 return ours, same
-            if rest == "smooth_layer_0_semantic":
-                return f"{ours}.smooth", same
+            if match := re.fullmatch(r"smooth_layer_0_semantic(?:\.(.+))?", rest):
+                return ".".join(filter(None, (f"{ours}.smooth", match[1]))), same
             match = re.fullmatch(r"(fuse_layer|down_sample|smooth_layer|st_block)_(\d)(1|_semantic)?(?:\.(.+))?", rest)
             if match:
                 part = {"fuse_layer": "fuse", "down_sample": "down", "smooth_layer": "smooth", "st_block": "block"}
@@ -105,8 +105,8 @@ class MambaFCSAdapter(PathAdapter):
 
 def _run_losses(settings: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The recorded calls, in their order: the object changes its own eps during the first."""
-    loss = SeKLoss(
-        settings.get("num_classes", 7), settings.get("non_change_class", 0), settings.get("beta", 1.5),
+    loss = SeKLoss(  # the original has an argument for the number of classes too, but counts them in the logits
+        inputs["semantic_t1"].shape[1], settings.get("non_change_class", 0), settings.get("beta", 1.5),
         settings.get("gamma", 0.5), settings.get("eps", 1e-7),
     )  # fmt: skip
     arguments = [inputs[k] for k in ("semantic_t1", "semantic_t2", "label_t1", "label_t2")]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.rules import Apply, Rename, Rules, Stack, Transpose
@@ -31,10 +34,26 @@ _DENSE = {
 }
 _MODULES = {
     "token_generation": "tokens",
+    "token_generation.conv": "tokens.proj",
     "feature_enhancement": "enhance",
     "multi_head_attention": "attention",
     "state_space_model": "state_space",
+    "feature_enhancement.spatial_gate": "enhance.spatial_gate",
+    "feature_enhancement.spectral_gate": "enhance.spectral_gate",
 } | _DENSE
+
+
+def _window(x: Tensor) -> Tensor:
+    """(batch, W * W, width) to (batch, W, W, width)."""
+    side = math.isqrt(x.shape[1])
+    return x.unflatten(1, (side, side))
+
+
+_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dense": F.relu, "classifier": lambda x: x.softmax(-1),
+    **{f"multi_head_attention.{name}": _window for name in ("query", "key", "value")},
+    **{f"feature_enhancement.{kind}_gate": torch.sigmoid for kind in ("spatial", "spectral")},
+}  # fmt: skip
 _ARGUMENTS = {
     "out_channels": "dim", "num_heads": "heads", "state_dim": "state", "dropout": "drop", "num_classes": "num_classes",
     "window": "window", "bands": "bands",
@@ -98,6 +117,11 @@ class MorpMambaAdapter(PathAdapter):
         return {"probabilities": model(inputs["patch"]).softmax(-1)}
 
     def place(self, model: nn.Module, path: str) -> Place:
+        """Keras layers hold their activation, keep the window's two axes in the attention, and planes come last."""
+        if path in _LAYOUTS:
+            return _MODULES[path], _LAYOUTS[path]
         if path in _MODULES:
             return _MODULES[path], same
+        if match := re.fullmatch(r"token_generation\.(erosion|dilation)_layer_(spatial|spectral)", path):
+            return f"tokens.{match[1]}_{match[2]}", lambda x: x.permute(0, 2, 3, 1)
         return super().place(model, path)

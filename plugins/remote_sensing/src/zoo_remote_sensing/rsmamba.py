@@ -10,7 +10,8 @@ token (norm, projections, gate branch) is computed once for all paths instead of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,30 +31,63 @@ PATHS = (
 CLS_POSITIONS = ("none", "head", "tail", "middle")
 OUT_TYPES = ("avg_featmap", "cls_token", "featmap", "raw")
 EPS = 1e-6
-_ACTS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
+#: one number, or one for rows and one for columns
+PerAxis = int | Sequence[int]
+#: by the names of transformers, whose mixer the original uses
+_ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu,
+    "mish": F.mish, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}  # fmt: skip
 
 
 class PatchEmbed(nn.Module):
-    """Overlapping patches, zeros added at the right and at the bottom so that none is lost: ceil(size / stride) a side.
+    """Patches, overlapping where the stride is the smaller.
 
-    (batch, channels, H, W) to tokens (batch, h * w, dim), row by row, and (h, w).
+    ``patch`` and ``stride``: one number, or one an axis. ``padding``: "corner" adds the zeros that no pixel is lost for
+    at the right and at the bottom, "same" half of them on each side (both give ceil(size / stride) patches a side), a
+    number that many on every side. ``norm_eps``: a LayerNorm of the tokens (None: none).
+
+    (batch, channels, H, W) to tokens (batch, h * w, dim), row by row, and (h, w). Source: mmcv ``PatchEmbed``.
     """
 
-    def __init__(self, in_chans: int, dim: int, patch: int, stride: int) -> None:
+    def __init__(
+        self, in_chans: int, dim: int, patch: PerAxis, stride: PerAxis, *, padding: str | PerAxis = "corner",
+        dilation: PerAxis = 1, bias: bool = False, norm_eps: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.patch, self.stride = patch, stride
-        self.proj = nn.Conv2d(in_chans, dim, patch, stride=stride, bias=False)
+        if isinstance(padding, str) and padding not in ("corner", "same"):
+            raise ValueError(f"padding is {padding!r}; expected 'corner', 'same' or a number of pixels")
+        self.padding, self.stride = padding, _pair(stride)
+        #: pixels that one patch reaches over
+        self.reach = tuple(d * (k - 1) + 1 for d, k in zip(_pair(dilation), _pair(patch), strict=True))
+        fixed = (0, 0) if isinstance(padding, str) else _pair(padding)
+        self.proj = nn.Conv2d(in_chans, dim, _pair(patch), self.stride, fixed, _pair(dilation), bias=bias)
+        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(dim, norm_eps)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        return -(-height // self.stride), -(-width // self.stride)
+        sides = zip((height, width), self.stride, strict=True)
+        if isinstance(self.padding, str):
+            h, w = (-(-size // stride) for size, stride in sides)
+        else:
+            room = zip(sides, _pair(self.padding), self.reach, strict=True)
+            h, w = ((size + 2 * more - reach) // stride + 1 for (size, stride), more, reach in room)
+        return h, w
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        height, width = x.shape[2:]
-        h, w = self.grid(height, width)
-        down = max((h - 1) * self.stride + self.patch - height, 0)
-        right = max((w - 1) * self.stride + self.patch - width, 0)
-        x = self.proj(F.pad(x, (0, right, 0, down)))
-        return x.flatten(2).transpose(1, 2), (h, w)
+        grid = self.grid(*x.shape[2:])
+        if isinstance(self.padding, str):
+            down, right = (
+                max((n - 1) * stride + reach - size, 0)
+                for n, stride, reach, size in zip(grid, self.stride, self.reach, x.shape[2:], strict=True)
+            )
+            above, left = (0, 0) if self.padding == "corner" else (down // 2, right // 2)
+            x = F.pad(x, (left, right - left, above, down - above))
+        return self.norm(self.proj(x).flatten(2).transpose(1, 2)), grid
+
+
+def _pair(value: PerAxis) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 class MultiPathMamba(nn.Module):
@@ -139,7 +173,8 @@ class RSMamba(nn.Module):
         cls_position: "none", "head", "tail" or "middle"; the last keeps an oddity of the original: for an odd number of
             patches the token that is taken as the class token is the one after it.
         out_type: "avg_featmap" (mean of the patches, norm), "cls_token", "featmap" (maps) or "raw" (all tokens).
-        out_indices: layers whose outputs are returned; final_norm: a norm after the last layer.
+        out_indices: layers whose outputs are returned; final_norm: a norm after the last layer; norm_eps: of all norms.
+        patch_size, stride (None: patch_size), patch: of the patches; patch holds :class:`PatchEmbed`'s other settings.
         mixer: settings of :class:`MultiPathMamba` beyond the widths, one table or one for each layer.
 
     Input: (batch, in_chans, H, W) of ``img_size``. Output: logits (batch, num_classes) where the output is a vector;
@@ -159,14 +194,16 @@ class RSMamba(nn.Module):
         num_classes: int = 45,
         in_chans: int = 3,
         img_size: int | Sequence[int] = 224,
-        patch_size: int = 16,
-        stride: int | None = 8,
+        patch_size: PerAxis = 16,
+        stride: PerAxis | None = 8,
+        patch: Mapping[str, Any] | None = None,
         path_type: str = "forward_reverse_shuffle_gate",
         pos_embed: str = "learnable",
         cls_position: str = "none",
         out_type: str = "avg_featmap",
         out_indices: Sequence[int] | int = -1,
         final_norm: bool = True,
+        norm_eps: float = EPS,
         drop_rate: float = 0.0,
         mixer: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
         shuffle_seed: int | None = None,
@@ -193,7 +230,7 @@ class RSMamba(nn.Module):
         if out_type == "cls_token" and not has_token:
             raise ValueError("out_type='cls_token' needs a class token; cls_position is 'none'")
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, dim
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
+        self.img_size = _pair(img_size)
         self.path_type, self.cls_position, self.out_type = path_type, cls_position, out_type
         self.shuffle_seed = shuffle_seed
         chosen = [out_indices] if isinstance(out_indices, int) else list(out_indices)
@@ -201,7 +238,8 @@ class RSMamba(nn.Module):
             raise ValueError(f"out_indices is {out_indices}; expected layers from 0 to {depth - 1}")
         self.out_indices = sorted({i % depth for i in chosen})
 
-        self.patch_embed = PatchEmbed(in_chans, dim, patch_size, patch_size if stride is None else stride)
+        step = patch_size if stride is None else stride
+        self.patch_embed = PatchEmbed(in_chans, dim, patch_size, step, **(patch or {}))
         h, w = self.grid_size = self.patch_embed.grid(*self.img_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if has_token else None
         self.pos_embed: Tensor | None = None
@@ -221,9 +259,9 @@ class RSMamba(nn.Module):
             raise ValueError(f"mixer has {len(settings)} tables; expected one, or one for each of {depth} layers")
         gated = path_type.endswith("gate")
         self.layers = nn.ModuleList(Layer(dim, s.pop("hidden", hidden), self.n_paths, gated, s) for s in settings)
-        self.pre_norm = nn.LayerNorm(dim, EPS)
-        self.final_norm = nn.LayerNorm(dim, EPS) if final_norm else nn.Identity()
-        self.out_norm = nn.LayerNorm(dim, EPS) if out_type == "avg_featmap" else nn.Identity()
+        self.pre_norm = nn.LayerNorm(dim, norm_eps)
+        self.final_norm = nn.LayerNorm(dim, norm_eps) if final_norm else nn.Identity()
+        self.out_norm = nn.LayerNorm(dim, norm_eps) if out_type == "avg_featmap" else nn.Identity()
         self.head = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
 
     # -- forward

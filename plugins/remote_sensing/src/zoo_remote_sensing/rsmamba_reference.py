@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo.rules import Rename, Rules
 
 from ._replay import PathAdapter, Place, same
-from .rsmamba import ARCHITECTURES, EPS, Layer, RSMamba
+from .rsmamba import ARCHITECTURES, Layer, RSMamba
 
 _ARCHS = {name[0]: name for name in ARCHITECTURES} | {name: name for name in ARCHITECTURES}
 _DEFAULTS: dict[str, Any] = {
@@ -27,8 +27,10 @@ _MIXER = {
     "state_size": "state", "conv_kernel": "conv", "time_step_rank": "dt_rank", "intermediate_size": "hidden",
     "use_conv_bias": "conv_bias", "use_bias": "bias", "hidden_act": "act",
 }  # fmt: skip
+_PATCH = ("in_channels", "kernel_size", "stride", "padding", "dilation", "bias", "norm_cfg", "conv_type")
 _RULES = Rules(
     Rename("backbone.patch_embed.projection.{leaf}", "patch_embed.proj.{leaf}"),
+    Rename("backbone.patch_embed.norm.{leaf}", "patch_embed.norm.{leaf}"),
     Rename("backbone.gate_layers.{i}.{rest:*}", "layers.{i}.gate.{rest:*}"),
     Rename("backbone.layers.{i}.{rest:*}", "layers.{i}.mixer.{rest:*}"),
     Rename("backbone.ln1.{leaf}", "final_norm.{leaf}"),
@@ -49,12 +51,17 @@ def _known(what: str, given: Mapping[str, Any], known: Any) -> None:
             )
 
 
+def layer_norm_eps(what: str, table: Mapping[str, Any]) -> float:
+    """The eps of a LayerNorm's table; where it names none, MMPretrain and mmcv take 1e-5."""
+    if table.get("type") != "LN" or set(table) - {"type", "eps", "requires_grad"}:
+        raise ValueError(f"{what} is {dict(table)!r}; expected a LayerNorm's, such as {{'type': 'LN', 'eps': 1e-6}}")
+    return table.get("eps", 1e-5)
+
+
 def translate(config: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     """Our arguments for those of the original's backbone."""
     _known("backbone", config, (*_DEFAULTS, *_IGNORED))
     c = {**_DEFAULTS, **config}
-    if c["norm_cfg"].get("type", "LN") != "LN" or c["norm_cfg"].get("eps", EPS) != EPS:
-        raise ValueError(f"norm_cfg is {c['norm_cfg']!r}; expected the original's own, LayerNorm with eps {EPS:g}")
     arch = c["arch"]
     if isinstance(arch, Mapping):
         sizes = {"arch": None, "dim": arch["embed_dims"], "depth": arch["num_layers"],
@@ -63,8 +70,13 @@ def translate(config: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
         sizes = {"arch": _ARCHS[arch]}
     else:
         raise ValueError(f"arch is {arch!r}; expected one of {', '.join(_ARCHS)}, or a table of its sizes")
-    patch = dict(c["patch_cfg"])
-    _known("patch_cfg", patch, ("stride",))
+    patch = {"kernel_size": c["patch_size"], "in_channels": c["in_channels"], **c["patch_cfg"]}
+    _known("patch_cfg", patch, _PATCH)
+    if patch.get("conv_type", "Conv2d") not in ("Conv2d", "Conv", None):
+        raise ValueError(f"patch_cfg conv_type is {patch['conv_type']!r}; expected Conv2d")
+    more = {k: patch[k] for k in ("padding", "dilation", "bias") if k in patch}
+    if patch.get("norm_cfg") is not None:
+        more["norm_eps"] = layer_norm_eps("patch_cfg norm_cfg", patch["norm_cfg"])
     tables = c["layer_cfgs"] if isinstance(c["layer_cfgs"], (list, tuple)) else [c["layer_cfgs"]]
     for table in tables:
         _known("layer_cfgs", table, _MIXER)
@@ -72,8 +84,9 @@ def translate(config: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     position = c["pe_type"] if c["pe_type"] is not None else "none"
     size = c["img_size"]
     return {
-        **sizes, "num_classes": num_classes, "in_chans": c["in_channels"], "img_size": size,
-        "patch_size": c["patch_size"], "stride": patch.get("stride"), "path_type": c["path_type"],
+        **sizes, "num_classes": num_classes, "in_chans": patch["in_channels"], "img_size": size,
+        "patch_size": patch["kernel_size"], "stride": patch.get("stride", c["patch_size"]), "patch": more,
+        "norm_eps": layer_norm_eps("norm_cfg", c["norm_cfg"]), "path_type": c["path_type"],
         "pos_embed": position, "cls_position": c["cls_position"], "out_type": c["out_type"],
         "out_indices": c["out_indices"], "final_norm": c["final_norm"], "drop_rate": c["drop_rate"],
         "mixer": mixers if isinstance(c["layer_cfgs"], (list, tuple)) else mixers[0],
