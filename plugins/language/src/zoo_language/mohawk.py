@@ -117,14 +117,24 @@ def final_norm(model: nn.Module) -> nn.Module:
 def matrix_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Stage 1: the Frobenius norm (not its square) of the difference, mean over batch and heads.
 
-    Both (batch, heads, length, length).
+    Both (batch, heads, length, length). Raises ValueError where their heads are not as many.
     """
+    _alike(student, teacher, "mixing matrices")
     return torch.linalg.matrix_norm(student.float() - teacher.float(), ord="fro").mean()
 
 
 def hidden_state_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Stage 2: the L2 norm of the difference over channels, mean over batch and tokens. Both (batch, length, d)."""
+    _alike(student, teacher, "hidden states")
     return torch.linalg.vector_norm(student.float() - teacher.float(), dim=-1).mean()
+
+
+def _alike(student: Tensor, teacher: Tensor, what: str) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the student's {what} are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}; "
+            "a student has its teacher's width and heads"
+        )
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ sizes (the original takes Phi-1.5's defaults whatever the configuration says; fo
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.reference import ReferenceAdapter
-from zoo.rules import Rename, Rules
 from zoo_kernels import causal_conv1d, causal_conv1d_step, linear_attention
 
 from ._base import CausalLM
@@ -260,8 +257,8 @@ class PhiMambaLM(CausalLM):
     """Embedding, parallel blocks, LayerNorm, head with bias (not tied).
 
     Arguments: ``vocab_size`` (padded up to ``pad_vocab_size_multiple``); ``d_model``; ``blocks``, one word a layer:
-    "mamba" or "attention"; ``mixer``, the arguments of :class:`DiscreteMamba2`; ``heads`` and ``rope_theta`` of the
-    attention blocks.
+    "mamba" or "attention"; ``mixer``, the arguments of :class:`DiscreteMamba2`, of all or a list of them, one a layer
+    (those of attention blocks are not read); ``heads``, ``rotary_share`` and ``rope_theta`` of the attention blocks.
     """
 
     def __init__(
@@ -269,26 +266,30 @@ class PhiMambaLM(CausalLM):
         vocab_size: int = 51200,
         d_model: int = 2048,
         blocks: Sequence[str] = ("mamba",) * 24,
-        mixer: Mapping[str, Any] | None = None,
+        mixer: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         heads: int = 32,
         rope_theta: float = 10000.0,
+        rotary_share: float = 0.5,
         pad_vocab_size_multiple: int = 8,
     ) -> None:
         super().__init__()
         unknown = sorted(set(blocks) - {"mamba", "attention"})
         if unknown:
             raise ValueError(f"blocks holds {unknown}; expected 'mamba' or 'attention' for each layer")
+        mixers = [mixer] * len(blocks) if mixer is None or isinstance(mixer, Mapping) else list(mixer)
+        if len(mixers) != len(blocks):
+            raise ValueError(f"mixer lists {len(mixers)} layers, blocks {len(blocks)}; expected one entry each")
         padded = math.ceil(vocab_size / pad_vocab_size_multiple) * pad_vocab_size_multiple
         self.vocab_size = padded  # the original writes the padded size back into its configuration
         self.embedding = nn.Embedding(padded, d_model)
         self.layers = nn.ModuleList(
             PhiBlock(
                 d_model,
-                DiscreteMamba2(d_model, **(mixer or {}))
+                DiscreteMamba2(d_model, **(own or {}))
                 if kind == "mamba"
-                else PhiAttention(d_model, heads, rope_theta=rope_theta),
+                else PhiAttention(d_model, heads, rotary_share, rope_theta),
             )
-            for kind in blocks
+            for kind, own in zip(blocks, mixers, strict=True)
         )
         self.norm_f = nn.LayerNorm(d_model, eps=EPS)
         self.lm_head = nn.Linear(d_model, padded)
@@ -305,179 +306,3 @@ class PhiMambaLM(CausalLM):
             x = layer(x)
             found.append(x)
         return found
-
-
-# -- the original's format --------------------------------------------------------------------------------------------
-
-#: Keys of a Phi teacher as the MOHAWK golden files hold it.
-TEACHER_RULES = Rules(
-    Rename("embed_tokens.weight", "embedding.weight"),
-    Rename("final_layernorm.{p}", "norm_f.{p}"),
-    Rename("layers.{i:d}.self_attn.{rest:*}", "layers.{i:d}.mixer.{rest:*}"),
-)
-
-ACTIVATIONS = {"identity": None, "silu": "silu", "swish": "silu"}
-
-
-def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """PhiMambaLM's arguments from the original's nested configuration."""
-    blocks: list[str] = []
-    mixer: dict[str, Any] = {}
-    for name in (k for k in config if k.startswith("Block")):
-        entry = config[name]
-        kind = "attention" if entry["CoreType"].endswith("phi_attention") else "mamba"
-        blocks += [kind] * entry["n_layers"]
-        if kind == "mamba":
-            core = dict(entry["core_input"])
-            core.pop("chunk_size", None)  # changes speed only
-            activation = core.pop("activation", "identity")
-            if activation not in ACTIVATIONS:
-                raise ValueError(f"activation is {activation!r}; expected one of {sorted(ACTIVATIONS)}")
-            mixer = {
-                "d_state": core.pop("d_state", 64),
-                "v_heads": core.pop("n_v_heads", 32),
-                "qk_heads": core.pop("n_qk_heads", 32),
-                "d_conv": core.pop("d_conv", 4),
-                "conv_bias": core.pop("conv_bias", True),
-                "expand": core.pop("expand", 1),
-                "bias": core.pop("bias", False),
-                "activation": ACTIVATIONS[activation],
-            }
-            if core:
-                raise ValueError(f"phi_mamba has no mixer setting {sorted(core)}")
-    language = config["LanguageModel"]["input"]
-    return {
-        "vocab_size": language["vocab_size"],
-        "pad_vocab_size_multiple": language.get("pad_vocab_size_multiple", 8),
-        "d_model": config["MixerModel"]["input"]["d_model"],
-        "blocks": blocks,
-        "mixer": mixer,
-        "heads": mixer.get("v_heads", 32),
-    }
-
-
-class PhiMambaAdapter(ReferenceAdapter):
-    """Reads goombalab/phi-mamba: language models, and pairs of teacher and student for the MOHAWK losses."""
-
-    system = "phi_mamba"
-
-    def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
-        if "teacher" in config:
-            return self._pair(config, state)
-        return self.load(PhiMambaLM(**arguments_of(config)), state)
-
-    def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return arguments_of(config)
-
-    def _pair(self, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
-        teacher = config["teacher"]
-        pair = nn.ModuleDict()
-        pair["student"] = self.load(PhiMambaLM(**arguments_of(config["student"])), _below(state, "student."))
-        pair["teacher"] = PhiMambaLM(
-            vocab_size=teacher["vocab"],
-            d_model=teacher["hidden"],
-            blocks=["attention"] * teacher["layers"],
-            heads=teacher["heads"],
-            rope_theta=teacher.get("rope_theta", 10000.0),
-            pad_vocab_size_multiple=1,
-        )
-        from zoo.building import fill
-
-        fill(pair["teacher"], TEACHER_RULES.to_zoo(_below(state, "teacher.")), what="the teacher")
-        return pair.eval()
-
-    def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
-        if isinstance(model, PhiMambaLM):
-            return rules_of(model)
-        attention = {k.split(".")[2] for k in state if ".mixer.self_attn." in k}
-        return _rules(sorted(int(i) for i in attention))
-
-    def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
-        if isinstance(model, nn.ModuleDict):
-            return self._losses(model, inputs["input_ids"])
-        assert isinstance(model, PhiMambaLM)
-        ids = inputs["input_ids"]
-        hidden = model.hidden_states(ids)
-        found = {f"mid/hidden{i}": h for i, h in enumerate(hidden)}
-        for i, layer in enumerate(model.layers):
-            n = layer.input_layernorm(hidden[i])  # type: ignore[operator]
-            found[f"mid/matrix{i}"] = layer.mixer.mixing_matrix(n)  # type: ignore[union-attr, operator]
-            found[f"mid/mixer_out{i}"] = layer.mixer(n)  # type: ignore[operator]
-        found["logits"] = model.head(model.norm_f(hidden[-1]))
-        step = re.search(r"prefill (\d+) tokens", str(call))
-        greedy = re.search(r"from the first (\d+) tokens to total length (\d+)", str(call))
-        if step:
-            with torch.no_grad():
-                state = model.init_state(ids.shape[0])
-                logits = [model(ids[:, : int(step.group(1))], state=state)]
-                logits += [model.step(ids[:, t], state)[:, None] for t in range(int(step.group(1)), ids.shape[1])]
-            found["step_logits"] = torch.cat(logits, dim=1)
-        if greedy:
-            from .generation import generate
-
-            prompt, total = int(greedy.group(1)), int(greedy.group(2))
-            texts, _ = generate(model, ids[:, :prompt].tolist(), max_new_tokens=total - prompt)
-            found["generated"] = torch.cat(
-                [ids[:, :prompt], torch.tensor([t.tokens for t in texts], device=ids.device)], dim=1
-            )
-        return found
-
-    def _losses(self, pair: nn.ModuleDict, ids: Tensor) -> dict[str, Tensor]:
-        from .mohawk import hidden_state_loss, matrix_loss
-
-        teacher, student = pair["teacher"], pair["student"]
-        assert isinstance(teacher, PhiMambaLM)
-        assert isinstance(student, PhiMambaLM)
-        hidden = teacher.hidden_states(ids)
-        found = {f"mid/teacher_hidden{i}": h for i, h in enumerate(hidden)}
-        for i, (theirs, ours) in enumerate(zip(teacher.layers, student.layers, strict=True)):
-            n, own = theirs.input_layernorm(hidden[i]), ours.input_layernorm(hidden[i])  # type: ignore[operator]
-            attention = theirs.mixer.mixing_matrix(n)  # type: ignore[union-attr, operator]
-            mixed = theirs.mixer(n)  # type: ignore[operator]
-            matrix = ours.mixer.mixing_matrix(own)  # type: ignore[union-attr, operator]
-            found |= {
-                f"mid/teacher_attn{i}": attention,
-                f"mid/teacher_attn_out{i}": mixed,
-                f"stage1_matrix{i}": matrix,
-                f"stage1_loss{i}": matrix_loss(matrix, attention),
-                f"stage2_loss_mixer{i}": hidden_state_loss(ours.mixer(own), mixed),  # type: ignore[operator]
-                f"stage2_loss_block{i}": hidden_state_loss(ours(hidden[i]), hidden[i + 1]),
-            }
-        found["student_logits"], found["teacher_logits"] = student(ids), teacher(ids)
-        return found
-
-    def replay(self, path, *, grad: bool = False, device="cpu") -> dict[str, Tensor]:
-        from zoo.reference import read_golden
-
-        golden = read_golden(path)
-        if not grad or "teacher" not in golden.config:
-            return super().replay(path, grad=grad, device=device)
-        found = super().replay(path, device=device)
-        for stage, loss in (("stage1", "stage1_loss"), ("stage2", "stage2_loss_mixer")):
-            pair = self._pair(golden.config, golden.state)
-            losses = self._losses(pair, golden.inputs["input_ids"])
-            total = torch.stack([v for k, v in losses.items() if k.startswith(loss)]).sum()
-            student = pair["student"]
-            total.backward()
-            ours = {k: p.grad for k, p in student.named_parameters() if p.grad is not None}
-            theirs = self.to_reference(ours, model=student)
-            found |= {f"grad/{stage}/{k}": v for k, v in theirs.items()}
-        return found
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-def _rules(attention: Sequence[int]) -> Rules:
-    """The key table for a model whose layers ``attention`` hold attention."""
-    return Rules(
-        Rename("backbone.final_layernorm.{p}", "norm_f.{p}"),
-        *(Rename(f"backbone.layers.{i}.mixer.self_attn.{{rest:*}}", f"layers.{i}.mixer.{{rest:*}}") for i in attention),
-        Rename("lm_head.{p}", "lm_head.{p}"),
-        Rename("backbone.{rest:*}", "{rest:*}"),
-    )
-
-
-def rules_of(model: PhiMambaLM) -> Rules:
-    return _rules([i for i, layer in enumerate(model.layers) if isinstance(layer.mixer, PhiAttention)])

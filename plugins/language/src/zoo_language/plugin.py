@@ -25,7 +25,7 @@ def zoo_adapters() -> Mapping[str, str]:
         "mamba": "zoo_language.mamba_formats:MambaAdapter",
         "mamba2": "zoo_language.mamba_formats:Mamba2Adapter",
         "mamba3": "zoo_language.mamba_formats:Mamba3Adapter",
-        "phi_mamba": "zoo_language.phi_mamba:PhiMambaAdapter",
+        "phi_mamba": "zoo_language.phi_mamba_formats:PhiMambaAdapter",
         "sambay": "zoo_language.sambay_formats:SambaYAdapter",
         "stree": "zoo_language.stree:STreeAdapter",
     }
