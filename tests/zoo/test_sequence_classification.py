@@ -206,7 +206,9 @@ def test_the_documentation_runs(tmp_path, monkeypatch, photo, signals):
     Image.open(photo).save("ship.png")
     np.save("walk.npy", signals)
     (tmp_path / "run.csv").write_text("t,ax,ay,az\n" + "\n".join(",".join(map(str, [0, *r])) for r in signals))
+    (tmp_path / "wiki.train.tokens").write_text(" the cat \n the dog \n")
     names = {}
     for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
         exec(code, names)
     assert names["answer"].label in ("walking", "running")
+    assert (tmp_path / "wt103.vocab").read_text().split() == ["<eos>", "the", "cat", "dog"]

@@ -25,4 +25,7 @@ def zoo_adapters() -> Mapping[str, str]:
 
 @hookimpl
 def zoo_pipelines() -> Mapping[str, str]:
-    return {"sequence-classification": "zoo.tasks.sequence_classification:SequenceClassification"}
+    return {
+        "language-modelling": "zoo.tasks.language_modelling:LanguageModelling",
+        "sequence-classification": "zoo.tasks.sequence_classification:SequenceClassification",
+    }
