@@ -28,6 +28,11 @@ FORMS = {
     "batch norm after the sum": {"norm": "batch", "prenorm": False},
     "activated pooling": {"act_pool": "gelu", "scalar_norm": False},
     "one pool": {"pool": [4]},
+    "no pool": {"pool": []},
+    "means and repetition": {"unet": True, "pool_mode": "avg", "weight_norm": False},
+    "gated pooling": {"act_pool": "glu"},
+    "another layer in the middle": {"center_layer": {"mode": "diag", "init": "diag-inv", "d_state": 4}},
+    "learned residual": {"residual": "A", "prenorm": False},
     "diagonal": {"layer": {"mode": "diag", "init": "diag-lin", "d_state": 8}},
 }
 
@@ -118,7 +123,10 @@ def test_bidirectional_models_neither_step_nor_guess_lengths():
 
 # -- the originals' arguments and keys ---------------------------------------------------------------------------------
 
-UNET = {"d_model": 4, "n_layers": 1, "pool": [2, 2], "norm": "layer", "residual": "R", "cff": 2, "layer": dict(S4)}
+UNET = {
+    "d_model": 4, "n_layers": 1, "pool": [2, 2], "expand": 2, "prenorm": True, "norm": "layer", "residual": "R",
+    "cff": 2, "layer": dict(S4),
+}  # fmt: skip
 
 
 def test_sequence_unets_list_their_way_up_flat():
@@ -186,9 +194,9 @@ def test_a_shorter_input_keeps_the_kernel():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"interp": 2}, "interp=2"),
-        ({"residual": "D"}, "residual='D'"),
-        ({"center_layer": {}}, "center_layer"),
+        ({"interp": 6}, "interp is 6"),
+        ({"residual": "Q"}, "residual is 'Q'"),
+        ({"pool_mode": "sample"}, "pool_mode='sample'"),
         ({"depth": 3}, "no argument 'depth'"),
         ({"layer": {"_name_": "lstm"}}, "lstm"),
     ],
@@ -197,6 +205,60 @@ def test_arguments_that_are_refused(config, message):
     source = "state-spaces/s4 src/models/sequence/backbones/sashimi.py:Sashimi"
     with pytest.raises(ValueError, match=message):
         SashimiAdapter().build({**UNET, **config}, {}, source=source)
+
+
+MODULAR = {"d_model": 4, "n_layers": 1, "pool": [2], "expand": 2, "layer": {"_name_": "s4", "mode": "diag",
+           "init": "diag-lin", "d_state": 4}}  # fmt: skip
+
+
+def theirs(model, **config):
+    """The adapter's model from the modular original's arguments, holding ``model``'s weights under its keys."""
+    model.standalone = False
+    state = SashimiAdapter().to_reference(model.state_dict(), model=model)
+    source = f"state-spaces/s4 src/models/sequence/backbones/{'unet' if model.unet else 'sashimi'}.py:"
+    return SashimiAdapter().build({**MODULAR, **config}, state, source=source), state
+
+
+def test_defaults_of_the_modular_classes():
+    """Norms come after the sum and are left out, and no residual means the plain one."""
+    layer = {"mode": "diag", "init": "diag-lin", "d_state": 4, "act": "gelu"}
+    given = {"d_model": 4, "n_layers": 1, "pool": [2], "layer": layer, "norm": None, "prenorm": False}
+    model, _ = theirs(Sashimi(**given))
+    block = model.c_layers[0]
+    assert not block.prenorm
+    x = torch.randn(1, 6, 8)
+    with torch.no_grad():
+        assert torch.allclose(block(x), x + block.layer(x))
+    # a feed-forward in the middle of the U-Net is as wide as all others, whatever ``cff`` is
+    unet = Sashimi(**given, unet=True, weight_norm=False, ff=3)
+    unet.flat_up = True
+    model, _ = theirs(unet, cff=1, ff=3)
+    assert model.c_layers[1].layer.ff[0][0].out_features == 24
+
+
+def test_pooling_activations_have_the_originals_keys():
+    made = Sashimi(4, 1, [2], layer={"mode": "diag", "init": "diag-lin", "d_state": 4}, norm=None, act_pool="glu")
+    model, state = theirs(made, act_pool="glu", prenorm=True)
+    assert state["d_layers.0.linear.0.weight_v"].shape == (16, 8)
+    x = torch.randn(1, 6, 4)
+    with torch.no_grad():
+        assert torch.equal(model(x), made.eval()(x))
+
+
+def test_interpolation_fills_the_steps_between():
+    model = backbone(pool=[2], interp=4)
+    x = torch.randn(1, 16, 4, dtype=torch.float64)
+    with torch.no_grad():
+        y = model(x)
+        assert torch.equal(y[:, 3::4], model._pyramid(x[:, ::4], None))
+        z = x[:, ::2]
+        for layer in model.interp_layers[1]:
+            z = layer(z)
+        assert torch.allclose(y[:, 0::2], torch.cat([z[:, 1:], z[:, -1:]], 1))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        model(x[:, :6])
+    with pytest.raises(ValueError, match="cannot step"):
+        model.init_state(1)
 
 
 # -- tokens and sound --------------------------------------------------------------------------------------------------

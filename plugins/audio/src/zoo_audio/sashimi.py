@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers.fft_conv import activation
+from zoo.layers.fft_conv import activation, widens
 from zoo.models.s4 import SequenceBlock
+from zoo.models.s4_parts import Named
 
 State = dict[str, Any]
 
@@ -25,7 +26,7 @@ class PoolLinear(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, weight_norm: bool = False, act: str | None = None) -> None:
         super().__init__()
-        made = nn.Linear(d_in, d_out)
+        made = nn.Linear(d_in, 2 * d_out if widens(act) else d_out)
         self.weight_norm = weight_norm
         if weight_norm:
             self.weight_g = nn.Parameter(made.weight.detach().norm(dim=1, keepdim=True))
@@ -50,8 +51,11 @@ class DownPool(nn.Module):
 
     def __init__(self, d_model: int, expand: int, pool: int, **linear: Any) -> None:
         super().__init__()
-        self.pool = pool
-        self.linear = PoolLinear(d_model * pool, d_model * expand, **linear)
+        self.pool, self.width = pool, d_model
+        self.linear = self._linear(d_model, expand, **linear)
+
+    def _linear(self, d_model: int, expand: int, **linear: Any) -> PoolLinear:
+        return PoolLinear(d_model * self.pool, d_model * expand, **linear)
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
         return self._fold(x.unflatten(1, (-1, self.pool)))
@@ -62,8 +66,7 @@ class DownPool(nn.Module):
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> State:
         weight = self.linear.bias
-        width = self.linear.matrix().shape[1] // self.pool
-        held = torch.zeros(batch, self.pool, width, device=device or weight.device, dtype=dtype or weight.dtype)
+        held = torch.zeros(batch, self.pool, self.width, device=device or weight.device, dtype=dtype or weight.dtype)
         return {"held": held, "count": 0}
 
     def step(self, x: Tensor, state: State) -> Tensor | None:
@@ -80,7 +83,10 @@ class UpPool(nn.Module):
     def __init__(self, d_model: int, expand: int, pool: int, **linear: Any) -> None:
         super().__init__()
         self.pool, self.width = pool, d_model // expand
-        self.linear = PoolLinear(d_model, d_model // expand * pool, **linear)
+        self.linear = self._linear(d_model, expand, **linear)
+
+    def _linear(self, d_model: int, expand: int, **linear: Any) -> PoolLinear:
+        return PoolLinear(d_model, d_model // expand * self.pool, **linear)
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
         return self._unfold(F.pad(self.linear(x)[:, :-1], (0, 0, 1, 0))).flatten(1, 2)
@@ -105,17 +111,43 @@ class UpPool(nn.Module):
         return y
 
 
+class AverageDownPool(DownPool):
+    """The mean of ``pool`` neighbouring steps, then a linear to ``expand`` times the width."""
+
+    def _linear(self, d_model: int, expand: int, **linear: Any) -> PoolLinear:
+        return PoolLinear(d_model, d_model * expand, **linear)
+
+    def _fold(self, x: Tensor) -> Tensor:
+        return self.linear(x.mean(-2))
+
+
+class RepeatUpPool(UpPool):
+    """A linear to 1 / ``expand`` the width, held for ``pool`` steps, all of them one pooled step later."""
+
+    def _linear(self, d_model: int, expand: int, **linear: Any) -> PoolLinear:
+        return PoolLinear(d_model, d_model // expand, **linear)
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(-2).expand(*x.shape[:-1], self.pool, self.width)
+
+
 class Sashimi(nn.Module):
     """Down to coarse rates by pooling, S4 at the coarsest, up again with S4 at every rate; skips are added.
 
     Arguments: ``d_model`` at the finest rate, doubled (``expand``) at each of the ``pool`` factors; ``n_layers``
     pairs of S4 and feed-forward (``ff`` times the width; 0: none) at each rate; ``unet``: also on the way down;
-    ``layer``: the S4 layer's arguments (:class:`zoo.layers.S4Block`); ``norm`` "layer", "batch" or None and
-    ``scalar_norm``: one pair of numbers instead of one for each channel; ``weight_norm``: of the pooling layers;
-    ``act_pool``: after them; ``center_ff``: feed-forward at the coarsest rate (None: ``ff``); ``dropout``,
-    ``dropres``: in and after each layer.
+    ``layer``: the S4 layer's arguments (:class:`zoo.layers.S4Block`, or another ``type`` of
+    :func:`zoo.models.s4.make_layer`), ``center_layer``: those at the coarsest rate; ``norm``, ``residual``: as
+    :class:`zoo.models.s4.SequenceBlock`, ``scalar_norm``: one pair of numbers instead of one for each channel;
+    ``weight_norm``: of the pooling layers; ``act_pool``: after them; ``pool_mode``: "linear" (a map from all pooled
+    steps to all) or "avg" (means and repetition); ``center_ff``: feed-forward at the coarsest rate (None: ``ff``);
+    ``dropout``, ``dropres``: in and after each layer.
 
-    Keys ``d_layers.{i}``, ``c_layers.{i}``, ``u_layers.{tier}.{i}``, ``norm``.
+    ``interp``: a power of two. The pyramid then works on every ``interp``-th step, and outputs of the steps between
+    come from layers of their own at 1 / interp, 2 / interp ... 1 / 2 of the rate, which see one step ahead (not
+    causal); the length must be a multiple of it.
+
+    Keys ``d_layers.{i}``, ``c_layers.{i}``, ``u_layers.{tier}.{i}``, ``interp_layers.{level}.{i}``, ``norm``.
     """
 
     def __init__(
@@ -128,51 +160,68 @@ class Sashimi(nn.Module):
         *,
         unet: bool = False,
         layer: Mapping[str, Any] | None = None,
-        norm: str | None = "layer",
+        center_layer: Mapping[str, Any] | None = None,
+        norm: Named = "layer",
         scalar_norm: bool = True,
         prenorm: bool = True,
-        residual: bool = True,
+        residual: bool | Named = True,
         weight_norm: bool = True,
         act_pool: str | None = None,
+        pool_mode: str = "linear",
         center_ff: float | None = None,
+        interp: int = 0,
         dropout: float = 0.0,
         dropres: float = 0.0,
     ) -> None:
         super().__init__()
-        if not pool or min(pool) < 1:
-            raise ValueError(f"pool is {list(pool)}; expected one factor or more, each at least 1")
-        self.d_model, self.pool, self.unet = d_model, tuple(pool), unet
+        if any(p < 1 for p in pool):
+            raise ValueError(f"pool is {list(pool)}; expected factors of at least 1")
+        if pool_mode not in ("linear", "avg"):
+            raise ValueError(f"pool_mode is {pool_mode!r}; expected 'linear' or 'avg'")
+        if interp < 0 or interp & (interp - 1) or interp == 1:
+            raise ValueError(f"interp is {interp}; expected 0 or a power of two")
+        self.d_model, self.pool, self.unet, self.interp, self.act_pool = d_model, tuple(pool), unet, interp, act_pool
         pooling = {"weight_norm": weight_norm, "act": act_pool}
-        s4 = {"type": "s4", "dropout_p": dropout, **dict(layer or {})}
-        self.causal = not s4.get("bidirectional", False)
+        fine: dict[str, Any] = {"type": "s4", "dropout_p": dropout, **dict(layer or {})}
+        coarse = fine if center_layer is None else {"type": "s4", "dropout_p": dropout, **center_layer}
+        self.causal = not (fine.get("bidirectional", False) or coarse.get("bidirectional", False) or interp)
 
-        def block(width: int, config: Mapping[str, Any]) -> SequenceBlock:
+        def block(width: int, config: Mapping[str, Any], index: int) -> SequenceBlock:
             return SequenceBlock(
-                width, config, prenorm=prenorm, norm=norm, transposed=scalar_norm, residual=residual, dropout_p=dropres
-            )
+                width, config, prenorm=prenorm, norm=norm, transposed=scalar_norm,
+                residual=residual, dropout_p=dropres, index=index,
+            )  # fmt: skip
 
-        def blocks(width: int, wide: float) -> Iterator[SequenceBlock]:
-            for _ in range(n_layers):
-                yield block(width, s4)
-                if wide > 0:
-                    yield block(width, {"type": "ff", "expand": wide, "dropout_p": dropout})
+        def pair(width: int, wide: float, index: int, config: Mapping[str, Any] = fine) -> Iterator[SequenceBlock]:
+            yield block(width, config, index)
+            if wide > 0:
+                yield block(width, {"type": "ff", "expand": wide, "dropout_p": dropout}, index)
+
+        def blocks(width: int, wide: float, config: Mapping[str, Any] = fine) -> Iterator[SequenceBlock]:
+            for i in range(n_layers):
+                yield from pair(width, wide, i + 1, config)
 
         width = d_model
         down: list[nn.Module] = []
         for p in self.pool:
             if unet:
                 down += blocks(width, ff)
-            down.append(DownPool(width, expand, p, **pooling))
+            down.append((DownPool if pool_mode == "linear" else AverageDownPool)(width, expand, p, **pooling))
             width *= expand
         self.d_layers = nn.ModuleList(down)
-        self.c_layers = nn.ModuleList(blocks(width, ff if center_ff is None else center_ff))
+        self.c_layers = nn.ModuleList(blocks(width, ff if center_ff is None else center_ff, coarse))
         up: list[nn.Module] = []
         for p in reversed(self.pool):
-            pooled = UpPool(width, expand, p, **pooling)
+            pooled = (UpPool if pool_mode == "linear" else RepeatUpPool)(width, expand, p, **pooling)
             width //= expand
             up.append(nn.ModuleList([pooled, *blocks(width, ff)]))
         self.u_layers = nn.ModuleList(up)
         self.norm = nn.LayerNorm(d_model)
+        if interp:
+            levels = interp.bit_length() - 1
+            self.interp_layers = nn.ModuleList(
+                nn.ModuleList([*pair(width, ff, i + 1), *pair(width, ff, i + 1)]) for i in range(levels)
+            )
 
     @property
     def factor(self) -> int:
@@ -182,8 +231,28 @@ class Sashimi(nn.Module):
     def forward(self, x: Tensor, mids: dict[str, Tensor] | None = None) -> Tensor:
         """(batch, length, d_model) to the same. ``mids`` collects the values between the parts, channels first.
 
-        A causal model takes any length; a bidirectional one a multiple of the product of ``pool`` (ValueError).
+        A causal model takes any length; a bidirectional one a multiple of the product of ``pool``, and one that
+        interpolates a multiple of ``interp`` times that (ValueError).
         """
+        if not self.interp:
+            return self._pyramid(x, mids)
+        if x.shape[1] % self.interp or x.shape[1] <= self.interp:
+            raise ValueError(
+                f"the length is {x.shape[1]}; with interp it must be a multiple of {self.interp}, and above"
+            )
+        y = torch.zeros_like(x)
+        every = self.interp
+        for tier in self.interp_layers:
+            z = x[:, ::every]
+            for layer in tier:  # type: ignore[attr-defined]
+                z = layer(z)
+            # each step learns of the next one; the last of all repeats its own
+            y[:, every // 2 - 1 :: every] += torch.cat([z[:, 1:], z[:, -1:]], 1)
+            every //= 2
+        y[:, self.interp - 1 :: self.interp] = self._pyramid(x[:, :: self.interp], mids)
+        return y
+
+    def _pyramid(self, x: Tensor, mids: dict[str, Tensor] | None) -> Tensor:
         length = x.shape[1]
         short = -length % self.factor
         if short and not self.causal:
@@ -221,7 +290,7 @@ class Sashimi(nn.Module):
         Raises ValueError for a bidirectional model.
         """
         if not self.causal:
-            raise ValueError("a bidirectional SaShiMi cannot step; it has no state")
+            raise ValueError("a bidirectional or interpolating SaShiMi cannot step; it has no state")
         kind = {"device": device, "dtype": dtype}
         return {
             "down": [layer.init_state(batch, **kind) for layer in self.d_layers],  # type: ignore[operator]

@@ -31,6 +31,8 @@ _STANDALONE = Rules(
         )
     )
 )
+#: A pooling layer with an activation is a sequence of two in the modular code.
+_ACTIVATED = Rules(Rename("{p:*}.linear.0.{name}", "{p}.linear.{name}"))
 _LM = Rules(
     Rename("encoder.0.weight", "encoder.weight"),
     Rename("decoder.0.output_transform.{name}", "decoder.{name}"),
@@ -71,12 +73,12 @@ class SashimiAdapter(ReferenceAdapter):
             known = {"backbone", "n_tokens", "encoder", "decoder"}
             arguments.check_known(config, known, "the SaShiMi language model")
             _check_ends(config)
-            backbone = _modular(config["backbone"], state, "model.")
+            backbone = _modular(config["backbone"], state, "model.", source)
             model = SashimiLM(config["n_tokens"], **backbone)
         elif _is_standalone(state, source):
             model = Sashimi(**_standalone(config))
         else:
-            model = Sashimi(**_modular(config, state, ""))
+            model = Sashimi(**_modular(config, state, "", source))
         model.standalone = "backbone" not in config and _is_standalone(state, source)  # type: ignore[assignment]
         model.flat_up = any(_is_flat(key) for key in state)  # type: ignore[assignment]
         have = self.to_zoo(state, model=model)
@@ -94,10 +96,10 @@ class SashimiAdapter(ReferenceAdapter):
         if standalone is None:
             standalone = _is_standalone(state, "") and "encoder.weight" not in state
         if isinstance(model, SashimiLM) or "encoder.0.weight" in state or "encoder.weight" in state:
-            return _LM + _flat_rules(state, model, "model.")
+            return _LM + _activated(state, model) + _flat_rules(state, model, "model.")
         if standalone:
             return _STANDALONE
-        return _flat_rules(state, model, "")
+        return _activated(state, model) + _flat_rules(state, model, "")
 
     def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
         """Keys of version 3 of the repository are read as well; :meth:`to_reference` writes those of version 4."""
@@ -161,7 +163,7 @@ def _standalone(config: Mapping[str, Any]) -> dict[str, Any]:
     dropout = config.get("dropout", 0.0)
     return {
         **{k: config[k] for k in (*_POOL, "unet") if k in config},
-        "layer": {**arguments.s4_block({**s4, "dropout": dropout, "d_state": 64}, standalone=True)},
+        "layer": arguments.s4_block({**s4, "dropout": dropout, "d_state": 64}, standalone=True),
         "scalar_norm": False,
         "weight_norm": False,
         "dropout": dropout,
@@ -169,50 +171,44 @@ def _standalone(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _modular(config: Mapping[str, Any], state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+def _modular(config: Mapping[str, Any], state: Mapping[str, Tensor], prefix: str, source: str) -> dict[str, Any]:
     known = {
         *_POOL, "unet", "cff", "prenorm", "dropout", "dropres", "layer", "center_layer", "residual", "norm",
         "initializer", "transposed", "pool_mode", "interp", "act_pool", "_name_", "l_max", "track_norms",
     }  # fmt: skip
     arguments.check_known(config, known, "SaShiMi")
-    if config.get("interp"):
-        raise ValueError(
-            f"argument interp={config['interp']!r} is not supported: input at several rates is not described"
-        )
-    if config.get("pool_mode", "linear") not in (None, "linear"):
-        raise ValueError(f"argument pool_mode={config['pool_mode']!r} is not supported; expected 'linear'")
-    if config.get("center_layer") is not None:
-        raise ValueError("argument center_layer is not supported: another layer at the coarsest rate is not described")
-    residual = arguments.named(config.get("residual"), "residual")
-    if residual not in (None, "R"):
-        raise ValueError(f"residual={residual!r} is not supported; expected None or 'R' (a plain sum)")
+    pool_mode = config.get("pool_mode") or "linear"
+    if pool_mode not in ("linear", "avg", "pool"):
+        raise ValueError(f"argument pool_mode={pool_mode!r} is not supported; expected 'linear', 'avg' or 'pool'")
     dropout = config.get("dropout", 0.0)
-    layer = dict(config.get("layer") or {})
-    layer["dropout"] = dropout if layer.get("dropout") is None else layer["dropout"]
-    flat = any(_is_flat(key) for key in state) or "cff" in config
-    normed = any(key.endswith("linear.weight_g") for key in state)
+    layer = {**(config.get("layer") or {}), "dropout": dropout}
+    center = config.get("center_layer")
+    flat = "unet" in source.lower() or any(_is_flat(k) for k in state) or bool({"cff", "pool_mode"} & set(config))
+    residual = config.get("residual")
     return {
         **{k: config[k] for k in _POOL if k in config},
+        "pool": config.get("pool", ()),
+        "expand": config.get("expand", 1),
         "unet": config.get("unet", False) or flat,
-        "layer": {k: v for k, v in arguments.layer_config(layer).items() if k != "type"},
-        "norm": arguments.named(config.get("norm"), "norm"),
+        "layer": arguments.layer_config(layer),
+        "center_layer": None if center is None else arguments.layer_config({**center, "dropout": dropout}),
+        "norm": config.get("norm"),
         "scalar_norm": config.get("transposed", True),
-        "prenorm": config.get("prenorm", True),
-        "residual": residual is not None,
-        "weight_norm": normed,
+        "prenorm": config.get("prenorm", False),
+        "residual": "R" if residual is None else residual,
+        "weight_norm": any(key.endswith("weight_g") for key in state),
+        "pool_mode": "linear" if pool_mode == "linear" else "avg",
         "act_pool": config.get("act_pool"),
-        "center_ff": config.get("cff", _center_ff(state, prefix)) if flat else None,
+        # In the original ``cff`` says whether there is a feed-forward; its width is that of all others.
+        "center_ff": bool(config.get("cff", _has_center_ff(state, prefix))) * config.get("ff", 2) if flat else None,
+        "interp": config.get("interp") or 0,
         "dropout": dropout,
         "dropres": config.get("dropres", 0.0),
     }
 
 
-def _center_ff(state: Mapping[str, Tensor], prefix: str) -> float:
-    """How many times the width the feed-forward at the coarsest rate is; 0 where a state dict has none."""
-    weight = next(
-        (v for k, v in state.items() if k.startswith(f"{prefix}c_layers.") and k.endswith("ff.0.0.weight")), None
-    )
-    return 0 if weight is None else weight.shape[0] / weight.shape[1]
+def _has_center_ff(state: Mapping[str, Tensor], prefix: str) -> bool:
+    return any(k.startswith(f"{prefix}c_layers.") and ".layer.ff." in k for k in state)
 
 
 def _check_ends(config: Mapping[str, Any]) -> None:
@@ -237,6 +233,12 @@ def _is_flat(key: str) -> bool:
     """SequenceUNet lists its way up without tiers: ``u_layers.{i}.linear`` and ``u_layers.{i}.layer``."""
     _, found, rest = key.partition("u_layers.")
     return bool(found) and not rest.split(".")[1].isdigit()
+
+
+def _activated(state: Mapping[str, Tensor], model: nn.Module | None) -> Rules:
+    backbone = model.model if isinstance(model, SashimiLM) else model
+    act = getattr(backbone, "act_pool", None) is not None
+    return _ACTIVATED if act or any(".linear.0." in key for key in state) else Rules()
 
 
 def _flat_rules(state: Mapping[str, Tensor], model: nn.Module | None, prefix: str) -> Rules:

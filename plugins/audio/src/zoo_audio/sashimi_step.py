@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from zoo.layers.fft_conv import FFTConv, S4Block
 from zoo.layers.s4 import S4Kernel
 from zoo.layers.s4d import S4DKernel
-from zoo.models.s4 import FeedForward, ScalarNorm, SequenceBlock
+from zoo.models.s4 import FeedForward, SequenceBlock
+from zoo.models.s4_parts import Residual, ScalarNorm
 
 from .sashimi import DownPool, SashimiLM, UpPool
 
@@ -48,12 +49,14 @@ class Stepper:
 
     @staticmethod
     def _part(layer: nn.Module, batch: int) -> Any:
-        if isinstance(layer, DownPool):
+        if type(layer) is DownPool:
             return Down(layer)
-        if isinstance(layer, UpPool):
+        if type(layer) is UpPool:
             return Up(layer, batch)
-        assert isinstance(layer, SequenceBlock)
-        return block(layer, batch)
+        if isinstance(layer, SequenceBlock):
+            return block(layer, batch)
+        state = layer.init_state(batch)  # type: ignore[operator]
+        return lambda x: layer.step(x, state)  # type: ignore[operator]
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
@@ -132,7 +135,8 @@ def block(layer: SequenceBlock, batch: int) -> Step:
     """A residual block as one function of (batch, width)."""
     inner = layer.layer
     normed = norm(layer.norm.norm)
-    usual = layer.prenorm and layer.residual and not layer.bidirectional and normed is not None
+    plain = type(layer.residual) is Residual and layer.residual.alpha == layer.residual.beta == 1
+    usual = layer.prenorm and plain and not layer.bidirectional and normed is not None
     if usual and isinstance(inner, FeedForward) and isinstance(inner.ff[0][1], nn.GELU):  # type: ignore[index]
         first, last = linear(inner.ff[0][0]), linear(inner.ff[2])  # type: ignore[index, arg-type]
         return lambda x: x + last(F.gelu(first(normed(x))))  # type: ignore[misc]

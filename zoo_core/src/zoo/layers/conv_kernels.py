@@ -20,6 +20,9 @@ class FreeKernel(ConvolutionKernel):
         taps = torch.randn(channels, d_model, l_max, device=device, dtype=dtype) / (d_model * l_max) ** 0.5
         self.add("kernel", taps, "K")
 
+    def has_length(self, length: int, rate: float = 1.0) -> bool:
+        return length == self.kernel.shape[-1]
+
     def forward(self, length: int, rate: float = 1.0, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """All l_max taps, whatever ``length`` is."""
         return self.kernel, None
@@ -48,7 +51,11 @@ class EMAKernel(ConvolutionKernel):
         self.add("beta", torch.empty(rows, d_state, 1, **kind).normal_(std=0.02) + sign, "dt")
         self.gamma = nn.Parameter(torch.randn(d_model * channels, d_state, **kind))
 
+    def has_length(self, length: int, rate: float = 1.0) -> bool:
+        return self.l_max is None or length <= self.l_max
+
     def forward(self, length: int, rate: float = 1.0, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """At most l_max taps; the average has no notion of a rate."""
         if state is not None:
             raise ValueError("the EMA kernel carries no state here; state must be None")
         if self.l_max is not None:

@@ -24,21 +24,56 @@ KERNELS: dict[str, type[ConvolutionKernel]] = {
     "ema": EMAKernel,
 }  # fmt: skip
 
+
+class SquaredReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+class Laplace(nn.Module):
+    """The normal distribution function at deviation 0.282095 about 0.707107 (Ma et al., "Mega", equation 12)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * 2**0.5)))
+
+
+class Gated(nn.Module):
+    """The first half of the last axis times ``gate`` of the second."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        return value * self.gate(gate)
+
+
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "elu": nn.ELU, "swish": nn.SiLU, "silu": nn.SiLU,
-    "sigmoid": nn.Sigmoid, "softplus": nn.Softplus,
+    "sigmoid": nn.Sigmoid, "softplus": nn.Softplus, "sqrelu": SquaredReLU, "relu2": SquaredReLU, "laplace": Laplace,
 }  # fmt: skip
 
 
 def activation(name: str | None) -> nn.Module:
-    """A pointwise activation, or "glu" over the last axis (first half value, second half gate)."""
-    if name in (None, "id", "identity", "linear"):
+    """A pointwise activation, or "glu" over the last axis (first half value, second half gate); "glu-gelu": the gate
+    under that activation instead of the sigmoid."""
+    if name in (None, "id", "identity", "linear", "none"):
         return nn.Identity()
     if name == "glu":
         return nn.GLU(dim=-1)
+    if name.startswith("glu-"):
+        return Gated(activation(name.removeprefix("glu-")))
     if name not in _ACTIVATIONS:
-        raise ValueError(f"activation is {name!r}; expected None, id, glu or one of {', '.join(_ACTIVATIONS)}")
+        raise ValueError(
+            f"activation is {name!r}; expected None, id, glu, glu-<activation> or one of {', '.join(_ACTIVATIONS)}"
+        )
     return _ACTIVATIONS[name]()
+
+
+def widens(act: str | None) -> bool:
+    """Whether the activation halves the width, so that what precedes it is twice as wide."""
+    return act is not None and act.startswith("glu")
 
 
 class TiedDropout(nn.Module):
@@ -61,10 +96,10 @@ def dropout(p: float, tie: bool = False) -> nn.Module:
 
 
 class ActivatedLinear(nn.Sequential):
-    """Linear, then an activation; "glu" doubles the width of the linear. Keys ``0.weight``, ``0.bias``."""
+    """Linear, then an activation; "glu" and "glu-..." double the width of the linear. Keys ``0.weight``, ``0.bias``."""
 
     def __init__(self, d_input: int, d_output: int, act: str | None, *, device=None, dtype=None) -> None:
-        width = 2 * d_output if act == "glu" else d_output
+        width = 2 * d_output if widens(act) else d_output
         super().__init__(Linear(d_input, width, device=device, dtype=dtype), activation(act))
 
 
@@ -102,7 +137,7 @@ class FFTConv(nn.Module):
         kind = {"device": device, "dtype": dtype}
         self.d_model, self.l_max, self.channels = d_model, l_max, channels
         self.bidirectional, self.swap_channels = bidirectional, swap_channels
-        wide = 2 * channels if act == "glu" else channels
+        wide = 2 * channels if widens(act) else channels
         self.D = nn.Parameter(torch.randn(wide, d_model, **kind))
         self.kernel = KERNELS[mode](d_model, 2 * wide if bidirectional else wide, l_max, **kernel, **kind)
         self.drop = dropout(dropout_p, tie_dropout)
@@ -128,8 +163,8 @@ class FFTConv(nn.Module):
             if self.bidirectional:
                 raise ValueError("a bidirectional layer has no state to continue from; state must be None")
             k, extra = self.kernel(taps, rate, state["ssm"])
-        elif isinstance(self.kernel, FreeKernel) and length < self.kernel.kernel.shape[-1]:
-            y = self._wrapped(x, self.drop_kernel(self.kernel.kernel), taps)
+        elif not self.kernel.has_length(taps, rate):
+            y = self._wrapped(x, self.drop_kernel(self.kernel(taps, rate)[0]), taps)
         elif isinstance(self.drop_kernel, nn.Identity):
             # The transform of a kernel that does not change is kept, too.
             k = self.kernel.kept((length, rate), lambda: self._spectrum(taps, rate, length))
@@ -155,7 +190,7 @@ class FFTConv(nn.Module):
         return kernel_spectrum(k, length, back_kernel=back)
 
     def _wrapped(self, x: Tensor, k: Tensor, taps: int) -> Tensor:
-        """Free taps beyond the input's length: the original's transform of length + taps points wraps."""
+        """A kernel of another length than ``taps``: the original's transform of length + taps points wraps it."""
         length = x.shape[1]
         n = taps + length
         if self.bidirectional:

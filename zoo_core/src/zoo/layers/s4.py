@@ -69,6 +69,10 @@ class S4Kernel(SSMKernel):
             have *= 2
         return have, plan
 
+    def has_length(self, length: int, rate: float = 1.0) -> bool:
+        internal, _ = self.lengthen(round(rate * length))
+        return round(internal / rate) >= length  # rounding may lose a tap at other rates than 1
+
     def _times_powers(self, C: Tensor, plan: list[tuple[int, float]]) -> Tensor:
         """C (I + sign dA^l) for every (l, sign), in float64."""
         dA, _ = self.dense()

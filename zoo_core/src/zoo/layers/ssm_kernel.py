@@ -132,6 +132,10 @@ class ConvolutionKernel(Kept):
         length) or None. ``rate``: relative sampling step (2 = every second sample)."""
         raise NotImplementedError
 
+    def has_length(self, length: int, rate: float = 1.0) -> bool:
+        """Whether :meth:`forward` gives as many taps as it is asked for."""
+        return True
+
     def init_state(self, batch: int, *, device=None, dtype=None) -> Tensor:
         raise ValueError(f"{type(self).__name__} has no recurrent form; it cannot step")
 

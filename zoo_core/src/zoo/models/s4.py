@@ -16,47 +16,9 @@ from zoo.layers.fft_conv import ActivatedLinear, FFTConv, S4Block, activation, d
 from zoo.layers.s4nd import S4ND
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from .s4_parts import Named, Pool, SequenceNorm, make_residual, named
 
 State = dict[str, Tensor]
-
-
-class ScalarNorm(nn.Module):
-    """``s / std * (x - mean + m)`` over channels, biased deviation, no epsilon; ``m``, ``s``: single numbers."""
-
-    def __init__(self, device=None, dtype=None) -> None:
-        super().__init__()
-        self.m = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
-        self.s = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        std, mean = torch.std_mean(x, dim=-1, correction=0, keepdim=True)
-        return self.s / std * (x - mean + self.m)
-
-
-class ChannelBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of the last axis over all others."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, -2)).reshape(x.shape)
-
-
-class SequenceNorm(nn.Module):
-    """The norm that a configuration names, under the key ``norm``: "layer" (scalar when ``transposed``) or "batch"."""
-
-    def __init__(self, d_model: int, kind: str | None, transposed: bool = False) -> None:
-        super().__init__()
-        self.norm: nn.Module
-        if kind == "layer":
-            self.norm = ScalarNorm() if transposed else nn.LayerNorm(d_model)
-        elif kind == "batch":
-            self.norm = ChannelBatchNorm(d_model)
-        elif kind in (None, "none"):
-            self.norm = nn.Identity()
-        else:
-            raise ValueError(f"norm is {kind!r}; expected 'layer', 'batch' or None")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)
 
 
 class FeedForward(nn.Module):
@@ -86,11 +48,29 @@ class FeedForward(nn.Module):
         return self.ff(x)
 
 
-LAYERS: dict[str, Any] = {"s4": S4Block, "fftconv": FFTConv, "ffn": FeedForward, "ff": FeedForward, "s4nd": S4ND}
+class NoLayer(nn.Module):
+    """The input as it is: what remains of a block are its norm, its residual and its pooling."""
+
+    def __init__(self, d_model: int, **_: Any) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, *, state: State | None = None, **_: Any) -> Tensor:
+        return x
+
+    def init_state(self, batch: int, **_: Any) -> State:
+        return {}
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        return x
+
+
+LAYERS: dict[str, Any] = {
+    "s4": S4Block, "fftconv": FFTConv, "ffn": FeedForward, "ff": FeedForward, "s4nd": S4ND, "id": NoLayer,
+}  # fmt: skip
 
 
 def make_layer(d_model: int, config: Mapping[str, Any]) -> nn.Module:
-    """A layer from its configuration: ``type`` (s4, fftconv, ffn, s4nd) and the arguments of that class."""
+    """A layer from its configuration: ``type`` (s4, fftconv, ffn, s4nd, id) and the arguments of that class."""
     options = dict(config)
     kind = options.pop("type", "s4")
     if kind not in LAYERS:
@@ -99,27 +79,39 @@ def make_layer(d_model: int, config: Mapping[str, Any]) -> nn.Module:
 
 
 class SequenceBlock(nn.Module):
-    """``x + drop(layer(norm(x)))``, or with the norm after the sum. ``bidirectional``: a second layer sees the same
-    input, not a flipped one, and both are mixed by a linear layer (so in the original)."""
+    """``residual(x, drop(layer(norm(x))))``, or with the norm after the residual; then, where given, a pool.
+
+    ``residual``: True (a plain sum), None, or as in :data:`~zoo.models.s4_parts.RESIDUALS`; ``index``: number of the
+    block, from 1, for residuals that depend on it. ``norm``: as :class:`~zoo.models.s4_parts.SequenceNorm`. ``pool``:
+    as :class:`~zoo.models.s4_parts.Pool`. ``bidirectional``: a second layer sees the same input, not a flipped one,
+    and both are mixed by a linear layer (so in the original).
+    """
 
     def __init__(
-        self, d_model: int, layer: Mapping[str, Any], *, prenorm: bool = True, norm: str | None = "layer",
-        transposed: bool = False, residual: bool = True, bidirectional: bool = False, dropout_p: float = 0.0,
-        tie_dropout: bool = False,
+        self, d_model: int, layer: Mapping[str, Any], *, prenorm: bool = True, norm: Named = "layer",
+        transposed: bool = False, residual: bool | Named = True, bidirectional: bool = False, dropout_p: float = 0.0,
+        tie_dropout: bool = False, pool: Named = None, index: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.prenorm, self.residual, self.bidirectional = prenorm, residual, bidirectional
+        self.prenorm, self.bidirectional = prenorm, bidirectional
         self.layer = make_layer(d_model, layer)
         if bidirectional:
             self.reverse_layer = make_layer(d_model, layer)
             self.bidirectional_linear = nn.Linear(2 * d_model, d_model)
+        self.residual = make_residual(d_model, index, residual)
         self.norm = SequenceNorm(d_model, norm, transposed)
         self.drop = dropout(dropout_p, tie_dropout)
+        self.pool: Pool | None = None
+        if pool is not None:
+            kind, options = named(pool, "pool")
+            self.pool = Pool(d_model, kind, **options)
+        self.d_output = d_model if self.pool is None else self.pool.d_output
 
     def _around(self, x: Tensor, mix: Any) -> Tensor:
-        y = self.drop(mix(self.norm(x) if self.prenorm else x))
-        y = x + y if self.residual else y
-        return y if self.prenorm else self.norm(y)
+        y = mix(self.norm(x) if self.prenorm else x)
+        y = y if self.residual is None else self.residual(x, self.drop(y))
+        y = y if self.prenorm else self.norm(y)
+        return y if self.pool is None else self.pool(y)
 
     def forward(self, x: Tensor, *, state: State | None = None, **options: Any) -> Tensor:
         def mix(h: Tensor) -> Tensor:
@@ -135,6 +127,8 @@ class SequenceBlock(nn.Module):
     def init_state(self, batch: int, **kind: Any) -> State:
         if self.bidirectional:
             raise ValueError("a bidirectional block cannot step; it has no state")
+        if self.pool is not None:
+            raise ValueError("a block that pools cannot step; give pool=None")
         return self.layer.init_state(batch, **kind)
 
     def step(self, x: Tensor, state: State) -> Tensor:
@@ -145,7 +139,9 @@ class SequenceModel(nn.Module):
     """``n_layers`` repetitions of a list of layers, each in a residual block, and a last norm (with ``prenorm``).
 
     ``layer``: one layer configuration or a list of them (:func:`make_layer`), for example S4, S4, feed-forward.
-    Input and output: (batch, length, d_model). Keys ``layers.{i}.{layer,norm.norm}.*``, ``norm.norm.*``.
+    ``pool`` acts after every ``n_repeat``-th block. Other arguments: :class:`SequenceBlock`.
+    Input and output: (batch, length, d_model) without pooling. Keys ``layers.{i}.{layer,norm.norm}.*``,
+    ``norm.norm.*``.
     """
 
     def __init__(
@@ -155,26 +151,32 @@ class SequenceModel(nn.Module):
         layer: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         *,
         prenorm: bool = True,
-        norm: str | None = "layer",
+        norm: Named = "layer",
         transposed: bool = False,
-        residual: bool = True,
+        residual: bool | Named = True,
         bidirectional: bool = False,
         dropout_p: float = 0.0,
         tie_dropout: bool = False,
         dropinp: float = 0.0,
+        n_repeat: int = 1,
+        pool: Named = None,
     ) -> None:
         super().__init__()
         listed = [{}] if layer is None else [layer] if isinstance(layer, Mapping) else list(layer)
         self.d_model = d_model
         self.drop = dropout(dropinp, tie_dropout)
-        self.layers = nn.ModuleList(
-            SequenceBlock(
-                d_model, {"dropout_p": dropout_p, **one}, prenorm=prenorm, norm=norm, transposed=transposed,
+        blocks, width = [], d_model
+        for i, one in enumerate(listed * n_layers * n_repeat, start=1):
+            block = SequenceBlock(
+                width, {"dropout_p": dropout_p, **one}, prenorm=prenorm, norm=norm, transposed=transposed,
                 residual=residual, bidirectional=bidirectional, dropout_p=dropout_p, tie_dropout=tie_dropout,
-            )
-            for one in listed * n_layers
-        )  # fmt: skip
-        self.norm = SequenceNorm(d_model, norm, transposed) if prenorm else nn.Identity()
+                pool=pool if i % n_repeat == 0 else None, index=i,
+            )  # fmt: skip
+            blocks.append(block)
+            width = block.d_output
+        self.layers = nn.ModuleList(blocks)
+        self.d_output = width
+        self.norm = SequenceNorm(width, norm, transposed) if prenorm else nn.Identity()
 
     def forward(self, x: Tensor, *, state: list[State] | None = None, **options: Any) -> Tensor:
         """state: of :meth:`init_state`, continued and left at the end."""
@@ -196,11 +198,12 @@ class SequenceModel(nn.Module):
 class SequenceDecoder(nn.Module):
     """Positions to outputs: the last (first) ``l_output`` of them, or means or sums up to each of the last ones.
 
-    mode: "last", "first", "pool", "sum". l_output None: every position; 0: one position, without its axis (for "pool"
-    the mean over time). Then ``output_transform``, a linear to ``d_output`` (None: none).
+    mode: "last", "first", "pool", "sum", or "ragged" (all positions up to the longest of ``lengths``). l_output None:
+    every position; 0: one position, without its axis (for "pool" the mean over time). Then ``output_transform``, a
+    linear to ``d_output`` (None: none).
     """
 
-    MODES = ("last", "first", "pool", "sum")
+    MODES = ("last", "first", "pool", "sum", "ragged")
 
     def __init__(self, d_model: int, d_output: int | None, l_output: int | None = None, mode: str = "last") -> None:
         super().__init__()
@@ -214,6 +217,17 @@ class SequenceDecoder(nn.Module):
         return self.output_transform(self.restrict(x, lengths))
 
     def restrict(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        if self.mode == "ragged":
+            if lengths is None:
+                raise ValueError("a decoder of mode 'ragged' needs lengths, the positions that count of each sequence")
+            x = x[:, : int(lengths.max())]
+            return x[:, 0] if self.l_output == 0 else x
+        if self.l_output is None and lengths is not None:
+            if bool((lengths != lengths[0]).any()):
+                raise ValueError(
+                    f"lengths is {lengths.tolist()}; a decoder of every position (l_output None) needs equal lengths"
+                )
+            x = x[:, : int(lengths[0])]
         count = {None: x.shape[1], 0: 1}.get(self.l_output, self.l_output)
         assert count is not None
         end = torch.full((x.shape[0],), x.shape[1], device=x.device) if lengths is None else lengths.to(x.device)
@@ -231,6 +245,21 @@ class SequenceDecoder(nn.Module):
                 y = x.cumsum(1).gather(1, at.expand(-1, -1, x.shape[2]))
                 y = y / (at + 1).to(y.dtype) if self.mode == "pool" else y
         return y[:, 0] if self.l_output == 0 else y
+
+
+class MeanDecoder(nn.Module):
+    """Mean over all positions of a sequence, image or video ("full": every position), then ``output_transform``."""
+
+    def __init__(self, d_model: int, d_output: int | None, mode: str = "pool") -> None:
+        super().__init__()
+        if mode not in ("pool", "full"):
+            raise ValueError(f"decoder mode is {mode!r}; expected 'pool' or 'full'")
+        self.mode = mode
+        self.output_transform = nn.Identity() if d_output is None else nn.Linear(d_model, d_output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, *sizes, d_model) to (batch, d_output), or of every position."""
+        return self.output_transform(x.flatten(1, -2).mean(1) if self.mode == "pool" else x)
 
 
 class RetrievalHead(nn.Module):

@@ -16,7 +16,7 @@ class S5Classifier(nn.Module):
 
     ``mode``: "pool" (mean over time, over the first ``lengths`` positions where given) or "last". ``retrieval``: the
     batch holds first documents, then second ones; features a, b give [a, b, a - b, a * b], linear, GELU, linear.
-    Further arguments: S5Layer and S5.
+    ``step_rescale``: the time step, relative to the learned one. Further arguments: S5Layer and S5.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class S5Classifier(nn.Module):
         mode: str = "pool",
         retrieval: bool = False,
         vocab: bool = False,
+        step_rescale: float = 1.0,
         **layer: Any,
     ) -> None:
         super().__init__()
@@ -37,6 +38,7 @@ class S5Classifier(nn.Module):
             raise ValueError(f"mode is {mode!r}; expected 'pool' or 'last'")
         self.mode, self.retrieval, self.num_classes, self.num_features = mode, retrieval, num_classes, d_model
         self.vocab, self.d_input, self.mixes_batch = vocab, d_input, retrieval
+        self.step_rescale = step_rescale
         self.encoder = nn.Linear(d_input, d_model)
         self.layers = nn.ModuleList(S5Layer(d_model, ssm_size, **layer) for _ in range(n_layers))
         self.decoder: nn.Module
@@ -47,16 +49,17 @@ class S5Classifier(nn.Module):
         else:
             self.decoder = nn.Linear(d_model, num_classes)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None, *, step_rescale: float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | None = None, *, step_rescale: float | None = None) -> Tensor:
         """(batch, length, d_input), or with ``vocab`` (batch, length), to (batch, num_classes) log-probabilities.
 
         lengths: (batch,) positions that count in the mean; as in the original, scans and norms still see what follows.
+        step_rescale: None for the model's own.
         """
         if self.vocab:
             x = F.one_hot(x.long(), self.d_input).to(self.encoder.weight.dtype)
         x = self.encoder(x)
         for layer in self.layers:
-            x = layer(x, step_rescale=step_rescale)
+            x = layer(x, step_rescale=self.step_rescale if step_rescale is None else step_rescale)
         if self.mode == "last":
             if lengths is not None:
                 raise ValueError("mode 'last' has no padded form in S5; lengths must be None")

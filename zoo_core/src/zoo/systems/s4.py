@@ -15,7 +15,7 @@ from zoo.layers.fft_conv import FFTConv, S4Block
 from zoo.layers.s4 import STEP_MODES, S4Kernel
 from zoo.layers.s4d import S4D
 from zoo.layers.s4nd import S4ND
-from zoo.models.s4 import RetrievalDecoder, S4LanguageModel, SequenceDecoder, SequenceModel
+from zoo.models.s4 import MeanDecoder, RetrievalDecoder, S4LanguageModel, SequenceDecoder, SequenceModel
 from zoo.models.s5 import S5Classifier
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Concat, Rename, Rule, Rules, Scale, Squeeze, Tied, Transpose, Unsqueeze
@@ -102,11 +102,13 @@ class Matrices(nn.Module):
 
 
 class EncodedSequence(nn.Module):
-    """``decoder(model(encoder(x)))``."""
+    """``decoder(model(encoder(x)))``. ``reads_lengths``: whether the decoder was told to use lengths where given."""
 
-    def __init__(self, encoder: nn.Module, model: SequenceModel, decoder: nn.Module) -> None:
+    def __init__(
+        self, encoder: nn.Module, model: SequenceModel, decoder: nn.Module, reads_lengths: bool = False
+    ) -> None:
         super().__init__()
-        self.encoder, self.model, self.decoder = encoder, model, decoder
+        self.encoder, self.model, self.decoder, self.reads_lengths = encoder, model, decoder, reads_lengths
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.model(self.encoder(x)))
@@ -142,7 +144,7 @@ class S4Adapter(ReferenceAdapter):
         elif "cutoffs" in config:
             model = _language_model(config)
         else:
-            model = _sequence(config, state)
+            model = _sequence(config, state, source)
         # Where the layout puts channels is a matter of inputs and outputs, not of the model.
         first = {"S4D": True, "S4Block": True, "FFTConv": True, "S4ND": True}.get(kind, False)
         model.channels_first = (
@@ -183,7 +185,7 @@ class S4Adapter(ReferenceAdapter):
         if isinstance(model, S4LanguageModel):
             return _run_language_model(model, inputs)
         if isinstance(model, EncodedSequence):
-            return _run_sequence(model, inputs, wanted)
+            return _run_sequence(model, inputs, wanted, call)
         return _run_layer(model, inputs, wanted)
 
 
@@ -238,7 +240,7 @@ def _language_model(config: Mapping[str, Any]) -> S4LanguageModel:
     )
 
 
-def _sequence(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+def _sequence(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> nn.Module:
     """Encoder, SequenceModel and decoder; what the encoder is follows from its keys."""
     model = SequenceModel(**arguments.sequence_model(config.get("model", config)))
     d = model.d_model
@@ -250,21 +252,17 @@ def _sequence(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Modu
         if not bias and weight.shape[1] != d:
             encoder = nn.Linear(weight.shape[1], d, bias=False)
     options = dict(config.get("decoder") or {})
-    decoder: nn.Module = nn.Identity()
     if any(".retrieval." in key for key in state):
-        arguments.check_known(
-            options, {"d_output", "n_classes", "d_model", "nli", "activation", "mode", "d_input"}, "RetrievalDecoder"
-        )
-        decoder = RetrievalDecoder(
-            d, options.get("n_classes") or options["d_output"], options.get("d_model"), options.get("nli", True),
-            options.get("activation", "relu"), options.get("mode", "last"),
-        )  # fmt: skip
-    elif options:
-        arguments.check_known(
-            options, {"d_model", "d_output", "l_output", "mode", "use_lengths", "_name_"}, "SequenceDecoder"
-        )
-        decoder = SequenceDecoder(d, options.get("d_output"), options.get("l_output"), options.get("mode", "last"))
-    return EncodedSequence(encoder, model, decoder)
+        options.setdefault("_name_", "retrieval")
+    if "NDDecoder" in source:
+        options.setdefault("_name_", "nd")
+    decoder: nn.Module = nn.Identity()
+    reads_lengths = False
+    if options:
+        kind, given, reads_lengths = arguments.decoder(options)
+        classes = {"sequence": SequenceDecoder, "nd": MeanDecoder, "retrieval": RetrievalDecoder}
+        decoder = classes[kind](model.d_output, **given)
+    return EncodedSequence(encoder, model, decoder, reads_lengths)
 
 
 # -- what the golden files call --------------------------------------------------------------------------------------
@@ -314,7 +312,10 @@ def _steps(model: nn.Module, x: Tensor, name: str, first: bool) -> dict[str, Ten
         kernel.setup_step()
     tail = f"_{mode}" if mode else ""
     # The original stacks steps on the last axis whatever the layout of the layer.
-    return {f"step{tail}": torch.stack(steps, -1), f"step_final_state{tail}": state["ssm"]}
+    final = state["ssm"]
+    if mode == "dense":  # the original keeps both of each conjugate pair here
+        final = torch.cat([final, final.conj()], -1)
+    return {f"step{tail}": torch.stack(steps, -1), f"step_final_state{tail}": final}
 
 
 def _layer_mids(model: nn.Module, x: Tensor, name: str) -> dict[str, Tensor]:
@@ -338,14 +339,17 @@ def _layer_mids(model: nn.Module, x: Tensor, name: str) -> dict[str, Tensor]:
 
 
 def _run_sequence(
-    model: EncodedSequence, inputs: Mapping[str, Tensor], wanted: Iterable[str] | None
+    model: EncodedSequence, inputs: Mapping[str, Tensor], wanted: Iterable[str] | None, call: Any
 ) -> dict[str, Tensor]:
-    x = next(iter(inputs.values()))
+    x = next(value for name, value in inputs.items() if name != "lengths")
     encoded = model.encoder(x)
-    backbone = model.model(encoded)
-    decoder = model.decoder
     lengths = inputs.get("lengths")
-    out = {"y": decoder(backbone) if lengths is None else decoder(backbone, lengths), "mid/backbone": backbone}
+    # The layers mask what lies beyond the lengths only where the call hands them over.
+    masked = lengths is not None and bool(re.search(r"model\(.*?lengths.*?\)\[0\]", str(call)))
+    backbone = model.model(encoded, **({"lengths": lengths} if masked else {}))
+    decoder = model.decoder
+    y = decoder(backbone, lengths) if lengths is not None and model.reads_lengths else decoder(backbone)
+    out = {"y": y, "mid/backbone": backbone}
     if wanted is not None and "step_logits" in wanted:
         assert isinstance(decoder, SequenceDecoder)
         with torch.no_grad():

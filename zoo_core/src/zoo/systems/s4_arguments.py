@@ -50,6 +50,8 @@ def convolution(config: Mapping[str, Any], what: str, extra: set[str] = frozense
     if config.get("measure") is not None:
         out["init"] = config["measure"]
     mode = out.get("mode", "dplr")
+    if out.get("is_real") and "d_state" not in out:
+        out["d_state"] = 32  # of the default 64, which counts conjugate pairs, only what is given is doubled
     if mode in ("dense", "slow", "real"):
         raise ValueError(f"kernel mode {mode!r} (a dense state matrix, for illustration) is not supported; use 'dplr'")
     if mode == "conv":
@@ -107,11 +109,12 @@ def s4nd(config: Mapping[str, Any]) -> Config:
         "d_model", "dim", "activation", "final_act", "dropout", "tie_dropout", "trank", "linear", "contract_version",
         "out_channels", "ln", "hyper_act", "weight_norm",
     }  # fmt: skip
-    _refuse(config, "out_channels", [None], "it is not described")
     _refuse(config, "weight_norm", [None, False], "it is not described")
     out = convolution(config, "S4ND", own)
-    out.update({k: config[k] for k in ("d_model", "dim", "trank", "linear") if k in config})
+    out.update({k: config[k] for k in ("d_model", "dim", "trank", "linear", "out_channels") if k in config})
+    # The general contraction of the original computes the mean over ranks and then leaves it unused.
     return out | {
+        "average_ranks": not config.get("contract_version", 0) or config.get("trank", 1) == 1,
         "bidirectional": config.get("bidirectional", True),
         "act": config.get("activation", "gelu"),
         "final_act": config.get("final_act"),
@@ -121,9 +124,16 @@ def s4nd(config: Mapping[str, Any]) -> Config:
 
 
 def layer_config(config: Mapping[str, Any]) -> Config:
+    """One layer of a SequenceModel, with ``type`` for :func:`zoo.models.s4.make_layer`."""
     kind = config.get("_name_", "s4")
-    if kind == "s4":
-        return {"type": "s4", **s4_block(config, standalone=False)}
+    if kind in ("s4", "standalone"):
+        return {"type": "s4", **s4_block(config, standalone=kind == "standalone")}
+    if kind == "fftconv":
+        return {"type": "fftconv", **fft_conv(config, standalone=False)}
+    if kind == "s4nd":
+        return {"type": "s4nd", **s4nd(config)}
+    if kind == "id":
+        return {"type": "id"}
     if kind in ("ffn", "ff"):
         check_known(config, {"expand", "activation", "dropout", "tie_dropout", "d_output"} | _SILENT, "FFN")
         _refuse(config, "d_output", [None], "a residual block keeps its width")
@@ -134,17 +144,9 @@ def layer_config(config: Mapping[str, Any]) -> Config:
             "dropout_p": config.get("dropout") or 0.0,
             "tie_dropout": config.get("tie_dropout") or False,
         }
-    raise ValueError(f"layer _name_={kind!r} is not supported; expected 's4' or 'ffn'")
-
-
-def named(value: Any, what: str) -> Any:
-    """A configuration given as a name or as a mapping with ``_name_``."""
-    if isinstance(value, Mapping):
-        rest = {k: v for k, v in value.items() if k != "_name_" and v not in (None, 1)}
-        if rest:
-            raise ValueError(f"{what} arguments {sorted(rest)} are not supported")
-        return value.get("_name_")
-    return value
+    raise ValueError(
+        f"layer _name_={kind!r} is not supported; expected 's4', 'standalone', 'fftconv', 's4nd', 'ffn' or 'id'"
+    )
 
 
 def sequence_model(config: Mapping[str, Any]) -> Config:
@@ -153,29 +155,55 @@ def sequence_model(config: Mapping[str, Any]) -> Config:
         "norm", "pool", "dropinp",
     }  # fmt: skip
     check_known(config, known | _SILENT, "SequenceModel")
-    pool = config.get("pool")
-    if pool is not None and not (isinstance(pool, Mapping) and pool.get("stride", 1) in (None, 1)):
-        raise ValueError(f"pool={pool!r} is not supported; expected None (or stride 1)")
-    residual = named(config.get("residual"), "residual")
-    if residual not in (None, "R"):
-        raise ValueError(f"residual={residual!r} is not supported; expected None or 'R' (a plain sum)")
     layer = config.get("layer") or [{}]
     listed = [layer] if isinstance(layer, Mapping) else list(layer)
     dropout = config.get("dropout", 0.0)
     listed = [{**one, "dropout": dropout if one.get("dropout") is None else one["dropout"]} for one in listed]
     return {
         "d_model": config["d_model"],
-        "n_layers": config.get("n_layers", 1) * config.get("n_repeat", 1),
+        "n_layers": config.get("n_layers", 1),
+        "n_repeat": config.get("n_repeat", 1),
         "layer": [layer_config(one) for one in listed],
         "prenorm": config.get("prenorm", True),
-        "norm": named(config.get("norm"), "norm"),
+        "norm": config.get("norm"),
         "transposed": config.get("transposed", False),
-        "residual": residual is not None,
+        "residual": config.get("residual"),
+        "pool": config.get("pool"),
         "bidirectional": config.get("bidirectional", False),
         "dropout_p": dropout,
         "tie_dropout": config.get("tie_dropout") or False,
         "dropinp": config.get("dropinp", 0.0),
     }
+
+
+def decoder(config: Mapping[str, Any]) -> tuple[str, Config, bool]:
+    """Which decoder ("sequence", "nd", "retrieval"), our arguments but for the width that it reads, and whether it
+    reads the lengths of its inputs."""
+    options = dict(config)
+    name = options.pop("_name_", None)
+    if name in (None, "sequence", "nd") and (name == "nd" or options.get("mode") == "full"):
+        check_known(options, {"d_model", "d_output", "mode"}, "NDDecoder")
+        return "nd", {"d_output": options.get("d_output"), "mode": options.get("mode", "pool")}, False
+    if name == "retrieval" or "n_classes" in options or "nli" in options:
+        known = {"d_output", "n_classes", "d_model", "nli", "activation", "mode", "d_input", "use_lengths"}
+        check_known(options, known, "RetrievalDecoder")
+        arguments = {
+            "num_classes": options.get("n_classes") or options["d_output"],
+            "d_hidden": options.get("d_model"),
+            "nli": options.get("nli", True),
+            "act": options.get("activation", "relu"),
+            "mode": options.get("mode", "last"),
+        }
+        return "retrieval", arguments, bool(options.get("use_lengths"))
+    if name not in (None, "sequence"):
+        raise ValueError(f"decoder _name_={name!r} is not supported; expected 'sequence', 'nd' or 'retrieval'")
+    check_known(options, {"d_model", "d_output", "l_output", "mode", "use_lengths"}, "SequenceDecoder")
+    arguments = {
+        "d_output": options.get("d_output"),
+        "l_output": options.get("l_output"),
+        "mode": options.get("mode", "last"),
+    }
+    return "sequence", arguments, bool(options.get("use_lengths")) or arguments["mode"] == "ragged"
 
 
 def s5_classifier(config: Mapping[str, Any], d_input: int, retrieval: bool) -> Config:
@@ -203,5 +231,6 @@ def s5_classifier(config: Mapping[str, Any], d_input: int, retrieval: bool) -> C
         "prenorm": config.get("prenorm", False),
         "norm": "batch" if config.get("batchnorm", False) else "layer",
         "dropout": config.get("dropout", config.get("p_dropout", 0.0)),
+        "step_rescale": config.get("step_rescale", 1.0),
         "retrieval": retrieval,
     }
