@@ -135,7 +135,7 @@ def test_bad_arrays(tmp_path):
         ({"people": [{"pose_keypoints_2d": [300, 200, 1] * 18}], "canvas_width": "a", "canvas_height": 4}, "of what"),
     ],
 )
-def test_bad_json(frame, message, tmp_path):
+def test_frames_of_other_shapes(frame, message, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([frame]))
     with pytest.raises(ValueError, match=rf"a\.json: frame 0.*{message}"):
         read_poses(tmp_path / "a.json")

@@ -68,6 +68,9 @@ def test_formats(form, tmp_path):
 
 BAD_JSON = {
     "{": "is no JSON",
+    '{"dialogues": []}': "has no dialogues",
+    '{"dialogues": null}': "has no dialogues",
+    '{"dialogues": "d"}': "has no dialogues",
     '{"utterances": []}': "d1 has no utterances",
     '[{"words": "hi"}]': "d1 has no features",
     '[{"text": [1, 2]}, {"text": [1]}]': r"text has \[1, 2\] numbers",
@@ -93,6 +96,9 @@ def test_bad_json(text, tmp_path):
         ({"text": np.ones((2, 2)), "lengths": [1, 2]}, "lengths add up to 3; expected positive ones, 2 in all"),
         ({"text": np.ones((2, 2)), "label": ["x"]}, r"label has shape \(1,\); expected \(2,\)"),
         ({"text": np.ones((2, 2)), "name": ["a", "b"]}, "2 names and 1 dialogues"),
+        ({"text": np.array([["a"]])}, "text is an array of <U1; expected numbers"),
+        ({"text": np.ones((1, 2)), "lengths": ["a"]}, "lengths is an array of <U1; expected numbers"),
+        ({"text": np.array([None])}, "no .npz or .npy file of plain arrays"),
         ({"text": np.array([[np.nan, 1.0]])}, "text of utterance 1 holds values that are not finite"),
     ],
 )

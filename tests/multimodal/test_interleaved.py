@@ -132,9 +132,15 @@ def test_bad_segments():
         ({"tokens": [1], "modality": 2}, "of modality 2; this model has 0 to 1"),
         ({"tokens": [9], "modality": 1}, "integers from 0 to 4"),
         ({"tokens": "1"}, "integers from 0 to 6"),
+        ({"text": None}, "segment 0: text is None; expected words in quotation marks"),
     ):
         with pytest.raises(ValueError, match=said):
             codec.encode(make_document([segment]))
+    drawn = Codec(reader())
+    for source, said in ((None, "given as NoneType"), (Path(__file__), "is no picture"), (Path("no.png"), "no file")):
+        with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
+            drawn.encode(make_document([{"text": "a"}, {"image": source}], name="d.json"))
+        assert caught.value.__notes__ == ["in d.json: segment 1"]
     plain = Codec(MixtureLM(8, 1, (7, 5)))
     with pytest.raises(ValueError, match="this model reads tokens"):
         plain.encode(make_document([{"text": "a"}]))
@@ -207,6 +213,23 @@ def test_a_picture_from_words(pipe, shapes, tmp_path):
         right.append(1 - wrong.reshape(4, 4, 4, 4).any((1, 3)).mean())  # of 16 squares
     assert np.mean(right) > 0.7
     assert answer.save_picture(tmp_path / "drawn.png").exists()
+
+
+def test_each_line_is_a_document(pipe, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('[{"text": "red disc"}]\n\n[{"text": "blue ring"}]\n')
+    found = pipe(path)
+    assert [one.source for one in found] == ["d.jsonl, line 1", "d.jsonl, line 3"]
+    path.write_text('[{"text": "red disc"}]\n')
+    assert pipe(path).rows == found[0].rows
+
+
+def test_training_refuses_other_models(tmp_path):
+    (tmp_path / "d.jsonl").write_text('[{"text": "a"}]\n' * 3)
+    words = ["broad_mamba_micro", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(train_interleaved, words)
+    assert done.exit_code == 2
+    assert "broad_mamba_micro is a BroadMamba; expected a model of mixture_of_mamba_" in done.output
 
 
 def test_predict_command(tmp_path):

@@ -78,7 +78,7 @@ def original_config(flags=None, softmax=(1, 8), kv_heads=2, **embedding):
     first = {**sizes, "num_channels": 3, "patch_size": 4, "image_size": 16, "llm_vocab_size": 60,
              "img_context_token_id": IMAGE, "pixel_shuffle_loc": "pre", "use_pixel_shuffle_proj": True,
              **embedding}  # fmt: skip
-    return {"embedding": first, "llm": {**sizes, "vocab_size": 60, "rope_theta": 500.0},
+    return {"embedding": first, "llm": {**sizes, "vocab_size": 60, "rope_theta": 500.0, "bias": False},
             "softmax_attention": list(softmax), "mamba2": {**(flags or {}), "inherit_qkv": True}}  # fmt: skip
 
 
@@ -301,6 +301,54 @@ def test_another_tile_size_resizes_the_places():
     with torch.no_grad():
         assert m(ids, torch.randn(1, 3, 32, 32)).shape == (1, ids.shape[1], 60)
         assert m.prefill(ids, torch.randn(1, 3, 32, 32), chunk=5).position == ids.shape[1]
+
+
+@pytest.mark.parametrize("softmax", [(0, 1, 8, 9), ()])
+def test_biases_and_other_activations(softmax):
+    """The original's constructors take them: biases stay in softmax layers, and of the others in o_proj alone."""
+    adapter = zoo.reference("mmmamba")
+    config = original_config(softmax=softmax, attention_bias=True, hidden_act="gelu", mlp_bias=True)
+    config["llm"] |= {"hidden_act": "relu"}
+    del config["llm"]["bias"]  # its default is True
+    first = MmMamba(**arguments_of(config)).eval()
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    first.reference_form = "training"
+    state = adapter.to_reference(first.state_dict(), model=first)
+    name = "wo" if softmax else "o_proj"
+    assert f"embedding_model.encoder.1.attention.{name}.bias" in state
+    assert f"language_model.model.layers.0.attention.{name}.bias" in state
+    ids, tiles = text()
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.build(config, state)(ids, tiles), first(ids, tiles), rtol=0, atol=0)
+        ff, x = first.language.layers[0].feed_forward, torch.randn(3, 32)
+        torch.testing.assert_close(ff(x), ff.w2(torch.relu(ff.w1(x)) * ff.w3(x)))
+    with pytest.raises(ValueError, match="activation is 'cube'"):
+        adapter.build(original_config(hidden_act="cube"), state)
+
+
+def test_the_convolution_of_a_silent_configuration_follows_the_weights():
+    adapter = zoo.reference("mmmamba")
+    for use_conv in (False, True):
+        config = original_config({"use_conv": use_conv}, kv_heads=4)
+        first = MmMamba(**arguments_of(config))
+        first.reference_form = "training"
+        state = adapter.to_reference(first.state_dict(), model=first)
+        del config["mamba2"]["use_conv"]
+        mixer = adapter.build(config, state).embedding.layers[0].attention
+        assert (mixer.conv1d is not None) == use_conv
+
+
+def test_padding_is_left_out_by_softmax_layers_of_the_language_stack():
+    m = model(softmax=((), (0,)))
+    x, padding = torch.randn(2, 5, 32), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    with torch.no_grad():
+        whole, left = (m.language(x, padding=p) for p in (None, padding))
+        short = m.language(x[1:, :3])
+    torch.testing.assert_close(left[0], whole[0])
+    torch.testing.assert_close(left[1, :3], short[0])
+    assert not torch.allclose(left[1, 4], whole[1, 4])
 
 
 # -- published files

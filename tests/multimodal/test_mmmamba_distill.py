@@ -238,6 +238,14 @@ def test_damaged_conversations_are_named(tmp_path):
     path = tmp_path / "a.jsonl"
     for line, said in (
         ("no json", "line 1"),
+        ("3", "line 1: it has no conversations"),
+        ('{"conversations": "x"}', "it has no conversations"),
+        ('{"conversations": [{"from": "human", "value": 3}]}', "it has no conversations"),
+        ('{"image": 5, "conversations": []}', "its turns are from"),
+        (
+            '{"image": 5, "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}',
+            "no file name",
+        ),
         ('{"conversations": []}', "its turns are from"),
         ('{"conversations": [{"from": "gpt", "value": ""}]}', "its turns are from"),
         (

@@ -139,6 +139,7 @@ def test_errors_of_the_system_name_the_place(cli, monkeypatch, tmp_path):
         "error: out.csv: Permission denied\n",
     )
     assert refuse(FileNotFoundError(2, "No such file or directory", "x"))[0] == 3
+    assert refuse(FileNotFoundError("there is no x"))[::2] == (3, "error: there is no x\n")
     # an empty file's EOFError is no Ctrl-D, which click takes it for
     code, _, err = refuse(EOFError("No data left in file"))
     assert (code, err.strip()) == (1, "error: EOFError: No data left in file")

@@ -84,8 +84,8 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
         said = str(error).partition("\n")[0].partition(". ")[0]
         why = "" if said.startswith("Expected one of") else f" ({said})"  # a list of all that torch has ever known
         raise errors.BadArgument(
-            f"device is {str(device)!r}, which this machine cannot compute on{why}; expected cpu, cuda, cuda:1, mps ... "
-            "(`zoo doctor` shows what there is)",
+            f"device is {str(device)!r}, which this machine cannot compute on{why}; expected cpu, cuda, cuda:1, mps "
+            "... (`zoo doctor` shows what there is)",
             argument="device",
             accepted=[],
         ) from error

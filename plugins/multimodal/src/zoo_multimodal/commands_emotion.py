@@ -66,10 +66,14 @@ def train_emotions(
 
     import zoo
 
+    from .broad_mamba import BroadMamba
     from .dialogues import class_names, read_dialogues, split
     from .emotion_training import Settings, fit, measure, solve_head
 
     arguments = output.pairs(choices, "--set")
+    shape = zoo.create(name, device="meta", **arguments)
+    if not isinstance(shape, BroadMamba):
+        raise click.UsageError(f"{name} is a {type(shape).__name__}; expected a BroadMamba (broad_mamba_...)")
     try:
         dialogues = read_dialogues(data)
         parts = split(dialogues, seed)

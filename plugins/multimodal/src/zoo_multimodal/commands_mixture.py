@@ -46,11 +46,14 @@ def train_interleaved(
 
     import zoo
 
+    from .mixture_lm import MixtureLM
     from .mixture_training import Settings
     from .transfusion import TransfusionMamba
 
     torch.manual_seed(seed)
     model = zoo.create(name, **output.pairs(choices, "--set"))
+    if not isinstance(model, (MixtureLM, TransfusionMamba)):
+        raise click.UsageError(f"{name} is a {type(model).__name__}; expected a model of mixture_of_mamba_...")
     settings = Settings(steps, batch_size, rate, warmup=warmup, seed=seed)
 
     def report(step: int, loss: float) -> None:
@@ -100,19 +103,23 @@ def _discrete(model: Any, data: Path, settings: Any, device: str, report: Any) -
 
 
 def _transfusion(model: Any, data: Path, settings: Any, device: str, report: Any) -> tuple[dict[str, float], int]:
-    import numpy as np
     import torch
+
+    from zoo.files import read_arrays
 
     from .mixture_training import fit_transfusion
 
     if data.suffix.lower() != ".npz":
         raise ValueError(f"{data.name} is no .npz file; a Transfusion model takes one with input_ids and latents")
-    with np.load(data) as file:
-        if missing := {"input_ids", "latents"} - set(file.files):
-            raise ValueError(f"{data.name} has no {sorted(missing)[0]}; it holds {', '.join(file.files)}")
-        ids = torch.from_numpy(file["input_ids"]).long()
-        latents = torch.from_numpy(file["latents"]).float()
-        lengths = torch.from_numpy(file["lengths"]).long() if "lengths" in file.files else None
+    file = read_arrays(data)
+    if missing := {"input_ids", "latents"} - set(file):
+        raise ValueError(f"{data.name} has no {sorted(missing)[0]}; it holds {', '.join(file)}")
+    for key, array in file.items():
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"{data.name}: {key} is an array of {array.dtype}; expected numbers")
+    ids = torch.from_numpy(file["input_ids"]).long()
+    latents = torch.from_numpy(file["latents"]).float()
+    lengths = torch.from_numpy(file["lengths"]).long() if "lengths" in file else None
     if ids.dim() != 2 or latents.shape != (*ids.shape, model.latent_dim):
         raise ValueError(
             f"input_ids has shape {tuple(ids.shape)}, latents {tuple(latents.shape)}; expected (documents, length) and "

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.files import read_text
+
 from .chat_template import IMAGE, Template, with_pictures
 from .mmmamba import MmMamba
 from .mmmamba_distill import Batch
@@ -40,12 +42,12 @@ def read(path: str | Path, root: str | Path | None = None) -> list[Conversation]
     path = Path(path)
     folder = path.parent if root is None else Path(root)
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
             found.append(_conversation(json.loads(line), folder))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(
                 f"{path}, line {number}: {error}; expected an object with conversations, a list of human and gpt turns "
                 "in turn, and image where there are pictures"
@@ -55,13 +57,19 @@ def read(path: str | Path, root: str | Path | None = None) -> list[Conversation]
     return found
 
 
-def _conversation(entry: dict[str, Any], folder: Path) -> Conversation:
-    turns = [t for t in entry["conversations"] if t["from"] != "system"]
-    said = [t["from"] for t in turns]
+def _conversation(entry: Any, folder: Path) -> Conversation:
+    turns = entry.get("conversations") if isinstance(entry, dict) else None
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
+        raise ValueError("it has no conversations, a list of turns with from and value (text)")
+    turns = [t for t in turns if t.get("from") != "system"]
+    said = [t.get("from") for t in turns]
     if not turns or len(turns) % 2 or said != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError(f"its turns are from {said}")
     names = entry.get("image") or []
-    pictures = tuple(folder / name for name in ([names] if isinstance(names, str) else names))
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"its image is {names!r:.40}, no file name and no list of them")
+    pictures = tuple(folder / name for name in names)
     absent = [p for p in pictures if not p.is_file()]
     if absent:
         raise ValueError(f"there is no picture {str(absent[0])!r}")

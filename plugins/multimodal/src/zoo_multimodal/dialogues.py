@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from zoo.files import read_arrays, read_json
 
 from .broad_mamba import MODALITIES, BroadMamba
 
@@ -54,16 +55,15 @@ def read_dialogues(path: str | Path) -> list[Dialogue]:
 
 
 def _from_npz(path: Path) -> list[Dialogue]:
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
-    found = {m: arrays[m].astype(np.float32) for m in MODALITIES if m in arrays}
+    arrays = read_arrays(path)
+    found = {m: _numbers(arrays[m], np.float32, f"{path.name}: {m}") for m in MODALITIES if m in arrays}
     if not found:
         raise ValueError(f"{path.name} has no text, audio or visual; it holds {', '.join(arrays) or 'nothing'}")
     count = len(next(iter(found.values())))
     for name, array in found.items():
         if array.ndim != 2 or len(array) != count:
             raise ValueError(f"{path.name}: {name} has shape {array.shape}; expected ({count}, features)")
-    lengths = arrays.get("lengths", np.array([count])).astype(int)
+    lengths = _numbers(arrays.get("lengths", np.array([count])), int, f"{path.name}: lengths")
     if lengths.ndim != 1 or lengths.sum() != count or (lengths < 1).any():
         raise ValueError(f"{path.name}: lengths add up to {lengths.sum()}; expected positive ones, {count} in all")
     sides: dict[str, list[str] | None] = {}
@@ -90,12 +90,17 @@ def _from_npz(path: Path) -> list[Dialogue]:
     return dialogues
 
 
+def _numbers(array: np.ndarray, kind: Any, name: str) -> np.ndarray:
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{name} is an array of {array.dtype}; expected numbers")
+    return array.astype(kind)
+
+
 def _from_json(path: Path) -> list[Dialogue]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    value = read_json(path)
     entries = value.get("dialogues", [value]) if isinstance(value, dict) else [{"utterances": value}]
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f'{path.name} has no dialogues; expected {{"dialogues": [{{"utterances": [...]}}, ...]}}')
     return [_from_entry(entry, f"d{i + 1}", path.name) for i, entry in enumerate(entries)]
 
 

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoo import files
+
 from .mixture_lm import MixtureLM
 
 BEGIN, PICTURE, END = 0, 1, 2
@@ -48,7 +50,7 @@ class Document:
 def read_documents(path: str | Path) -> list[Document]:
     """The documents of a ``.json`` (one) or ``.jsonl`` file. Raises ValueError that names file, line and segment."""
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
+    text = files.read_text(path)
     lines = [(f"{path.name}, line {i}", line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     found = []
     for name, one in lines if path.suffix.lower() == ".jsonl" else [(path.name, text)]:
@@ -80,10 +82,7 @@ def load_picture(source: Any, size: int) -> Tensor:
     """A file, PIL image or (height, width, 3) array of bytes to colours (3, size, size), 0 to 1."""
     from PIL import Image
 
-    if isinstance(source, np.ndarray):
-        source = Image.fromarray(source)
-    image = source if isinstance(source, Image.Image) else Image.open(source)
-    image = image.convert("RGB")
+    image = files.read_picture(source)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
@@ -141,7 +140,9 @@ class Codec:
         self.codebook = model.codebook.detach().float().cpu() if model.patch else None
         self.numbers = {c: SPECIAL + i for i, c in enumerate(self.alphabet)}
 
-    def text(self, text: str, name: str) -> list[int]:
+    def text(self, text: Any, name: str) -> list[int]:
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: text is {text!r:.40}; expected words in quotation marks")
         if not self.alphabet:
             raise ValueError(f'{name} is text, and this model reads tokens; give {{"tokens": [...], "modality": 0}}')
         if unknown := sorted(set(text) - set(self.alphabet)):
@@ -154,7 +155,11 @@ class Codec:
             raise ValueError(
                 f'{name} is a picture, and this model reads codes; give {{"tokens": [...], "modality": 1}}'
             )
-        picture = load_picture(source, self.grid * self.patch)
+        try:
+            picture = load_picture(source, self.grid * self.patch)
+        except (ValueError, FileNotFoundError) as error:
+            error.add_note(f"in {name}")
+            raise
         return [PICTURE, *(codes_of(picture, self.codebook) + self.starts[1]).tolist()]
 
     def tokens(self, segment: dict[str, Any], name: str) -> list[int]:
@@ -172,7 +177,7 @@ class Codec:
         for i, segment in enumerate(document.segments):
             name = f"{document.name}: segment {i}"
             if "text" in segment:
-                kind, own = "text", self.text(str(segment["text"]), name)
+                kind, own = "text", self.text(segment["text"], name)
             elif "image" in segment:
                 source = segment["image"]
                 kind = "image"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo.files import whole
 from zoo.pipelines import Pipeline, Result
 from zoo.validation import Measured
 from zoo_registry import errors
@@ -41,13 +42,12 @@ class Emotions(Result):
     def save_csv(self, path: str | Path) -> Path:
         """One line an utterance; the weights as columns ``weight_text`` ..."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         flat = [
             {k: v for k, v in row.items() if k != "weights"} | {f"weight_{m}": w for m, w in row["weights"].items()}
             for row in self.rows
         ]
         names = list(dict.fromkeys(k for row in flat for k in row)) or ["dialogue"]
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with whole(path) as work, work.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in flat)

@@ -62,6 +62,12 @@ class Continuation(Result):
         return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
+def _lines(source: Any) -> list[Any]:
+    """The documents of a .jsonl file; anything else as it is."""
+    several = isinstance(source, str | Path) and Path(source).suffix.lower() == ".jsonl"
+    return list(read_documents(source)) if several else [source]
+
+
 class _Sample(NamedTuple):
     ids: Tensor
     spans: list[Span]
@@ -104,18 +110,22 @@ class Interleaved(Pipeline):
         self.temperature, self.top_k, self.seed = temperature, top_k, seed
 
     def expand(self, inputs: Any) -> tuple[list[Any], bool]:
-        """A list of segments (dictionaries) is one document."""
+        """A list of segments (dictionaries) is one document, each line of a .jsonl file one."""
         if isinstance(inputs, list) and inputs and all(isinstance(s, dict) for s in inputs):
             return [make_document(inputs)], True
-        return super().expand(inputs)
+        found, single = super().expand(inputs)
+        lines = [_lines(one) for one in found]
+        return [document for own in lines for document in own], single and all(len(own) == 1 for own in lines)
 
     def read(self, source: Any) -> Document:
         if isinstance(source, Document):
             return source
         if not isinstance(source, str | Path):
             return make_document(source)
-        (document,) = read_documents(source)
-        return document
+        found = read_documents(source)
+        if len(found) > 1:
+            raise ValueError(f"{source} holds {len(found)} documents; expected one, or give the file to the pipeline")
+        return found[0]
 
     def prepare(self, sample: Document) -> _Sample:
         ids, spans = self.codec.encode(sample)
@@ -171,7 +181,7 @@ class Interleaved(Pipeline):
             for s in output["spans"]
             if s.stop > s.start
         ]
-        answer, new = Continuation(rows=rows), output["new"]
+        answer, new = Continuation(source=sample.name if "line " in sample.name else "", rows=rows), output["new"]
         if output["write"] == "text":
             answer.text = self.codec.decode_text(new).strip()
         elif output["write"] == "image":

@@ -216,8 +216,13 @@ class MmMamba(nn.Module):
         hd_position_ids: Tensor | None = None,
         run: Run | None = None,
         found: dict[str, Tensor] | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
-        """The language stack's output before its norm. ``run``: how layers run; ``found`` gets what lies between."""
+        """The language stack's output before its norm. ``run``: how layers run; ``found`` gets what lies between.
+
+        padding: (batch, length), 0 at padding: what the original's softmax layers of the language stack leave out. No
+        other layer knows of it there, so it does not make rows of different lengths right.
+        """
         self._check_ids("input_ids", input_ids)
         ids, positions = input_ids, position_ids
         if self.shuffle == "post":
@@ -234,7 +239,7 @@ class MmMamba(nn.Module):
             x = x / x.norm(dim=-1, keepdim=True)
         if found is not None:
             found["input_embeds_after_embedding_model"] = x
-        return self.language(x, positions=position_ids, run=run)
+        return self.language(x, positions=position_ids, run=run, padding=padding)
 
     def _check_hd(self, pixel_values: Tensor | None, hd_input_ids: Tensor | None) -> None:
         if hd_input_ids is not None:

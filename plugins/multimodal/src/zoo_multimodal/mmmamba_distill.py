@@ -55,6 +55,9 @@ def seed(
             raise ValueError(f"{name} is {type(old).__name__} in the teacher; a Mamba layer is seeded from softmax")
         vkq = vkq_of(old)
         theirs[f"{name}.o_proj.weight"] = theirs.pop(f"{name}.wo.weight")
+        if old.wo.bias is not None:
+            theirs[f"{name}.o_proj.bias"] = theirs.pop(f"{name}.wo.bias")
+            del theirs[f"{name}.wqkv.bias"]  # the mixer has no place for it, in the original either
         theirs.pop(f"{name}.wqkv.weight")
         if inherit_qkv:
             theirs[f"{name}.vkq_proj.weight"] = vkq
@@ -103,16 +106,17 @@ def alignment_pass(
     hd_input_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
     hd_position_ids: Tensor | None = None,
+    padding: Tensor | None = None,
 ) -> Aligned:
     """Stages 1 and 2: what each Mamba layer gives and should give for the same input, the teacher's."""
     pairs: list[Pair] = []
 
-    def run(layer: DecoderLayer, x: Tensor, phases: Phases | None) -> Tensor:
+    def run(layer: DecoderLayer, x: Tensor, phases: Phases | None, padding: Tensor | None) -> Tensor:
         mixer = layer.attention
         if not isinstance(mixer, Mamba2Attention):
             pairs.append(None)
             with torch.no_grad():
-                return layer(x, phases)
+                return layer(x, phases, padding=padding)
         assert phases is not None
         with torch.no_grad():
             n = layer.attention_norm(x)
@@ -121,7 +125,7 @@ def alignment_pass(
         pairs.append((mixer.head_outputs(n, distilling=True), wanted))
         return passed_on
 
-    x = model.hidden(input_ids, pixel_values, hd_input_ids, position_ids, hd_position_ids, run=run)
+    x = model.hidden(input_ids, pixel_values, hd_input_ids, position_ids, hd_position_ids, run=run, padding=padding)
     with torch.no_grad():
         return Aligned(pairs, model.output(model.norm(x)))
 

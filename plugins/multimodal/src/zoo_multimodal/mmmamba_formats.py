@@ -35,13 +35,16 @@ WITHOUT_EFFECT = frozenset(
         ),
         *("use_img_start_end_tokens", "use_cache", "attention_dropout", "llm_hidden_size", "drop_path_rate"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_2d_sincos_pos_embed"),
+        "mlp_bias",  # in the original's configuration, and read by nothing
     }
 )
 STACK = {
     "num_hidden_layers": "layers", "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
     "intermediate_size": "hidden", "rms_norm_eps": "eps", "rope_theta": "rope_theta", "rope_scaling": "rope_scaling",
-    "max_position_embeddings": "max_positions",
+    "max_position_embeddings": "max_positions", "hidden_act": "act",
 }  # fmt: skip
+#: each stack's name of "the attention has biases", and what it is where the configuration is silent
+BIAS = {"embedding": ("attention_bias", False), "llm": ("bias", True)}
 #: the constructors' defaults where a configuration is silent
 DEFAULTS = {
     "embedding": {"layers": 32, "heads": 32, "hidden": 11008, "eps": 1e-5, "max_positions": 4096},
@@ -55,10 +58,6 @@ VISION = {
 OF_EMBEDDING = {*VISION, "hidden_size", "special_token_maps", "use_pixel_shuffle_proj", "pixel_shuffle_loc"}
 REFUSED = {
     "use_ls": (False, "layer scales are not part of this decoder, in the original either"),
-    "attention_bias": (False, "its attention has no bias"),
-    "mlp_bias": (False, "its feed-forward layers have no bias"),
-    "bias": (False, "its attention has no bias"),
-    "hidden_act": ("silu", "its feed-forward layers use SiLU"),
 }
 
 
@@ -95,6 +94,15 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return found | {ours: first.get(theirs, default) for theirs, (ours, default) in VISION.items()}
 
 
+def _completed(config: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with what it is silent about and the weights show: ``use_conv``, whose default is another in
+    the mixer than in every published model."""
+    flags = dict(config.get("mamba2") or {})
+    if "embedding_config" not in config and "use_conv" not in flags:
+        flags["use_conv"] = any(k.endswith(".attention.conv1d.weight") for k in state)
+    return {**config, "mamba2": flags}
+
+
 def _softmax(
     config: Mapping[str, Any], first: Mapping[str, Any], second: Mapping[str, Any]
 ) -> tuple[list[int], list[int]]:
@@ -124,12 +132,15 @@ def _stack(
         if config.get(name, value) != value:
             raise ValueError(f"mmmamba: {name} is {config[name]!r}; expected {value!r}: {why}")
     if strict:
-        known = {*STACK, *WITHOUT_EFFECT, *REFUSED, "hidden_size", "layers_block_type"}
+        known = {*STACK, *WITHOUT_EFFECT, *REFUSED, BIAS[which][0], "hidden_size", "layers_block_type"}
         unknown = sorted(set(config) - known - (OF_EMBEDDING if which == "embedding" else {"vocab_size"}))
         if unknown:
             raise ValueError(f"mmmamba: the {which} configuration has no key {', '.join(map(repr, unknown))}")
     found = DEFAULTS[which] | {ours: config[theirs] for theirs, ours in STACK.items() if theirs in config}
     found["kv_heads"] = found.get("kv_heads") or found["heads"]
+    name, default = BIAS[which]
+    if config.get(name, default):
+        found["bias"] = True
     return {**found, "softmax": softmax, "mixer": dict(mixer)}
 
 
@@ -187,7 +198,7 @@ class MmMambaAdapter(ReferenceAdapter):
     system = "mmmamba"
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
-        arguments = arguments_of(config)
+        arguments = arguments_of(_completed(config, state))
         if any(k.endswith("q_proj_shadow.weight") for k in state):
             for stack in ("embedding", "language"):
                 arguments[stack]["mixer"]["shadow"] = True
@@ -209,17 +220,19 @@ class MmMambaAdapter(ReferenceAdapter):
         if "input_ids" not in inputs:
             raise ValueError(f"mmmamba: inputs hold {sorted(inputs)}; expected input_ids (and pixel_values)")
         ids = inputs["input_ids"]
-        # attention_mask is ignored, as in the original
+        mask = inputs.get("attention_mask")
+        padding = None if mask is None or bool(mask.all()) else mask
         pixels, hd, at, hd_at = (
             inputs.get(k) for k in ("pixel_values", "hd_input_ids", "position_ids", "hd_position_ids")
         )
         between: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
         if _runs(model):  # without a convolution and with fewer kv heads only the distillation pass exists
-            found["logits"] = model.output(model.norm(model.hidden(ids, pixels, hd, at, hd_at, found=between)))
+            hidden = model.hidden(ids, pixels, hd, at, hd_at, found=between, padding=padding)
+            found["logits"] = model.output(model.norm(hidden))
             found |= {f"mid/{name}": value for name, value in between.items()}
         if any(isinstance(m, Mamba2Attention) for m in model.modules()):
-            aligned = alignment_pass(model, ids, pixels, hd, at, hd_at)
+            aligned = alignment_pass(model, ids, pixels, hd, at, hd_at, padding)
             for n, pair in enumerate(_numbered(aligned.pairs, len(model.embedding.layers))):
                 if pair is not None:  # (batch, H, length, P) in the original
                     found[f"distill.{n}.student"], found[f"distill.{n}.teacher"] = (t.transpose(1, 2) for t in pair)

@@ -64,14 +64,20 @@ def rotate(x: Tensor, phases: Phases) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def softmax_heads(q: Tensor, k: Tensor, v: Tensor, *, before: int = 0) -> Tensor:
+def softmax_heads(q: Tensor, k: Tensor, v: Tensor, *, before: int = 0, padding: Tensor | None = None) -> Tensor:
     """Causal attention with scale P^-0.5: q (batch, length, H, P), k and v (batch, before + length, G, P) to q's shape.
 
-    The first query stands behind ``before`` keys.
+    The first query stands behind ``before`` keys. ``padding`` (batch, length), of whole texts: nonzero for real tokens.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     length = q.shape[2]
     grouped = q.shape[1] != k.shape[1]
+    if padding is not None:
+        # Two terms of the least number each, as in the original: they decide what a row without a real key sees.
+        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        least = torch.finfo(q.dtype).min
+        bias = future.to(q.dtype) * least + (padding == 0)[:, None, None].to(q.dtype) * least
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped).transpose(1, 2)
     if before == 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
     mask = None
@@ -89,30 +95,40 @@ def _checked_heads(d_model: int, heads: int, kv_heads: int) -> int:
 
 
 class SoftmaxAttention(nn.Module):
-    """InternLM2's attention: H query heads over G key and value heads, rotary phases, causal softmax, no bias.
+    """InternLM2's attention: H query heads over G key and value heads, rotary phases, causal softmax.
 
-    ``wqkv``'s rows lie in G groups of H / G query heads, a key head and a value head, P rows each.
+    ``wqkv``'s rows lie in G groups of H / G query heads, a key head and a value head, P rows each. ``bias``: of both
+    projections (no published model has them).
     """
 
-    def __init__(self, d_model: int, heads: int, kv_heads: int) -> None:
+    def __init__(self, d_model: int, heads: int, kv_heads: int, *, bias: bool = False) -> None:
         super().__init__()
         self.head_dim = _checked_heads(d_model, heads, kv_heads)
         self.heads, self.kv_heads = heads, kv_heads
-        self.wqkv = Linear(d_model, (heads + 2 * kv_heads) * self.head_dim, bias=False)
-        self.wo = Linear(d_model, d_model, bias=False)
+        self.wqkv = Linear(d_model, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
+        self.wo = Linear(d_model, d_model, bias=bias)
 
     def init_state(self, batch: int) -> LayerState:
         empty = self.wo.weight.new_zeros(batch, 0, self.kv_heads, self.head_dim)
         return {"k": empty, "v": empty.clone()}
 
-    def forward(self, u: Tensor, phases: Phases, *, state: LayerState | None = None, before: int = 0) -> Tensor:
-        """(batch, length, D) to the same; with ``state``, ``before`` tokens were read into it and these are added."""
+    def forward(
+        self,
+        u: Tensor,
+        phases: Phases,
+        *,
+        state: LayerState | None = None,
+        before: int = 0,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, length, D) to the same; with ``state``, ``before`` tokens were read into it and these are added.
+        ``padding``: as in :func:`softmax_heads`."""
         x = self.wqkv(u).unflatten(-1, (self.kv_heads, -1, self.head_dim))
         q, k, v = x[..., :-2, :].flatten(2, 3), x[..., -2, :], x[..., -1, :]
         q, k = rotate(q, phases), rotate(k, phases)
         if state is not None:
             k, v = (_remember(state, name, t, before) for name, t in (("k", k), ("v", v)))
-        return self.wo(softmax_heads(q, k, v, before=before).flatten(2))
+        return self.wo(softmax_heads(q, k, v, before=before, padding=padding).flatten(2))
 
 
 def _remember(state: LayerState, name: str, new: Tensor, before: int) -> Tensor:
@@ -138,6 +154,8 @@ class Mamba2Attention(nn.Module):
     and only G = H works; ``use_gnorm``: without it neither norm nor gate; ``use_A``: without it A is -1.
     ``mimic_init``: start as linear attention without memory loss to speak of (convolution = identity, dt from 1e-3 to
     0.1 whatever the token, A = -e). ``shadow``: also hold the teacher's v, k and q, frozen (distillation stage 2).
+    ``bias``: of ``o_proj``, where the attention that it replaces has biases (its others are dropped, as in the
+    original).
     """
 
     def __init__(
@@ -153,6 +171,7 @@ class Mamba2Attention(nn.Module):
         use_A: bool = True,
         mimic_init: bool = True,
         shadow: bool = False,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim = _checked_heads(d_model, heads, kv_heads)
@@ -168,7 +187,7 @@ class Mamba2Attention(nn.Module):
         self.k_norm = nn.LayerNorm(self.head_dim, eps=EPS) if use_qknorm else None
         self.g_proj = Linear(d_model, d_model, bias=False) if use_gnorm else None
         self.g_norm = nn.Parameter(torch.ones(self.head_dim)) if use_gnorm else None
-        self.o_proj = Linear(d_model, d_model, bias=False)
+        self.o_proj = Linear(d_model, d_model, bias=bias)
         self.shadow_proj = Linear(d_model, rows, bias=False).requires_grad_(False) if shadow else None
         self.reset_parameters()
 

@@ -18,35 +18,59 @@ from zoo.layers.linear import linear
 
 from .mmmamba_mixers import LayerState, Mamba2Attention, Phases, Rotary, SoftmaxAttention
 
+#: Activations of the feed-forward layers, by transformers' names.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
 
 class FeedForward(nn.Module):
-    """``w2(silu(w1 x) * w3 x)``."""
+    """``w2(act(w1 x) * w3 x)``."""
 
-    def __init__(self, d_model: int, hidden: int) -> None:
+    def __init__(self, d_model: int, hidden: int, act: str = "silu") -> None:
         super().__init__()
+        if act not in ACTIVATIONS:
+            raise ValueError(f"the activation is {act!r}; expected one of {', '.join(ACTIVATIONS)}")
+        self.act = act
         self.w1, self.w3 = Linear(d_model, hidden, bias=False), Linear(d_model, hidden, bias=False)
         self.w2 = Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(linear(x, self.w1.weight, act="silu") * self.w3(x))
+        if self.act in ("silu", "swish"):
+            return self.w2(linear(x, self.w1.weight, act="silu") * self.w3(x))
+        return self.w2(ACTIVATIONS[self.act](self.w1(x)) * self.w3(x))
 
 
 class DecoderLayer(nn.Module):
     """``x + attention(RMSNorm(x))``, then ``x + feed_forward(RMSNorm(x))``."""
 
-    def __init__(self, d_model: int, hidden: int, eps: float, attention: SoftmaxAttention | Mamba2Attention) -> None:
+    def __init__(
+        self, d_model: int, hidden: int, eps: float, attention: SoftmaxAttention | Mamba2Attention, act: str = "silu"
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(d_model, eps)
         self.attention = attention
         self.ffn_norm = RMSNorm(d_model, eps)
-        self.feed_forward = FeedForward(d_model, hidden)
+        self.feed_forward = FeedForward(d_model, hidden, act)
 
-    def forward(self, x: Tensor, phases: Phases | None, state: LayerState | None = None, before: int = 0) -> Tensor:
-        """(batch, length, D) to the same. ``phases``: of softmax layers."""
+    def forward(
+        self,
+        x: Tensor,
+        phases: Phases | None,
+        state: LayerState | None = None,
+        before: int = 0,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, length, D) to the same. ``phases``, ``padding``: of softmax layers."""
         n = self.attention_norm(x)
         if isinstance(self.attention, SoftmaxAttention):
             assert phases is not None
-            x = x + self.attention(n, phases, state=state, before=before)
+            x = x + self.attention(n, phases, state=state, before=before, padding=padding)
         else:
             x = x + self.attention(n, state=state)
         return self.after_attention(x)
@@ -65,15 +89,16 @@ class DecoderLayer(nn.Module):
         return self.after_attention(x)
 
 
-#: How a stack runs one of its layers: (layer, x, phases) to the next x. Distillation passes its own.
-Run = Callable[[DecoderLayer, Tensor, Phases | None], Tensor]
+#: How a stack runs one of its layers: (layer, x, phases, padding) to the next x. Distillation passes its own.
+Run = Callable[[DecoderLayer, Tensor, Phases | None, Tensor | None], Tensor]
 
 
 class Stack(nn.Module):
     """Decoder layers of one kind of sizes. ``softmax``: the indices of the layers that keep softmax attention.
 
     ``rope_theta``, ``rope_scaling``, ``max_positions``: of their rotary phases (:class:`Rotary`); ``mixer``: the flags
-    of the others (:class:`Mamba2Attention`).
+    of the others (:class:`Mamba2Attention`); ``bias``: of the attention's projections; ``act``: of the feed-forward
+    layers, a key of ``ACTIVATIONS``.
     """
 
     def __init__(
@@ -89,6 +114,8 @@ class Stack(nn.Module):
         rope_scaling: Mapping[str, Any] | None = None,
         max_positions: int = 32768,
         mixer: Mapping[str, Any] | None = None,
+        bias: bool = False,
+        act: str = "silu",
     ) -> None:
         super().__init__()
         outside = [i for i in softmax if not 0 <= i < layers]
@@ -99,9 +126,10 @@ class Stack(nn.Module):
                 d_model,
                 hidden,
                 eps,
-                SoftmaxAttention(d_model, heads, kv_heads)
+                SoftmaxAttention(d_model, heads, kv_heads, bias=bias)
                 if i in softmax
-                else Mamba2Attention(d_model, heads, kv_heads, **(mixer or {})),
+                else Mamba2Attention(d_model, heads, kv_heads, bias=bias, **(mixer or {})),
+                act,
             )
             for i in range(layers)
         )
@@ -122,18 +150,20 @@ class Stack(nn.Module):
         state: list[LayerState] | None = None,
         before: int = 0,
         run: Run | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
-        """(batch, length, D) to the same. ``positions`` (1 or batch, length); default: behind ``before`` tokens."""
+        """(batch, length, D) to the same. ``positions`` (1 or batch, length); default: behind ``before`` tokens;
+        ``padding``: as in :func:`softmax_heads`."""
         needed = self.has_softmax or run is not None
         phases = self.phases(positions, before, x.shape[1], x.device) if needed else None
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             if run is not None:
-                x = run(layer, x, phases)
+                x = run(layer, x, phases, padding)
             elif self.checkpointing and self.training and state is None:
-                x = checkpoint(layer, x, phases, use_reentrant=False)  # type: ignore[assignment]
+                x = checkpoint(layer, x, phases, None, 0, padding, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = layer(x, phases, None if state is None else state[i], before)
+                x = layer(x, phases, None if state is None else state[i], before, padding)
         return x
 
     def step(self, x: Tensor, state: list[LayerState], before: int) -> Tensor:

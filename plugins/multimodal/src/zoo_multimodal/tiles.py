@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo import files
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -44,22 +46,7 @@ def grid_for(width: int, height: int, *, min_tiles: int = 1, max_tiles: int = 12
 
 def open_picture(source: Any) -> Any:
     """A ``PIL.Image`` in RGB from a file, an image or an array (height, width, 3) of bytes."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if isinstance(source, (str, Path)):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no picture {str(source)!r} (in {Path.cwd()})")
-        try:
-            with Image.open(path) as opened:
-                return ImageOps.exif_transpose(opened).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{source} is no picture that Pillow reads (png, jpg, webp ...): {error}") from error
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    if hasattr(source, "__array_interface__") and str(getattr(source, "dtype", "")) == "uint8":
-        return Image.fromarray(source).convert("RGB")
-    raise ValueError(f"the picture is a {type(source).__name__}; expected a file, a PIL.Image or an array of bytes")
+    return files.read_picture(Path(source).expanduser() if isinstance(source, (str, Path)) else source)
 
 
 def cut(picture: Any, *, size: int = 448, min_tiles: int = 1, max_tiles: int = 12, thumbnail: bool = True) -> list[Any]:

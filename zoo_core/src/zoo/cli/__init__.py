@@ -141,6 +141,8 @@ def run(args: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except OSError as error:
+            if not debug and error.errno is None and type(error) is FileNotFoundError:  # a sentence of our own
+                return _report("FileNotFoundError", str(error), 3, as_json)
             if debug or error.errno is None:  # libraries' own kinds, which say nothing about a place
                 return _unexpected(error, debug, as_json)
             place = f"{error.filename}: " if error.filename is not None else ""
