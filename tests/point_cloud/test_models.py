@@ -231,7 +231,7 @@ def test_chamfer_by_definition():
 
 OCC = {
     "in_channels": 4, "out_channels": 5, "trans_dim": 16, "down_blocks": [1, 1], "up_blocks": [1, 1],
-    "fine_input_dim": 8, "norm_cfg": {"type": "GN", "num_groups": 4},
+    "fine_input_dim": 8, "norm_cfg": {"type": "GN", "num_groups": 4}, "cascade_ratio": 1,
 }  # fmt: skip
 XY, YX = {"order": "H2HE", "coor_order": "xy"}, {"order": "H2HE", "coor_order": "yx", "inverse": True}
 
@@ -245,14 +245,17 @@ XY, YX = {"order": "H2HE", "coor_order": "xy"}, {"order": "H2HE", "coor_order": 
         ({"upsample_ratio": 2}, "fine_out.3.weight"),
         ({"upsample_ratio": 2, "out_refine": 0.9}, "fine_out_refine.3.weight"),
         ({"upsample_ratio": 2, "out_refine": 0.5, "refine_method": "ratio"}, "fine_out_refine.0.weight"),
+        ({"upsample_ratio": 2, "out_refine": 0.9, "refine_method": "another"}, "fine_out_refine.0.weight"),
         ({"cascade_ratio": 2, "final_occ_size": [16, 12, 4]}, "fine_mlp.1.weight"),
+        ({"conv_cfg": {"type": "Conv3d"}}, "encoder.0.bias"),
     ],
 )
 def test_occmamba_flags(flags, key):
     config = {**OCC, **flags}
     adapter, theirs = random_state("occmamba", config)
     assert key is None or key in theirs
-    model = adapter.build(config, {f"pts_bbox_head.{k}": v for k, v in theirs.items()})
+    whole = {f"module.pts_bbox_head.{k}": v for k, v in theirs.items()} | {"module.img_neck.weight": torch.ones(1)}
+    model = adapter.build(config, whole)
     voxels = torch.randn(2, 4, 8, 6, 2)  # not square
     output = model(voxels)
     assert output["coarse"].shape == (2, 5, 8, 6, 2)
@@ -282,6 +285,36 @@ def test_occmamba_out_refine_changes_only_unsure_voxels():
     changed = (refined != plain).any(1)
     assert torch.equal(changed, unsure)
     assert 0 < int(unsure.sum()) < unsure.numel()
+
+
+def test_occmamba_defaults_are_the_originals():
+    needed = {k: OCC[k] for k in ("in_channels", "out_channels")}
+    adapter, theirs = random_state("occmamba", {**needed, "down_blocks": [1], "up_blocks": [1]})
+    assert theirs["encoder.3.weight"].shape[0] == 128  # trans_dim
+    assert "fine_mlp.0.weight" in theirs
+    norm = {"type": "GN", "num_groups": 4, "eps": 0.25}
+    model = adapter.build({**OCC, "norm_cfg": norm}, random_state("occmamba", OCC)[1])
+    assert model.encoder[1].eps == 0.25
+    with pytest.raises(ValueError, match="norm_cfg holds affine"):
+        adapter.build({**OCC, "norm_cfg": {"type": "BN", "affine": False}}, theirs)
+
+
+def test_occmamba_refines_at_the_resolution_of_its_features():
+    """With fewer stages up than down the result is coarser than the voxels, which are brought to its size."""
+    config = {**OCC, "down_blocks": [1, 1, 1], "up_blocks": [1, 1], "upsample_ratio": 2, "out_refine": 0.9}
+    adapter, theirs = random_state("occmamba", config)
+    output = adapter.build(config, theirs)(torch.randn(1, 4, 8, 8, 2))
+    assert output["coarse"].shape[2:] == (4, 4, 1)
+    assert output["fine"].shape[2:] == (8, 8, 2)
+
+
+def test_pointmamba_pretraining_has_no_dropout():
+    """``drop_out`` stands in the original's configuration; neither of the two mixers gets it."""
+    inner = {"trans_dim": 24, "depth": 2, "decoder_depth": 1}
+    config = {"num_group": 8, "group_size": 4, "drop_out": 0.5, "mamba_config": inner}
+    adapter, theirs = random_state("pointmamba", config)
+    model = adapter.build(config, {f"module.{k}": v for k, v in theirs.items()})
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
 
 
 @pytest.mark.parametrize("name", ["pcm_tiny_shapenetpart", "pointmamba_shapenetpart"])

@@ -112,7 +112,8 @@ class OccMambaHead(nn.Module):
 
     Arguments: ``embed_dim`` C; ``down_blocks``, ``up_blocks``: Mamba layers of each stage; ``orders``: the voxel order
     of each group of channels, mappings with ``coor_order`` "xy" or "yx" and ``inverse``; ``norm`` "group" (of
-    ``norm_groups``) or "batch"; ``fine_dim``: width of the features that are refined (C is halved down to it).
+    ``norm_groups``) or "batch", ``norm_eps``; ``conv_bias``; ``fine_dim``: width of the features that are refined (C
+    is halved down to it).
     ``cascade_ratio`` r > 1: voxels whose coarse class is not ``empty_idx`` are refined r times; of more than ``topk``
     such voxels (``fine_topk`` in training) a random part is; ``final_size`` (r W, r H, r D) is the grid that their
     coordinates are normalised by (None: from the input).
@@ -140,6 +141,8 @@ class OccMambaHead(nn.Module):
         *,
         norm: str = "batch",
         norm_groups: int = 32,
+        norm_eps: float = 1e-5,
+        conv_bias: bool = False,
         fine_dim: int = 128,
         cascade_ratio: int = 4,
         final_size: Sequence[int] | None = None,
@@ -171,10 +174,12 @@ class OccMambaHead(nn.Module):
         self.out_refine, self.refine_method = out_refine, refine_method
 
         def normed(channels: int) -> nn.Module:
-            return nn.BatchNorm3d(channels) if norm == "batch" else nn.GroupNorm(norm_groups, channels)
+            if norm == "batch":
+                return nn.BatchNorm3d(channels, eps=norm_eps)
+            return nn.GroupNorm(norm_groups, channels, eps=norm_eps)
 
         def conv(i: int, o: int, kernel: int = 1, stride: int = 1) -> nn.Conv3d:
-            return nn.Conv3d(i, o, kernel, stride=stride, padding=kernel // 2, bias=False)
+            return nn.Conv3d(i, o, kernel, stride=stride, padding=kernel // 2, bias=conv_bias)
 
         def predictor(channels: int) -> nn.Sequential:
             return nn.Sequential(conv(channels, 64), normed(64), nn.ReLU(), conv(64, num_classes))
@@ -282,8 +287,11 @@ class OccMambaHead(nn.Module):
         return {"logits": self.fine_mlp(picked[0, :, 0, 0].t()), "coords": coords}
 
     def _dense(self, features: Tensor, voxels: Tensor) -> Tensor:
+        # the features are of a lower resolution than the voxels where there are fewer stages up than down
+        size = [n * self.upsample_ratio for n in features.shape[2:]]
+
         def upsample(t: Tensor) -> Tensor:
-            return F.interpolate(t, scale_factor=float(self.upsample_ratio), mode="trilinear", align_corners=False)
+            return F.interpolate(t, size=size, mode="trilinear", align_corners=False)
 
         logits = self.fine_out(upsample(features))
         if not self.out_refine:

@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.reference import Golden, ReferenceAdapter
+from zoo.reference import Golden, ReferenceAdapter, unwrapped
 from zoo.rules import Rename, Rules
 from zoo_kernels import paths
 
 from .occmamba import OccMambaHead
 
 _HEAD: dict[str, Any] = {
-    "in_channels": None, "out_channels": None, "trans_dim": 384, "down_blocks": [2, 2, 2, 2], "up_blocks": [2, 2, 2, 2],
+    "in_channels": None, "out_channels": None, "trans_dim": 128, "down_blocks": [2, 2, 2, 2], "up_blocks": [2, 2, 2, 2],
     "order_method": [{"order": "H2HE", "coor_order": "xy", "inverse": False}], "norm_cfg": None, "fine_input_dim": 128,
-    "cascade_ratio": 1, "final_occ_size": [512, 512, 40], "final_occ_size_used": None, "fine_topk": 20000,
+    "cascade_ratio": 4, "final_occ_size": [512, 512, 40], "final_occ_size_used": None, "fine_topk": 20000,
     "with_lcp": False, "lcp_sizes": [2, 4, 6], "lcp_stride": [1, 2, 3], "lcp_mamba_channel": 32, "lcp_mamba_expand": 1,
     "drop_path": 0.2, "topk": 30000, "empty_idx": 0, "upsample_ratio": 1, "out_refine": 0.0,
-    "refine_method": "threshold",
+    "refine_method": "threshold", "conv_cfg": {"type": "Conv3d", "bias": False},
     # of the losses and the detector, not of the network
     "balance_cls_weight": None, "type": None, "soft_weights": None, "loss_weight_cfg": None, "loss_norm": None,
     "point_cloud_range": None, "train_cfg": None, "test_cfg": None, "num_level": None, "num_img_level": None,
-    "conv_cfg": None, "input_voxel_size": None, "dataset": None, "sample_from_voxel": None, "sample_from_img": None,
+    "input_voxel_size": None, "dataset": None, "sample_from_voxel": None, "sample_from_img": None,
 }  # fmt: skip
 
 
@@ -47,8 +47,9 @@ class VoxelOrders(nn.Module):
 
 
 class OccMambaAdapter(ReferenceAdapter):
-    """Reads USTCLH/OccMamba. ``config``: ``pts_bbox_head`` of the original's config files; a whole checkpoint's keys
-    may keep their prefix ``pts_bbox_head.``. ``topk`` (30000, a constant of the original) may be given."""
+    """Reads USTCLH/OccMamba. ``config``: ``pts_bbox_head`` of the original's config files. ``state``: the head's, or a
+    whole checkpoint's, of which the keys below ``pts_bbox_head.`` are taken (the branches before the head have none
+    here). ``topk`` (30000, a constant of the original) may be given."""
 
     system = "occmamba"
 
@@ -67,6 +68,10 @@ class OccMambaAdapter(ReferenceAdapter):
         kinds = {"GN": "group", "BN": "batch", "BN3d": "batch", "SyncBN": "batch"}
         if norm["type"] not in kinds:
             raise ValueError(f"norm_cfg.type is {norm['type']!r}; expected one of {', '.join(kinds)}")
+        if unknown := sorted(set(norm) - {"type", "num_groups", "eps", "momentum", "requires_grad"}):
+            raise ValueError(f"norm_cfg holds {', '.join(unknown)}; known: type, num_groups, eps, requires_grad")
+        if unknown := sorted(set(theirs["conv_cfg"] or {}) - {"type", "bias"}):
+            raise ValueError(f"conv_cfg holds {', '.join(unknown)}; known: type, bias")
         model = OccMambaHead(
             theirs["in_channels"],
             theirs["out_channels"],
@@ -76,6 +81,8 @@ class OccMambaAdapter(ReferenceAdapter):
             theirs["order_method"],
             norm=kinds[norm["type"]],
             norm_groups=norm.get("num_groups", 32),
+            norm_eps=norm.get("eps", 1e-5),
+            conv_bias=(theirs["conv_cfg"] or {}).get("bias", True),  # of mmcv's layers where the mapping does not say
             fine_dim=theirs["fine_input_dim"],
             cascade_ratio=theirs["cascade_ratio"],
             final_size=theirs["final_occ_size_used"] or theirs["final_occ_size"],
@@ -84,18 +91,18 @@ class OccMambaAdapter(ReferenceAdapter):
             empty_idx=theirs["empty_idx"],
             upsample_ratio=theirs["upsample_ratio"],
             out_refine=theirs["out_refine"] or 0.0,
-            refine_method=theirs["refine_method"],
+            refine_method="ratio" if theirs["refine_method"] == "ratio" else "threshold",
             drop_path=theirs["drop_path"],
             local_sizes=theirs["lcp_sizes"] if theirs["with_lcp"] else (),
             local_strides=theirs["lcp_stride"] if theirs["with_lcp"] else (),
             local_dim=theirs["lcp_mamba_channel"],
             local_expand=theirs["lcp_mamba_expand"],
         )
+        inner = unwrapped(state)
+        if any(k.startswith("pts_bbox_head.") for k in inner):
+            inner = {k.removeprefix("pts_bbox_head."): v for k, v in inner.items() if k.startswith("pts_bbox_head.")}
         # Tensors may be stored in bfloat16 where it holds them exactly; the model computes in float32.
-        inner = {
-            k.removeprefix("pts_bbox_head."): v.float() if v.dtype == torch.bfloat16 else v for k, v in state.items()
-        }
-        return self.load(model, inner)
+        return self.load(model, {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in inner.items()})
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
         if isinstance(model, VoxelOrders):

@@ -50,8 +50,7 @@ class PointMambaAdapter(ReferenceAdapter):
                 mask_type="rand" if inner["mask_type"] == "rand" else "block",
                 loss=theirs["loss"],
                 rms_norm=theirs["rms_norm"],
-                drop_path=inner["drop_path_rate"],
-                drop_rate=theirs["drop_out"],
+                drop_path=inner["drop_path_rate"],  # ``drop_path`` and ``drop_out`` beside it are read by nothing there
             )
             return self.load(model, state)
         theirs = _filled(config, _CLS)
