@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import zoo
 from zoo_language.bmojo import BMojoLayer, Eidetic, phases
-from zoo_language.bmojo_lm import BMojoLM
+from zoo_language.bmojo_lm import BMojoLM, layer_arguments
 from zoo_language.bmojo_ssm import GatedKalmaNet, gated_delta_rule, rotate
 
 W = 4
@@ -236,3 +236,9 @@ def test_what_is_refused(change, said):
     config = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "bmojo_config": {}}
     with pytest.raises(ValueError, match=said):
         zoo.reference("bmojo").build(config | change, {})
+
+
+def test_the_mixer_may_be_named_in_capitals():
+    """As the original reads it."""
+    config = {"hidden_size": 16, "num_attention_heads": 4, "bmojo_config": {"ssm_mixer": "Gated_KalmaNet"}}
+    assert layer_arguments(config)["ssm"] == "gka"

@@ -171,7 +171,7 @@ def layer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"bmojo_config has no key {', '.join(strange)}; known: window_size, tie_attn_weights, ssm_mixer"
         )
-    named = own.get("ssm_mixer", "mamba2")
+    named = str(own.get("ssm_mixer", "mamba2")).lower()
     if named not in _MIXERS:
         raise ValueError(f"ssm_mixer is {named!r}; expected one of {', '.join(_MIXERS)}")
     ssm, _, group = _MIXERS[named]
