@@ -14,6 +14,7 @@ from zoo_language.commands import generate as command
 from zoo_language.drafts import STATIC_TREE, ModelDraft, NGramDraft, draft_of
 from zoo_language.generation import Sampling, generate
 from zoo_language.mamba import MambaLM
+from zoo_language.stree import filtered
 from zoo_language.tree_pass import TreePass, mamba2_replay, mamba2_tree
 from zoo_language.tree_verification import Tree, match_greedy, speculative_sampling
 
@@ -283,3 +284,35 @@ def test_rows_of_a_batch_accept_differently():
                 mixer.step(u[row : row + 1, node], alone)
             for name, value in alone.items():
                 torch.testing.assert_close(moved[name][row], value[0], rtol=1e-4, atol=1e-5)
+
+
+# -- the original's switches -------------------------------------------------------------------------------------------
+
+
+def test_filters_of_the_original():
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
+    inf = torch.inf
+    assert torch.equal(filtered(logits, "x(sequence, top_k=0, temperature=1, top_p=0)"), logits)
+    assert torch.equal(filtered(logits, "top_k=0, temperature=0.5"), logits * 2)
+    assert torch.equal(filtered(logits, "top_k=1"), torch.tensor([[1.0, -inf, -inf, -inf]]))
+    assert torch.equal(filtered(logits, "top_k=2"), torch.tensor([[3.0, -inf, 2.0, -inf]]))
+    # masses 0.644, 0.237, 0.087, 0.032: the two lowest hold less than 0.2
+    assert torch.equal(filtered(logits, "top_k=0, top_p=0.8"), torch.tensor([[3.0, -inf, 2.0, -inf]]))
+    for call in ("top_k=3, temperature=0.5", "min_p=0.1"):
+        with pytest.raises(ValueError, match="the original cannot filter"):
+            filtered(logits, call)
+
+
+def test_replaying_accepted_nodes_knows_no_limits_of_dt_as_published():
+    golden = read_golden(GOLDEN)
+    inputs = {k: v for k, v in golden.inputs.items() if k.startswith("layer.")}
+    adapter = zoo.reference("stree")
+
+    def run(**more):
+        layer = golden.config["layer"] | more | {"A_init_range": [1, 4], "dt_min": 0.01}  # initialisation says nothing
+        return adapter.run(adapter.build({"layer": layer}, golden.state), inputs)
+
+    free, limited = run(), run(dt_limit=[0.05, 0.1])
+    torch.testing.assert_close(free["layer.y1"], golden.outputs["layer.y1"], rtol=1e-4, atol=1e-5)
+    assert (free["layer.y1"] - limited["layer.y1"]).abs().max() > 1e-3
+    torch.testing.assert_close(limited["layer.ssm_state_after_verify"], free["layer.ssm_state_after_verify"])

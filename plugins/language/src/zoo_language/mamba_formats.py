@@ -211,7 +211,7 @@ class BareMixer(nn.Module):
         if not steps:
             return found
         state = self.mixer.init_state(u.shape[0])
-        with _decoding_as_published(self.mixer):
+        with decoding_as_published(self.mixer):
             tokens = [self._step(u[:, t], state, t) for t in range(u.shape[1])]
         found["step_y"] = torch.stack(tokens, dim=1)
         if isinstance(self.mixer, Mamba3):
@@ -288,7 +288,7 @@ def _prefill_as_published(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _decoding_as_published(model: nn.Module) -> Iterator[None]:
+def decoding_as_published(model: nn.Module) -> Iterator[None]:
     """While active, steps of Mamba-2 leave dt without limits, as the original's do (its whole passes limit it)."""
     limits = {m: m.dt_limit for m in model.modules() if isinstance(m, Mamba2)}
     for module in limits:
@@ -342,7 +342,7 @@ def _teacher_forced(model: MambaLM, ids: Tensor, prompt: int) -> dict[str, Tenso
     with torch.no_grad():
         with _prefill_as_published(model):
             logits = [model(ids[:, :prompt], state=state)]
-        with _decoding_as_published(model):
+        with decoding_as_published(model):
             logits += [model.step(ids[:, t], state)[:, None] for t in range(prompt, ids.shape[1])]
     found = {"step_logits": torch.cat(logits, dim=1)}
     for i, layer in enumerate(state.layers):
@@ -361,7 +361,7 @@ def _greedy(model: MambaLM, ids: Tensor, length: int) -> Tensor:
     state = model.init_state(ids.shape[0])
     with _prefill_as_published(model):
         logits = model(ids, state=state)[:, -1]
-    with _decoding_as_published(model):
+    with decoding_as_published(model):
         while ids.shape[1] < length:
             token = logits.argmax(-1)
             ids = torch.cat([ids, token[:, None]], dim=1)

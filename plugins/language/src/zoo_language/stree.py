@@ -6,6 +6,7 @@ Paper: arXiv 2505.14969; original: wyc1997/stree @ 021b0ec (no licence stated). 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,11 +19,15 @@ from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Rules
 from zoo_kernels.ops.ssd import ancestor_windows, causal_conv1d_tree, ssd_tree
 
+from .mamba_formats import decoding_as_published
 from .tree_pass import mamba2_replay, mamba2_tree
 from .tree_verification import Tree, match_greedy, speculative_sampling
 
-#: Of the layer's configuration: speed only.
-_SILENT = {"chunk_size", "layer_idx", "use_mem_eff_path"}
+#: Of the layer's configuration: speed and initialisation only.
+_SILENT = {
+    "chunk_size", "layer_idx", "use_mem_eff_path", "process_group", "sequence_parallel", "conv_init", "A_init_range",
+    "dt_min", "dt_max", "dt_init_floor",
+}  # fmt: skip
 
 
 class TreeReplay(nn.Module):
@@ -31,8 +36,8 @@ class TreeReplay(nn.Module):
     def __init__(self, layer: Mapping[str, Any], op: Mapping[str, Any]) -> None:
         super().__init__()
         known = {
-            "d_model", "d_state", "d_conv", "expand", "headdim", "ngroups", "rmsnorm", "norm_before_gate", "D_has_hdim",
-            "dt_limit", "bias", "conv_bias",
+            "d_model", "d_state", "d_conv", "expand", "headdim", "d_ssm", "ngroups", "rmsnorm", "norm_before_gate",
+            "D_has_hdim", "dt_limit", "bias", "conv_bias",
         }  # fmt: skip
         unknown = sorted(set(layer) - known - _SILENT)
         if unknown:
@@ -71,17 +76,18 @@ class TreeReplay(nn.Module):
         )  # fmt: skip
         return {"conv.y": y.transpose(1, 2), "conv.ancestor_index": ancestor_windows(t["mask"], t["weight"].shape[1])}
 
-    def verify(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def verify(self, inputs: Mapping[str, Tensor], how: str = "") -> dict[str, Tensor]:
         """``verify.*``: the most likely token is matched; ``mss.*``: multi-step speculative sampling, the last token
-        being the most likely one of what it would be drawn from."""
+        being the most likely one of what it would be drawn from. ``how``: the call of the latter, for its filters."""
         sequence, logits = inputs["verify.sequence"], inputs["verify.logits"][0]
         mask = inputs["verify.mask"][0]
         tree = Tree.from_mask(inputs["verify.tokens"][0].tolist(), mask)
         answers = {"verify": match_greedy(tree, logits)}
         found = {}
         if "mss.draft_logits" in inputs:
+            target, draft = (filtered(t, how) for t in (logits, inputs["mss.draft_logits"][0]))
             answers["mss"], last = speculative_sampling(
-                tree, logits, inputs["mss.draft_logits"][0], iter(inputs["mss.uniforms"].tolist()),
+                tree, target, draft, iter(inputs["mss.uniforms"].tolist()),
                 lambda p: int(p.argmax()), max_depth=max(tree.depths()),
             )  # fmt: skip
             found["mss.final_distribution"] = last[None]
@@ -100,7 +106,8 @@ class TreeReplay(nn.Module):
         t = {k.removeprefix("layer."): v for k, v in inputs.items() if k.startswith("layer.")}
         state = {"conv": t["conv_state"].transpose(1, 2).clone(), "ssm": t["ssm_state"].clone()}
         y1, kept = mamba2_tree(self.layer, t["u1"], state, t["mask1"].bool())
-        mamba2_replay(self.layer, kept, state, t["verified_mask"].bool())
+        with decoding_as_published(self.layer):
+            mamba2_replay(self.layer, kept, state, t["verified_mask"].bool())
         y2, _ = mamba2_tree(self.layer, t["u2"], state, t["mask2"].bool())
         return {
             "layer.y1": y1,
@@ -109,14 +116,39 @@ class TreeReplay(nn.Module):
             "layer.ssm_state_after_verify": state["ssm"],
         }
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whatever the inputs are for."""
-        parts = {"op.": self.scan, "conv.": self.conv, "verify.": self.verify, "layer.": self.steps}
+    def forward(self, inputs: Mapping[str, Tensor], call: Any = None) -> dict[str, Tensor]:
+        """Whatever the inputs are for; ``call``: the golden file's words on each."""
+        parts = {"op.": self.scan, "conv.": self.conv, "layer.": self.steps}
         found: dict[str, Tensor] = {}
         for prefix, run in parts.items():
             if any(k.startswith(prefix) for k in inputs):
                 found |= run(inputs)
+        if "verify.tokens" in inputs:
+            found |= self.verify(inputs, str(call.get("mss", "")) if isinstance(call, Mapping) else "")
         return found
+
+
+def filtered(logits: Tensor, call: str) -> Tensor:
+    """Logits as the original filters them before sampling: ``call`` names ``top_k``, ``temperature`` and ``top_p``.
+
+    top_k 1 keeps the most likely token alone; above, the k most likely, then top-p; 0 divides by the temperature, then
+    top-p: tokens of the lowest 1 - top_p are left out. Raises ValueError for what the original cannot do.
+    """
+    how = {k: float(v) for k, v in re.findall(r"\b(top_k|temperature|top_p|min_p)\s*=\s*([\d.]+)", call)}
+    top_k, temperature, top_p = int(how.get("top_k", 0)), how.get("temperature", 1.0), how.get("top_p", 0.0)
+    if how.get("min_p") or (top_k > 1 and temperature != 1):
+        raise ValueError(f"stree: the original cannot filter trees as {call!r}: min_p, or top_k with a temperature")
+    if top_k == 1:
+        return torch.where(logits == logits.amax(-1, keepdim=True), 1.0, -torch.inf)
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[..., -1:], -torch.inf)
+    else:
+        logits = logits / temperature
+    if 0 < top_p < 1:
+        ordered, order = logits.sort()
+        out = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, ordered.softmax(-1).cumsum(-1) <= 1 - top_p)
+        logits = logits.masked_fill(out, -torch.inf)
+    return logits
 
 
 class STreeAdapter(ReferenceAdapter):
@@ -131,4 +163,4 @@ class STreeAdapter(ReferenceAdapter):
         return Rules(Rename("{rest:*}", "layer.{rest:*}"))
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
-        return model(inputs)
+        return model(inputs, call)
