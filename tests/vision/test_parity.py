@@ -75,11 +75,13 @@ def test_missing_and_unexpected_keys_are_named():
 def test_what_the_originals_swallow_is_ignored_and_what_they_refuse_is_refused():
     golden = read_golden(TESTS / "golden/vim__midclstok_v2.safetensors")
     adapter = zoo.reference("vim")
-    adapter.build({**golden.config, "if_devide_out": False, "pretrained_cfg": None}, golden.state)
+    adapter.build(
+        {**golden.config, "if_devide_out": False, "pretrained_cfg": None, "drop_block_rate": None}, golden.state
+    )
     with pytest.raises(ValueError, match="final_pool_type"):
         adapter.build({**golden.config, "final_pool_type": "avg"}, golden.state)
-    with pytest.raises(ValueError, match="use_fast_path"):
-        adapter.build({**golden.config, "ssm_cfg": {"use_fast_path": False}}, golden.state)
+    with pytest.raises(ValueError, match="layer_idx"):
+        adapter.build({**golden.config, "ssm_cfg": {"layer_idx": 3}}, golden.state)
     seg = read_golden(TESTS / "golden/vim__seg_backbone.safetensors")
     with pytest.raises(ValueError, match="in_chans is its d_state"):
         adapter.build({**seg.config, "d_state": 4}, seg.state, source=seg.source)
@@ -146,3 +148,44 @@ def test_a_recorded_permutation_and_class_position_are_replayed():
     with torch.no_grad():
         moved = adapter.run(head, {"image": image, "token_position": torch.tensor((tokens - 1) // 2)})
     torch.testing.assert_close(moved["features"], golden.outputs["features"], rtol=1e-4, atol=1e-4)
+
+
+def test_vims_slow_path_walks_forwards_alone():
+    """The mixer's own path without the fused operator never reads the backward parameters, nor halves."""
+    golden = read_golden(TESTS / "golden/vim__midclstok_v2.safetensors")
+    adapter, image = zoo.reference("vim"), golden.inputs["image"]
+    slow = adapter.build({**golden.config, "ssm_cfg": {"use_fast_path": False}}, golden.state)
+    one_way = {k: v for k, v in golden.state.items() if "_b." not in k and not k.endswith(("A_b_log", "D_b"))}
+    assert len(one_way) < len(golden.state)
+    plain = adapter.build({**golden.config, "bimamba_type": "none"}, one_way)
+    assert torch.equal(slow(image), plain(image))
+    fast = adapter.build({**golden.config, "ssm_cfg": {"use_fast_path": True}}, golden.state)
+    torch.testing.assert_close(fast(image), golden.outputs["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_vims_maximum_is_over_axis_1_whatever_that_is():
+    """Of a class token's logits it is over the classes: (batch,)."""
+    golden = read_golden(TESTS / "golden/vim__midclstok_v2.safetensors")
+    adapter = zoo.reference("vim")
+    model = adapter.build({**golden.config, "final_pool_type": "max"}, golden.state)
+    found = adapter.run(model, golden.inputs)
+    torch.testing.assert_close(found["logits"], golden.outputs["logits"].amax(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["features"], golden.outputs["features"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_vim_without_blocks_normalises_its_tokens():
+    """A single layer makes no pair: the original then skips it, and has no residual to add."""
+    golden = read_golden(TESTS / "golden/vim__midclstok_v2.safetensors")
+    state = {k: v for k, v in golden.state.items() if not k.startswith(("layers.1.", "layers.2."))}
+    model = zoo.reference("vim").build({**golden.config, "depth": 1, "if_bidirectional": True}, state)
+    tokens, _, slots = model.embed(golden.inputs["image"])
+    torch.testing.assert_close(model(golden.inputs["image"]), model.head(model.norm_f(tokens[:, slots[0]])))
+
+
+def test_the_detection_backbones_map_has_the_name_that_was_given():
+    golden = read_golden(TESTS / "golden/vim__det_backbone.safetensors")
+    adapter = zoo.reference("vim")
+    model = adapter.build({**golden.config, "out_feature": "p4"}, golden.state, source=golden.source)
+    torch.testing.assert_close(
+        adapter.run(model, golden.inputs)["p4"], golden.outputs["last_feat"], rtol=1e-4, atol=1e-4
+    )

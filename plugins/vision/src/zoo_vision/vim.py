@@ -214,7 +214,7 @@ class VimTrunk(nn.Module):
                 h, r = self._pair(i, h, r)
             if i in take:
                 kept[i] = (h, r)
-        return h, r, kept
+        return h, (torch.zeros_like(h) if r is None else r), kept  # None where no block ran
 
     def _block(self, i: int, h: Tensor, r: Tensor | None, path: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.grad_checkpointing:

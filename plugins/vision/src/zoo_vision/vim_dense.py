@@ -144,6 +144,8 @@ class VimDet(_Dense):
             raise ValueError(f"last_layer is {last_layer!r}; expected 'none' or 'add' (this backbone has no last norm)")
         super().__init__(**config)
         self.last_layer = last_layer
+        #: what the original calls the map (out_feature)
+        self.out_feature = "last_feat"
         self.norm_f = nn.Identity()
         info = [{"num_chs": self.embed_dim, "reduction": self.patch_embed.stride[0], "module": "last_feat"}]
         self.feature_info = FeatureInfo(info, out_indices=(0,))

@@ -5,6 +5,7 @@ Three classes of hustvl/Vim @ dd0358a: ``VisionMamba`` (classification), ``Visio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,15 +58,14 @@ _DEFAULTS: dict[str, Any] = {
     "use_double_cls_token": False, "use_middle_cls_token": True,
 }  # fmt: skip
 #: swallowed by its ``**kwargs``: timm's bookkeeping, and the base factory's misspelling (the default applies)
-_SWALLOWED = {"if_devide_out", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+_SWALLOWED = {"if_devide_out", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "drop_block_rate"}
 _DENSE = {"in_chans": 3, "num_classes": 80, "use_checkpoint": False, "pretrained": None, "if_fpn": True}
 _SEG = _DENSE | {"out_indices": [3, 5, 7, 11], "use_residual_as_feature": False, "last_layer_process": "none"}
 _DET = _DENSE | {"last_layer_process": "none", "out_feature": "last_feat"}
 _POOLS = {"none": "last", "mean": "mean", "max": "max", "all": "all"}
-#: ``ssm_cfg`` of the mixers: those that change numbers, and those that only initialise or choose a kernel
-_SSM, _SSM_INIT = {"d_conv", "expand", "dt_rank", "conv_bias", "bias"}, {
-    "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "layer_idx"
-}  # fmt: skip
+#: ``ssm_cfg`` of the mixers: those that change the layers, and those that only initialise them
+_SSM = {"d_conv", "expand", "dt_rank", "conv_bias", "bias"}
+_SSM_INIT = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"}
 
 
 class VimAdapter(ReferenceAdapter):
@@ -95,6 +95,8 @@ class VimAdapter(ReferenceAdapter):
                 model = _detection(config)
             else:
                 model = Vim(**_arguments(check_reference_config("vim", config, _DEFAULTS, _SWALLOWED)))
+        if _slow(config):  # made, and never read
+            state = {k: v for k, v in state.items() if not _BACKWARD.search(k)}
         return self.load(model, state)
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
@@ -110,7 +112,7 @@ class VimAdapter(ReferenceAdapter):
             handles.append(layer.register_forward_hook(_recorder(mids, i)))
         try:
             if isinstance(model, VimDet):
-                return {"last_feat": model.forward_features(inputs["image"]), **mids}
+                return {model.out_feature: model.forward_features(inputs["image"]), **mids}
             if isinstance(model, VimSeg):
                 maps = model.forward_features(inputs["image"])
                 return {f"feat{i}": m for i, m in enumerate(maps)} | mids
@@ -120,7 +122,7 @@ class VimAdapter(ReferenceAdapter):
             tokens = model.forward_features(inputs["image"], cls_position=at, order=order)
             features = model.pool_tokens(tokens, at)
             logits = model.head(features)
-            if model.pool == "max" and model.cls == "none":
+            if model.pool == "max":  # always over axis 1; of a class token's logits these are the classes
                 logits = logits.amax(dim=1)
             return {"features": features, "logits": logits, **mids}
         finally:
@@ -155,6 +157,15 @@ def _kind(state: Mapping[str, Tensor]) -> str:
     return "v2" if D.shape[0] == 2 else "v1"
 
 
+#: parameters of the backward direction
+_BACKWARD = re.compile(r"\.mixer\.(A_b_log|D_b|(conv1d|x_proj|dt_proj)_b\.(weight|bias))$")
+
+
+def _slow(config: Mapping[str, Any]) -> bool:
+    """Whether the mixers take their own slow path, which walks forwards alone, whatever ``bimamba_type`` says."""
+    return not (config.get("ssm_cfg") or {}).get("use_fast_path", True)
+
+
 def _guess_class(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
     if "out_feature" in config:
         return "VisionMambaDet"
@@ -168,10 +179,9 @@ def _guess_class(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
 def _arguments(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Our arguments from a full set of ``VisionMamba``'s."""
     ssm = dict(theirs["ssm_cfg"] or {})
-    if unknown := sorted(set(ssm) - _SSM - _SSM_INIT):
-        raise ValueError(
-            f"ssm_cfg has {', '.join(unknown)}; the vim adapter reads {', '.join(sorted(_SSM | _SSM_INIT))}"
-        )
+    known = _SSM | _SSM_INIT | {"use_fast_path"}
+    if unknown := sorted(set(ssm) - known):
+        raise ValueError(f"ssm_cfg has {', '.join(unknown)}; the vim adapter reads {', '.join(sorted(known))}")
     ssm = {k: v for k, v in ssm.items() if k in _SSM and not (k == "dt_rank" and v == "auto")}
     if theirs["final_pool_type"] not in _POOLS:
         raise ValueError(f"final_pool_type is {theirs['final_pool_type']!r}; expected one of {', '.join(_POOLS)}")
@@ -188,7 +198,7 @@ def _arguments(theirs: Mapping[str, Any]) -> dict[str, Any]:
         "embed_dim": theirs["embed_dim"],
         "depth": theirs["depth"],
         "d_state": theirs["d_state"],
-        "mixer": "v1" if theirs["if_bimamba"] else theirs["bimamba_type"],
+        "mixer": "none" if _slow(theirs) else "v1" if theirs["if_bimamba"] else theirs["bimamba_type"],
         "cls_token": cls,
         "pool": _POOLS[theirs["final_pool_type"]],
         "pos_embed": theirs["if_abs_pos_embed"],
@@ -228,7 +238,9 @@ def _segmentation(config: Mapping[str, Any]) -> VimSeg:
 def _detection(config: Mapping[str, Any]) -> VimDet:
     theirs = check_reference_config("vim", config, {**_DEFAULTS, **_DET}, _SWALLOWED)
     ours = _arguments({**theirs, "channels": theirs["in_chans"], "num_classes": 0})
-    return VimDet(**_without_class_token(ours), last_layer=theirs["last_layer_process"])
+    model = VimDet(**_without_class_token(ours), last_layer=theirs["last_layer_process"])
+    model.out_feature = theirs["out_feature"]
+    return model
 
 
 def _without_class_token(ours: dict[str, Any]) -> dict[str, Any]:
