@@ -93,10 +93,11 @@ def test_files_that_are_no_recordings_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match="expected one of"):
         read_recording(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match="no file"):
-        read_recording(tmp_path / "none.edf")
+    for name in ("none.edf", "none.npz"):
+        with pytest.raises(FileNotFoundError, match="no file"):
+            read_recording(tmp_path / name)
     (tmp_path / "b.npz").write_bytes(b"PK nothing")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"no \.npz or \.npy file of plain arrays"):
         read_recording(tmp_path / "b.npz")
     np.savez(tmp_path / "c.npz", other=np.zeros(3))
     with pytest.raises(ValueError, match="expected 'signal'"):
@@ -107,6 +108,41 @@ def test_files_that_are_no_recordings_are_refused(tmp_path):
         Recording(np.zeros((2, 5)), 100, ["FP1"])
     with pytest.raises(ValueError, match=r"\.edf"):
         write_recording(recording(), tmp_path / "a.wav")
+    assert not (tmp_path / "a.wav").exists()
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"sfreq": "fast"}, "sfreq has shape .* of <U4; expected numbers"),
+        ({"sfreq": [200.0, 200.0]}, r"sfreq has shape \(2,\) of float64"),
+        ({"sfreq": np.inf}, "sfreq is inf; expected a positive number"),
+        ({"signal": np.ones((2, 9)) * 1j}, "signal has shape .* of complex128"),
+        ({"signal": [["a"] * 9] * 2}, "signal has shape .* of <U1"),
+    ],
+)
+def test_arrays_that_are_no_recordings_are_refused(parts, message, tmp_path):
+    np.savez(tmp_path / "a.npz", **{"signal": np.ones((2, 9)), "sfreq": 200.0, "channels": ["FP1", "F7"]} | parts)
+    with pytest.raises(ValueError, match=message):
+        read_recording(tmp_path / "a.npz")
+
+
+def test_whatever_mne_raises_is_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    mne = pytest.importorskip("mne")
+    (tmp_path / "a.edf").write_bytes(b"0")
+
+    def broken(*_, **__):
+        raise Exception("Encountered invalid byte")  # as MNE does, of just this class
+
+    monkeypatch.setattr(mne.io, "read_raw", broken)
+    with pytest.raises(ValueError, match=r"a\.edf cannot be read as a recording of EEG: Encountered invalid byte"):
+        read_recording(tmp_path / "a.edf")
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, np.nan, np.inf])
+def test_steps_that_are_none(step):
+    with pytest.raises(ValueError, match="expected a positive number"):
+        windows(recording(), PLAIN, step=step)
 
 
 def test_annotations(tmp_path):

@@ -81,11 +81,14 @@ def test_files(pipe, tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"not an archive")
     (tmp_path / "broken.h5").write_bytes(b"not an archive")
     np.savez(tmp_path / "flat.npz", x=np.zeros(4))
+    np.savez(tmp_path / "named.npz", data=recording, label="ring")
     bad = recording.copy()
     bad[3, 4, 5] = np.nan
     for source, message in (
         (tmp_path / "two.npz", r"holds first \(110, 35, 6\), second .* expected an array 'data'"),
-        (tmp_path / "broken.npz", "cannot be read"),
+        (tmp_path / "broken.npz", r"no \.npz or \.npy file of plain arrays"),
+        (b"not an archive", r"the bytes is no \.npz or \.npy file of plain arrays"),
+        (tmp_path / "named.npz", "label is 'ring'; expected a category's number"),
         (tmp_path / "broken.h5", "cannot be read as HDF5"),
         (tmp_path / "flat.npz", r"holds x \(4,\)"),
         (bad, "1 values that are not finite"),
@@ -112,7 +115,7 @@ def test_activity(pipe, tmp_path):
     np.testing.assert_allclose(batch["conv3"][0], arrays["conv3"], rtol=1e-4, atol=1e-5)
     save_activity(tmp_path / "a.npz", arrays)
     assert set(np.load(tmp_path / "a.npz").files) == set(arrays)
-    with pytest.raises(ValueError, match=r"expected \.npz or \.h5"):
+    with pytest.raises(ValueError, match=r"expected \.npz, \.h5"):
         save_activity(tmp_path / "a.csv", arrays)
     other = zoo.create("tactile_resnet18_mamba", encoder={"name": "resnet18", "width": 4}).eval()
     stages = activity(other, torch.randn(22, 30, 5, 7))

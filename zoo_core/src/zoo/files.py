@@ -14,21 +14,23 @@ import secrets
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from zoo_registry import errors
 
 
-def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_arrays(path: str | os.PathLike[str] | BinaryIO) -> dict[str, np.ndarray]:
     """The arrays of an ``.npz`` file by their names, or that of a ``.npy`` file under the name "".
 
-    Raises BadFile for anything else, Python objects included: these are never unpickled.
+    ``path``: or an open file of bytes, as ``io.BytesIO``. Raises BadFile for anything else, Python objects included:
+    these are never unpickled.
     """
-    path = _file(path, "an .npz or .npy file")
+    given = _file(path, "an .npz or .npy file") if isinstance(path, (str, os.PathLike)) else path
+    path = given if isinstance(given, Path) else Path("the bytes")
     try:
-        content = np.load(path, allow_pickle=False)
+        content = np.load(given, allow_pickle=False)
         if isinstance(content, np.ndarray):
             return {"": content}
         with content:

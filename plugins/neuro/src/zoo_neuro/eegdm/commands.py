@@ -62,7 +62,12 @@ def generate_eeg(
         zoo generate-eeg eegdm_micro_backbone.generated --channels FP1-F7,T3-T5 --seed 1 --out drawn.edf
     """
     import zoo
+    from zoo.files import check_ending, check_place
 
+    from .recordings import WRITTEN
+
+    check_ending(out, (*WRITTEN, ".png"))
+    check_place(out)
     pipe = zoo.pipeline(name, "eeg-generation", samples=samples, seed=seed, **output.loading(options))
     result = pipe(channels)
     place = result.save_picture(out) if out.suffix.lower() == ".png" else result.save(out)

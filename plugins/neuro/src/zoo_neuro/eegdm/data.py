@@ -71,7 +71,7 @@ def windows(
         places = [int(np.ceil(round(s * sfreq, 6))) for s in starts]
     else:
         wanted = preparation.seconds if step is None else step
-        if wanted <= 0:
+        if not 0 < wanted < np.inf:
             raise ValueError(f"step is {step} seconds; expected a positive number")
         places = window_starts(signal.shape[1], size, max(1, round(wanted * sfreq)))
     cut = [preparation.window(w) for w in windows_at(signal, size, places)]

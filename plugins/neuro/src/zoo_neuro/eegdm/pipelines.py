@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zoo.files import whole
 from zoo.pipelines import Pipeline, Result
 
 from .backbone import DiffusionBackbone
@@ -60,8 +61,7 @@ class EEGClasses(Result):
     def save_csv(self, path: str | Path) -> Path:
         """One row a window, columns :data:`COLUMNS` and the share of every class that was kept."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with whole(path) as work, work.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             for w in self.windows:

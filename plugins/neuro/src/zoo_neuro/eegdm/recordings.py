@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zoo_registry import optional
+from zoo.files import check_ending, read_arrays, read_text, whole
+from zoo_registry import errors, optional
 
 EXTRA = "ssm-zoo-neuro[eeg]"
 ARRAYS = (".npz", ".npy")
@@ -34,7 +35,7 @@ class Recording:
             raise ValueError(f"a recording has shape {self.signal.shape}; expected (channels, samples)")
         if len(self.channels) != len(self.signal):
             raise ValueError(f"there are {len(self.channels)} channel names for {len(self.signal)} channels")
-        if not self.sfreq > 0:
+        if not 0 < self.sfreq < np.inf:
             raise ValueError(f"sfreq is {self.sfreq}; expected a positive number of Hz")
         if not np.isfinite(self.signal).all():
             raise ValueError(f"{self.source or 'the recording'} has values that are not finite; repair or cut them out")
@@ -69,32 +70,36 @@ def read_recording(
     path = Path(path)
     if not path.name.lower().endswith(RECORDINGS):
         raise ValueError(f"{path} is no recording that can be read; expected one of {', '.join(RECORDINGS)}")
-    if not path.exists():
-        raise ValueError(f"there is no file {path}")
     if path.suffix.lower() in ARRAYS:
         return _from_arrays(path, sfreq, unit, channels)
+    if not path.exists():
+        raise errors.LocalFileMissing(f"there is no file {str(path)!r} (in {Path.cwd()})", path=str(path))
     mne: Any = optional("mne", f"{path}: a recording of {path.suffix}", EXTRA)
     try:
-        raw = mne.io.read_raw(path, preload=True, verbose="ERROR")
+        with np.errstate(all="ignore"):  # broken headers: what comes of them is looked at below
+            raw = mne.io.read_raw(path, preload=True, verbose="ERROR")
         raw.pick("eeg", verbose="ERROR")
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, OSError, EOFError, AssertionError) as error:
-        raise ValueError(f"{path} cannot be read as a recording of EEG: {str(error).strip() or error!r}") from error
+    except Exception as error:  # MNE raises every kind for broken files, plain Exception among them
+        said = str(error).strip(" \n\"'") or "its header makes no sense"
+        raise errors.BadFile(f"{path} cannot be read as a recording of EEG: {said}", path=str(path)) from error
     return Recording(raw.get_data(), float(raw.info["sfreq"]), list(raw.ch_names), str(path))
 
 
 def _from_arrays(path: Path, sfreq: float | None, unit: str | None, channels: list[str] | None) -> Recording:
-    try:
-        content = np.load(path, allow_pickle=False)
-        held = {"signal": content} if isinstance(content, np.ndarray) else {k: content[k] for k in content.files}
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as numpy arrays: {error}") from error
+    held = {name or "signal": array for name, array in read_arrays(path).items()}  # of .npy: the signal
     if "signal" not in held:
         raise ValueError(f"{path} holds {', '.join(held) or 'nothing'}; expected 'signal', 'sfreq' and 'channels'")
-    rate = float(held["sfreq"]) if "sfreq" in held else sfreq
+    for name in held.keys() & {"signal", "sfreq"}:
+        if held[name].dtype.kind not in "fiu" or (name == "sfreq" and held[name].size != 1):
+            raise ValueError(f"{path}: {name} has shape {held[name].shape} of {held[name].dtype}; expected numbers")
+    rate = held["sfreq"].item() if "sfreq" in held else sfreq
     named = [str(c) for c in held["channels"]] if "channels" in held else channels
     if rate is None or named is None:
-        lacks = " and ".join(n for n, v in (("sfreq", rate), ("channels", named)) if v is None)
-        raise ValueError(f"{path} does not say its {lacks}; give {lacks}= or keep them in an .npz beside 'signal'")
+        lacks = [n for n, v in (("sfreq", rate), ("channels", named)) if v is None]
+        give = " and ".join(f"{n}=" for n in lacks)
+        raise ValueError(
+            f"{path} does not say its {' and '.join(lacks)}; give {give}, or keep them in an .npz beside 'signal'"
+        )
     measured = str(held["unit"]) if "unit" in held else unit or "V"
     if measured not in _UNITS:
         raise ValueError(f"the unit is {measured!r}; expected V, mV or uV")
@@ -105,24 +110,31 @@ def read_events(path: str | Path) -> list[Event]:
     """Annotations of TUEV's .rec files: rows of channel, start, end (seconds), code. Raises ValueError for others."""
     path = Path(path)
     events = []
-    with path.open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if not row:
-                continue
-            try:
-                channel, start, end, code = row
-                events.append(Event(int(float(channel)), float(start), float(end), int(float(code))))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {number}: {','.join(row)!r}; expected channel,start,end,code"
-                ) from error
+    for number, row in enumerate(csv.reader(read_text(path).splitlines()), 1):
+        if not row:
+            continue
+        try:
+            channel, start, end, code = row
+            events.append(Event(int(float(channel)), float(start), float(end), int(float(code))))
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{path}, line {number}: {','.join(row)!r}; expected channel,start,end,code") from error
     return events
+
+
+#: endings that :func:`write_recording` knows
+WRITTEN = (".edf", ".bdf", ".fif", ".npz")
 
 
 def write_recording(recording: Recording, path: str | Path) -> Path:
     """.edf, .bdf or .fif (by MNE; needs its extra), or .npz. Raises ValueError for other endings."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_ending(path, WRITTEN)
+    with whole(path) as work:
+        _write(recording, work)
+    return path
+
+
+def _write(recording: Recording, path: Path) -> None:
     ending = path.suffix.lower()
     if ending == ".npz":
         np.savez_compressed(
@@ -131,15 +143,12 @@ def write_recording(recording: Recording, path: str | Path) -> Path:
             sfreq=recording.sfreq,
             channels=np.array(recording.channels),
         )
-        return path
-    if ending not in (".edf", ".bdf", ".fif"):
-        raise ValueError(f"{path} ends in {ending!r}; expected .edf, .bdf, .fif or .npz")
+        return
     mne: Any = optional("mne", f"writing {ending}", EXTRA)
     info = mne.create_info(recording.channels, recording.sfreq, "eeg", verbose="ERROR")
     raw = mne.io.RawArray(recording.signal, info, verbose="ERROR")
     if ending == ".fif":
         raw.save(path, overwrite=True, verbose="ERROR")
-        return path
+        return
     optional("edfio", f"writing {ending}", EXTRA)
     mne.export.export_raw(path, raw, fmt=ending[1:], overwrite=True, verbose="ERROR")
-    return path

@@ -27,9 +27,12 @@ def touch_activity(
         zoo touch-activity tactile_micro.solids sweep.npz --out activity.npz
     """
     import zoo
+    from zoo.files import check_ending, check_place
 
-    from .pipelines import TouchClassification, activity, save_activity
+    from .pipelines import WRITTEN, TouchClassification, activity, save_activity
 
+    check_ending(out, WRITTEN)
+    check_place(out)
     pipe = zoo.pipeline(name, "touch-classification", key=key, **output.loading(options))
     assert isinstance(pipe, TouchClassification)
     windows = pipe.prepare(pipe.read(recording))

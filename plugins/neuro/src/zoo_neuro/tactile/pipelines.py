@@ -12,11 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zoo.files import check_ending, read_text, whole
 from zoo.pipelines import Pipeline, Result
+from zoo_registry import optional
 
 from .model import TactileNetwork
 from .recordings import EXTENSIONS, Layout, read_recording
 
+#: endings of files with activity
+WRITTEN = (".npz", ".h5", ".hdf5")
 COLUMNS = ("window", "first_sample", "label", "confidence")
 
 
@@ -46,8 +50,7 @@ class TouchCategory(Result):
     def save_csv(self, path: str | Path) -> Path:
         """One row a window, columns :data:`COLUMNS`."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with whole(path) as work, work.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows([i, first, label, f"{sure:.6f}"] for i, (first, label, sure) in enumerate(self.windows))
@@ -82,7 +85,7 @@ class TouchClassification(Pipeline):
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; expected 1 or more")
         self.layout, self.top_k, self.key = Layout.of(model), top_k, key
-        named = Path(labels).read_text(encoding="utf-8").split("\n") if isinstance(labels, str) else labels
+        named = read_text(labels).split("\n") if isinstance(labels, str) else labels
         named = [name.strip() for name in named if name.strip()] if named is not None else self.labels()
         self.names = list(named or [f"category {i}" for i in range(model.num_classes)])
         if len(self.names) != model.num_classes:
@@ -150,16 +153,13 @@ def activity(model: TactileNetwork, frames: Tensor) -> dict[str, np.ndarray]:
 def save_activity(path: str | Path, arrays: dict[str, np.ndarray]) -> Path:
     """One array a name: ``.npz``, or ``.h5`` with the extra of that name. Raises ValueError for another ending."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() in (".h5", ".hdf5"):
-        from zoo_registry import optional
-
+    check_ending(path, WRITTEN)
+    with whole(path) as work:
+        if path.suffix.lower() == ".npz":
+            np.savez_compressed(work, **arrays)  # type: ignore[arg-type]
+            return path
         h5py = optional("h5py", "writing HDF5", "ssm-zoo-neuro[hdf5]")
-        with h5py.File(path, "w") as file:
+        with h5py.File(work, "w") as file:
             for name, value in arrays.items():
                 file.create_dataset(name, data=value, compression="gzip")
-    elif path.suffix.lower() == ".npz":
-        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
-    else:
-        raise ValueError(f"{path} ends with {path.suffix!r}; expected .npz or .h5")
     return path

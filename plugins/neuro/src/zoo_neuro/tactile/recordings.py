@@ -8,7 +8,6 @@ A recording is (samples, whiskers, 6): three forces and three torques at every w
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoo.files import read_arrays
 from zoo_registry import errors, optional
 
 EXTENSIONS = (".npz", ".npy", ".h5", ".hdf5")
@@ -95,18 +95,8 @@ def read_recording(source: Any, key: str | None = None) -> tuple[np.ndarray, int
         except OSError as error:
             raise ValueError(f"{name} cannot be read as HDF5: {error}") from error
         return _chosen(arrays, key, name)
-    try:
-        loaded = np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return _checked(loaded, name), None
-        with loaded:
-            return _chosen({k: loaded[k] for k in loaded.files}, key, name)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, ValueError) and str(error).startswith(name):
-            raise
-        raise ValueError(
-            f"{name} cannot be read: {error}; expected a recording as npz, npy or h5 (samples, whiskers, {VALUES})"
-        ) from error
+    arrays = read_arrays(io.BytesIO(source) if isinstance(source, bytes) else source)
+    return (_checked(arrays[""], name), None) if "" in arrays else _chosen(arrays, key, name)
 
 
 def _chosen(arrays: Mapping[str, np.ndarray], key: str | None, name: str) -> tuple[np.ndarray, int | None]:
@@ -118,6 +108,8 @@ def _chosen(arrays: Mapping[str, np.ndarray], key: str | None, name: str) -> tup
             f"{name} holds {held}; expected an array 'data' (samples, whiskers, {VALUES}), or give its key"
         )
     label = arrays.get("label")
+    if label is not None and np.size(label) == 1 and np.asarray(label).dtype.kind not in "iub":
+        raise ValueError(f"{name}: label is {np.asarray(label).item()!r}; expected a category's number, counted from 0")
     return _checked(arrays[key], f"{name}: {key}"), None if label is None or np.size(label) != 1 else int(label)
 
 
