@@ -33,7 +33,9 @@ class StrideEmbed(nn.Module):
         self.proj = nn.Conv1d(1, dim, kernel_size=stride, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.flatten(1).unflatten(1, (-1, self.stride)), self.proj.weight.squeeze(1), self.proj.bias)
+        x = x.flatten(1)
+        x = x[:, : x.shape[1] // self.stride * self.stride]  # bytes that fill no stride are not read
+        return F.linear(x.unflatten(1, (-1, self.stride)), self.proj.weight.squeeze(1), self.proj.bias)
 
 
 class Block(nn.Module):

@@ -61,7 +61,7 @@ class NetMambaAdapter(ReferenceAdapter):
         pretrain = config.get("is_pretrain")
         if pretrain is None:
             pretrain = "mask_token" in state
-        arguments = self.arguments(config)
+        arguments = self.arguments({**config, "is_pretrain": pretrain})
         return self.load(NetMambaPretrain(**arguments) if pretrain else NetMamba(**arguments), state)
 
     def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:

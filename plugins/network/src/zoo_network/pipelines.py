@@ -81,44 +81,28 @@ class Sample(NamedTuple):
     notes: list[str]
 
 
-class TrafficClassification(Pipeline):
-    """Captures (pcap, pcapng) to the class of each flow.
+class FlowPipeline(Pipeline):
+    """What the tasks of flows share: captures to flows, flows to the bytes that a model was trained on."""
 
-    top_k: classes of each flow in ``shares``. labels: class names for weights whose card has none: a list, a published
-    set's name (ciciot2022, iscxvpn2016, iscxtor2016, ustc_tfc2016) or a text file. bidirectional, timeout: as in
-    :func:`zoo_network.flows.split_flows`. packets, header_bytes, payload_bytes: the bytes of a flow, for models that
-    were trained on others than 5 x (80 + 240). flows_per_batch: how many go through the model at a time.
-    """
-
-    task = "traffic-classification"
     extensions = CAPTURES
+    #: what a flow of IPv6 does not get
+    answer = "answer"
 
     def __init__(
         self,
         model: nn.Module,
-        top_k: int = 3,
-        labels: str | Sequence[str] | None = None,
-        bidirectional: bool = False,
-        timeout: float | None = None,
-        packets: int | None = None,
-        header_bytes: int | None = None,
-        payload_bytes: int | None = None,
-        flows_per_batch: int = 128,
+        bidirectional: bool,
+        timeout: float | None,
+        flows_per_batch: int,
+        **representation: int | None,
     ) -> None:
         super().__init__(model)
-        if top_k < 1 or flows_per_batch < 1:
-            raise ValueError(f"top_k is {top_k} and flows_per_batch {flows_per_batch}; expected 1 or more of each")
-        given = {"packets": packets, "header_bytes": header_bytes, "payload_bytes": payload_bytes}
-        settings = {k: int(v) for k, v in self.preprocess.items() if k in given}
-        settings |= {k: v for k, v in given.items() if v is not None}
+        if flows_per_batch < 1:
+            raise ValueError(f"flows_per_batch is {flows_per_batch}; expected 1 or more")
+        settings = {k: int(v) for k, v in self.preprocess.items() if k in representation}
+        settings |= {k: v for k, v in representation.items() if v is not None}
         self.representation = representation_for(model.byte_length, settings)  # type: ignore[arg-type]
-        self.top_k, self.bidirectional, self.timeout = top_k, bidirectional, timeout
-        self.flows_per_batch = flows_per_batch
-        count = int(model.num_classes)  # type: ignore[arg-type]
-        named = label_set(labels) if isinstance(labels, str) else labels
-        self.names = list(named or self.labels() or [f"class {i}" for i in range(count)])
-        if len(self.names) != count:
-            raise ValueError(f"there are {len(self.names)} labels, and the model has {count} classes; give labels=")
+        self.bidirectional, self.timeout, self.flows_per_batch = bidirectional, timeout, flows_per_batch
 
     def read(self, source: Any) -> Sample:
         """A path, the file's bytes, or a :class:`~zoo_network.captures.Capture`."""
@@ -133,13 +117,59 @@ class TrafficClassification(Pipeline):
         if others := len(capture.packets) - sum(flow.packets for flow in flows):
             notes.append(f"{others} packets without IP belong to no flow")
         if ipv6 := sum(flow.version == 6 for flow in flows):
-            notes.append(f"{ipv6} flows of IPv6 have no class: the model was trained on the bytes of IPv4")
+            notes.append(f"{ipv6} flows of IPv6 have no {self.answer}: the model was trained on the bytes of IPv4")
         return Sample(flows, notes)
 
-    def prepare(self, sample: Sample) -> Tensor:
-        """(flows of IPv4, bytes)."""
+    def rows(self, sample: Sample) -> Tensor:
+        """The flows of IPv4 scaled to [-1, 1], (flows, bytes)."""
         rows = [to_tensor(self.representation(flow.kept)) for flow in sample.flows if flow.version == 4]
         return torch.stack(rows) if rows else torch.zeros(0, self.representation.size)
+
+
+class TrafficClassification(FlowPipeline):
+    """Captures (pcap, pcapng) to the class of each flow.
+
+    top_k: classes of each flow in ``shares``. labels: class names for weights whose card has none: a list, a published
+    set's name (ciciot2022, iscxvpn2016, iscxtor2016, ustc_tfc2016) or a text file. bidirectional, timeout: as in
+    :func:`zoo_network.flows.split_flows`. packets, header_bytes, payload_bytes: the bytes of a flow, for models that
+    were trained on others than 5 x (80 + 240). flows_per_batch: how many go through the model at a time.
+    """
+
+    task = "traffic-classification"
+    answer = "class"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        top_k: int = 3,
+        labels: str | Sequence[str] | None = None,
+        bidirectional: bool = False,
+        timeout: float | None = None,
+        packets: int | None = None,
+        header_bytes: int | None = None,
+        payload_bytes: int | None = None,
+        flows_per_batch: int = 128,
+    ) -> None:
+        super().__init__(
+            model,
+            bidirectional,
+            timeout,
+            flows_per_batch,
+            packets=packets,
+            header_bytes=header_bytes,
+            payload_bytes=payload_bytes,
+        )
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}; expected 1 or more")
+        self.top_k = top_k
+        count = int(model.num_classes)  # type: ignore[arg-type]
+        named = label_set(labels) if isinstance(labels, str) else labels
+        self.names = list(named or self.labels() or [f"class {i}" for i in range(count)])
+        if len(self.names) != count:
+            raise ValueError(f"there are {len(self.names)} labels, and the model has {count} classes; give labels=")
+
+    def prepare(self, sample: Sample) -> Tensor:
+        return self.rows(sample)
 
     def forward(self, batch: Any) -> Tensor:
         """(captures, flows, bytes) to shares (captures, flows, classes)."""

@@ -21,7 +21,10 @@ def zoo_adapters() -> Mapping[str, str]:
 
 @hookimpl
 def zoo_pipelines() -> Mapping[str, str]:
-    return {"traffic-classification": "zoo_network.pipelines:TrafficClassification"}
+    return {
+        "traffic-classification": "zoo_network.pipelines:TrafficClassification",
+        "traffic-pretraining": "zoo_network.rebuilding:TrafficRebuilding",
+    }
 
 
 @hookimpl
