@@ -103,9 +103,17 @@ def test_states_that_follow_the_width_and_other_numbers_of_stages():
 
 
 def test_mambamim_defaults_are_the_originals():
+    """Of the class, and of ``build_hybird``, which has three arguments only."""
     model = Hybird(3, 3, 32, (32, 64, 96, 128, 192), (1, 1, 3, 3, 1), (3,) * 5, (2, 4, 4, 4, 2), 3)
     found = again("mambamim", model, {"img_size": 32}, "module.")
     assert found.state_dict().keys() == model.state_dict().keys()
+    model = Hybird(img_size=32)
+    for source in ("", "models/network/hymamba.py:build_hybird"):
+        state = model.state_dict()
+        found = zoo.reference("mambamim").build(
+            {"in_channel": 1, "n_classes": 14, "img_size": 32}, state, source=source
+        )
+        assert found.state_dict().keys() == model.state_dict().keys()
 
 
 SMALL = {"img_size": 32, "channels": [2, 3, 4, 5, 6], "depths": [1] * 5, "depth": 1}

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.reference import Golden
+from zoo.reference import Golden, unwrapped
 from zoo.rules import Rules
 
 from ._base import MedicalAdapter, take
-from .mambamim import Hybird
+from .mambamim import CHANNELS, Hybird
 from .mambamim_pretrain import MambaMIM, toki
 
 _ENCODER = {
@@ -60,7 +60,8 @@ class MambaMIMAdapter(MedicalAdapter):
             return self.load(Interpolation(config["C"]), state)
         if "encoder" in config:
             return self.load(MambaMIM(**_pretraining(config)), state)
-        return self.load(Hybird(**take("Hybird", {**_DEFAULTS, **config}, _SEGMENTATION, ["norm_layer"])), state)
+        defaults = {} if _from_the_paper(config, unwrapped(state), source) else _DEFAULTS
+        return self.load(Hybird(**take("Hybird", {**defaults, **config}, _SEGMENTATION, ["norm_layer"])), state)
 
     def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
         # the whole-model file keeps its configuration, which is no tensor, beside the weights
@@ -87,6 +88,13 @@ class MambaMIMAdapter(MedicalAdapter):
         if "out/loss" in named:
             return named["out/loss"].pow(2).sum()
         return super().loss(golden, named)
+
+
+def _from_the_paper(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> bool:
+    """Whether the arguments are those of ``build_hybird``, which fixes all others to the paper's (our defaults)."""
+    widest = state.get("embeddings.expend4.weight")
+    fits = widest is not None and widest.shape[0] == CHANNELS[-1]
+    return source.endswith(":build_hybird") or ("channels" not in config and fits)
 
 
 def _pretraining(config: Mapping[str, Any]) -> dict[str, Any]:
