@@ -1,11 +1,14 @@
 """Change detectors beyond parity with their originals: arrangements, sizes, tiles, answers, errors."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import zoo
+from zoo.reference import read_golden
 from zoo_kernels import selective_scan
 from zoo_registry import errors
 from zoo_remote_sensing.encoder import DEFAULTS, forward_type, make_block
@@ -13,6 +16,7 @@ from zoo_remote_sensing.losses import lovasz_softmax
 from zoo_remote_sensing.palettes import colours, label_set
 from zoo_remote_sensing.tiling import blended, starts, tile_side
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = {"dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "decoder_dim": 8, "mlp_ratio": 1.0}
 
 
@@ -82,6 +86,17 @@ def test_reference_keys_go_both_ways(semantic):
     assert "decoder_T1.st_block_4_semantic.2.op.A_logs" in theirs
     back = adapter.to_zoo(theirs, model=semantic)
     assert all(torch.equal(back[k], v) for k, v in semantic.state_dict().items())
+
+
+@pytest.mark.parametrize("stem", ["changemamba__bda", "mamba_fcs__scd_second", "rsmamba__forward_cls_head"])
+def test_checkpoints_of_parallel_training_show_what_they_are(stem):
+    golden = read_golden(GOLDEN / f"{stem}.safetensors")
+    state = {f"module.{k}": v for k, v in golden.state.items()}
+    model = zoo.reference(golden.system).build(golden.config, state, source=golden.source)
+    with torch.no_grad():
+        found = zoo.reference(golden.system).run(model, golden.inputs)
+    for name, expected in golden.outputs.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_lovasz_by_hand():

@@ -87,6 +87,8 @@ def test_the_originals_settings_of_patches_norms_and_activations():
     image = torch.randn(2, 3, 24, 24)
     with torch.no_grad():
         torch.testing.assert_close(adapter.run(model, {"image": image})["logits"], plain(image))
+    with pytest.raises(ValueError, match="classifier has no 'num_clases'"):
+        adapter.build({"backbone": backbone, "num_clases": 3}, state)
     with pytest.raises(ValueError, match="norm_cfg is"):
         adapter.build({"backbone": {**backbone, "norm_cfg": {"type": "BN"}}, "num_classes": 3}, state)
 
@@ -109,6 +111,13 @@ def test_intermediates_of_keras_layers_hold_their_activation_and_axes(tmp_path):
     torch.testing.assert_close(found["mid/gate"][:, :, None].expand_as(spatial), spatial, rtol=1e-3, atol=1e-4)
     logits = found["mid/dense"] @ golden.state["classifier.kernel"] + golden.state["classifier.bias"]
     torch.testing.assert_close(logits.softmax(-1), golden.outputs["probabilities"], rtol=1e-4, atol=1e-6)
+
+
+def test_kernels_of_another_shape_are_named():
+    golden = read_golden(GOLDEN / "morpmamba__uh.safetensors")
+    kernel = "token_generation.erosion_layer_spatial.depthwise_conv.0.depthwise_kernel"
+    with pytest.raises(ValueError, match="depthwise kernel has shape"):
+        zoo.reference("morpmamba").build(golden.config, golden.state | {kernel: torch.zeros(3, 3, 1, 1)})
 
 
 def test_windows_hold_the_pixel_at_their_middle():

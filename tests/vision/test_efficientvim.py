@@ -36,3 +36,16 @@ def test_the_detection_backbone_freezes_its_stem_and_the_neck_takes_norms():
     torch.testing.assert_close(found["fpn3"], expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="norm_cfg is"):
         adapter.build({"backbone": backbone, "neck": {**neck, "norm_cfg": {"type": "GN", "num_groups": 2}}}, state)
+
+
+@pytest.mark.parametrize("stem", ["efficientvim__distilled", "efficientvim__dense_fpn"])
+def test_what_a_state_dict_lacks_is_named(stem):
+    golden = read_golden(TESTS / f"golden/{stem}.safetensors")
+    adapter = zoo.reference("efficientvim")
+    with pytest.raises(zoo.errors.KeysDoNotMatch, match="missing"):
+        adapter.build(golden.config, {})
+    with pytest.raises(ValueError, match="embed_dims"):
+        adapter.build({**golden.config, "embed_dims": [8, 8, 8]}, golden.state)
+    parallel = adapter.build(golden.config, {f"module.{k}": v for k, v in golden.state.items()})
+    name = next(iter(golden.outputs))
+    torch.testing.assert_close(adapter.run(parallel, golden.inputs)[name], golden.outputs[name], rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zoo.reference import unwrapped
 from zoo.rules import Rename, Rules
 
 from . import losses
@@ -67,6 +68,7 @@ class ChangeMambaAdapter(PathAdapter):
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
         if "lovasz" in source or (not state and "ignore_index" in config):
             return Losses(config).eval()
+        state = unwrapped(state)  # what is built depends on its keys
         options = translate("ChangeMamba", config, _OWN)
         options["decoder_dim"] = config.get("decoder_dim", 128)
         model: PairModel

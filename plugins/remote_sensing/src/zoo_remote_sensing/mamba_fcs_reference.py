@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.reference import unwrapped
 from zoo.rules import Rename, Rules
 
 from ._replay import Losses, PathAdapter, Place, channels_first, same
@@ -48,6 +49,7 @@ class MambaFCSAdapter(PathAdapter):
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
         if "SeK_Loss" in source or (not state and "beta" in config):
             return Losses(config).eval()
+        state = unwrapped(state)  # what is built depends on its keys
         options = translate("Mamba-FCS", config, ("output_cd", "output_clf"))
         if any(k.startswith("decoder_T1.") for k in state):
             model: nn.Module = MambaFCS(

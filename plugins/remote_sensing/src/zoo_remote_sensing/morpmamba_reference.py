@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.reference import unwrapped
 from zoo.rules import Apply, Rename, Rules, Stack, Transpose
 
 from ._replay import PathAdapter, Place, same
@@ -18,7 +19,7 @@ from .morpmamba import KERNEL, MorpMamba
 
 _PLANES = re.compile(r"token_generation\.erosion_layer_(spatial|spectral)\.depthwise_conv\.(\d+)\.depthwise_kernel")
 #: (5, 5, 1, 1) of Keras to (1, 5, 5), one plane of ours
-_PLANE = Apply(lambda x: x.reshape(1, KERNEL, KERNEL), lambda x: x.reshape(KERNEL, KERNEL, 1, 1))
+_PLANE = Apply(lambda x: _plane(x), lambda x: x.reshape(KERNEL, KERNEL, 1, 1))
 #: a 1x1 convolution (1, 1, in, out) to a linear layer (out, in)
 _POINTWISE = Apply(lambda x: x[0, 0].t(), lambda x: x.t()[None, None])
 _DENSE = {
@@ -60,6 +61,14 @@ _ARGUMENTS = {
 }  # fmt: skip
 
 
+def _plane(kernel: Tensor) -> Tensor:
+    if tuple(kernel.shape) != (KERNEL, KERNEL, 1, 1):
+        raise ValueError(
+            f"a depthwise kernel has shape {tuple(kernel.shape)}; expected ({KERNEL}, {KERNEL}, 1, 1), one a plane"
+        )
+    return kernel.reshape(1, KERNEL, KERNEL)
+
+
 def _planes(state: Mapping[str, Tensor]) -> dict[str, int]:
     """How many planes each kind of kernel has, from a state dict of either format."""
     counts = {"spatial": 0, "spectral": 0}
@@ -84,6 +93,7 @@ class MorpMambaAdapter(PathAdapter):
                     f"{', '.join(_ARGUMENTS)}"
                 )
         arguments = {_ARGUMENTS[k]: v for k, v in config.items()}
+        state = unwrapped(state)
         planes = _planes(state)  # Keras finds these sizes at the first call
         arguments.setdefault("bands", planes["spatial"])
         arguments.setdefault("window", planes["spectral"])

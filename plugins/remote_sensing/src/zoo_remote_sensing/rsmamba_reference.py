@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.reference import unwrapped
 from zoo.rules import Rename, Rules
 
 from ._replay import PathAdapter, Place, same
@@ -27,6 +28,8 @@ _MIXER = {
     "state_size": "state", "conv_kernel": "conv", "time_step_rank": "dt_rank", "intermediate_size": "hidden",
     "use_conv_bias": "conv_bias", "use_bias": "bias", "hidden_act": "act",
 }  # fmt: skip
+#: of a whole classifier, as MMPretrain writes them; only the first two are read
+_CLASSIFIER = ("backbone", "num_classes", "type", "neck", "head", "train_cfg", "data_preprocessor", "init_cfg")
 _PATCH = ("in_channels", "kernel_size", "stride", "padding", "dilation", "bias", "norm_cfg", "conv_type")
 _RULES = Rules(
     Rename("backbone.patch_embed.projection.{leaf}", "patch_embed.proj.{leaf}"),
@@ -99,6 +102,9 @@ class RSMambaAdapter(PathAdapter):
     system = "rsmamba"
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
+        state = unwrapped(state)  # what is built depends on its keys
+        if "backbone" in config:
+            _known("classifier", config, _CLASSIFIER)
         backbone = dict(config.get("backbone", {k: v for k, v in config.items() if k != "num_classes"}))
         head = state.get("head.fc.weight") if "head.fc.weight" in state else None
         classes = config.get("num_classes", 0 if head is None else head.shape[0])

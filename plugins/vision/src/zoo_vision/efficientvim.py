@@ -18,7 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from zoo.reference import ReferenceAdapter
+from zoo.reference import ReferenceAdapter, unwrapped
 from zoo.rules import Drop, Rename, Reshape, Rules
 
 try:
@@ -82,6 +82,9 @@ _DEFAULTS: dict[str, Any] = {
 #: read by nothing in the original (its constructors take ``**kwargs``)
 _SWALLOWED = {"init_cfg", "style", "in_channels", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
+#: further parts of a detector's table, which mmdetection builds
+_DETECTOR = ("type", "pretrained", "rpn_head", "roi_head", "bbox_head", "train_cfg", "test_cfg", "init_cfg")
+
 
 def arguments(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Our arguments of the backbone from a full set of the original's."""
@@ -108,8 +111,8 @@ class EfficientViMAdapter(ReferenceAdapter):
 
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
         dense = any(k.startswith("backbone.") for k in state)
-        prefix = "backbone." if dense else ""
-        stages = 1 + max(int(k.removeprefix(prefix + "stages.").split(".")[0]) for k in state if "stages." in k)
+        prefix = "backbone.stages." if dense else "stages."
+        stages = 1 + max((int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix)), default=0)
         if not dense:
             return backbone_rules(stages)
         from .efficientvim_dense import NECK_RULES
@@ -122,9 +125,14 @@ class EfficientViMAdapter(ReferenceAdapter):
         )
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
+        state = unwrapped(state)  # what is built depends on its keys
         if "backbone" in config or "neck" in config or any(k.startswith("neck.") for k in state):
             from .efficientvim_dense import build_reference
 
+            if unknown := sorted(set(config) - {"backbone", "neck", *_DETECTOR}):
+                raise ValueError(
+                    f"the dense model has no part {unknown[0]!r}; expected backbone and neck, each a table"
+                )
             with torch.device("meta"):
                 return self.load(build_reference(config, state), state)
         headless = bool(state) and not any(k.startswith(("heads.", "norm.")) for k in state)
