@@ -136,6 +136,8 @@ def test_nested():
 def test_messages():
     with pytest.raises(ValueError, match=r"not \['second'\]"):
         Rules(Stack(["first", "second"], "both")).to_zoo(filled(first=(1,)))
+    with pytest.raises(ValueError, match=r"do not fit their key rule: first \(1,\), second \(2,\)\."):
+        Rules(Stack(["first", "second"], "both")).to_zoo(filled(first=(1,), second=(2,)))
     with pytest.raises(ValueError, match="same on each side"):
         Rename("a.{i}", "b")
     with pytest.raises(ValueError, match="at most one of them -1"):

@@ -429,7 +429,8 @@ class Rules:
         return Rules(*inner, Rename(reference + "{rest:*}", zoo + "{rest:*}"))
 
     def to_zoo(self, state: Mapping[str, Tensor]) -> State:
-        """Our names and layouts from the original's. Raises ValueError when a group of keys is incomplete."""
+        """Our names and layouts from the original's. Raises ValueError when a group of keys is incomplete, or when
+        tensors have shapes that its rule cannot take."""
         out: State = {}
         for rule, fields, keys in self._groups(state, "theirs"):
             if isinstance(rule, Drop):
@@ -440,7 +441,7 @@ class Rules:
             if rule is None:
                 _put(out, keys[0], state[keys[0]])
                 continue
-            parts = rule.forward([state[k] for k in keys])
+            parts = self._applied(rule.forward, keys, state)
             for pattern, tensor in zip(rule.ours, parts, strict=True):
                 _put(out, pattern.fill(fields), tensor)
         return out
@@ -452,7 +453,7 @@ class Rules:
             if rule is None:
                 _put(out, keys[0], state[keys[0]])
                 continue
-            parts = rule.backward([state[k] for k in keys])
+            parts = self._applied(rule.backward, keys, state)
             for pattern, tensor in zip(rule.theirs, parts, strict=True):
                 _put(out, pattern.fill(fields), tensor)
         for rule in self.rules:
@@ -489,6 +490,17 @@ class Rules:
             else:
                 seen.add(key)
                 yield None, {}, [key]
+
+    @staticmethod
+    def _applied(run: Callable[[list[Tensor]], list[Tensor]], keys: list[str], state: Mapping[str, Tensor]):
+        """What a rule makes of the tensors; where their shapes do not fit it, the error names keys and shapes."""
+        try:
+            return run([state[k] for k in keys])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:  # torch's own for shapes are RuntimeErrors
+            given = ", ".join(f"{k} {tuple(state[k].shape)}" for k in keys)
+            raise ValueError(f"the shapes of these tensors do not fit their key rule: {given}. {error}") from error
 
     @staticmethod
     def _check_tie(rule: Tied, fields: Fields, state: Mapping[str, Tensor]) -> None:
