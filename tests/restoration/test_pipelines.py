@@ -1,5 +1,8 @@
 """Files through the pipelines: of any kind, whole and in tiles; and measuring."""
 
+import dataclasses
+
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 
 import zoo
 from zoo import errors
+from zoo.building import describe
 from zoo_restoration import metrics, pipelines
 from zoo_restoration.degradations import Degradation, resize_bicubic
 from zoo_restoration.images import from_pixels, read_picture, write_picture
@@ -126,9 +130,14 @@ def test_the_mean_over_flips_and_turns(restorer):
 # -- what is refused
 
 
-def test_models_that_do_not_fit():
+def test_models_that_do_not_fit(restorer):
+    other = Same()
+    card = dataclasses.replace(restorer.zoo_info, card=msgspec.structs.replace(restorer.zoo_info.card, task="counting"))
+    describe(other, card)
     with pytest.raises(errors.BadArgument, match="does not enlarge"):
         SuperResolution(Same())
+    with pytest.raises(errors.BadArgument, match="is for counting; expected a model for image-restoration or"):
+        ImageRestoration(other)
     with pytest.raises(errors.BadArgument, match="takes 4 channels"):
         ImageRestoration(Same(in_chans=4))
     with pytest.raises(errors.BadArgument, match="0 for the whole image"):

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 import zoo
+from zoo import errors
 from zoo_restoration import commands
 from zoo_restoration.degradations import Degradation, gaussian_blur
 from zoo_restoration.drawings import drawing
@@ -88,6 +90,18 @@ def test_a_run_with_other_settings_is_not_gone_on_with(restorer, tmp_path, chang
     data = images(5) if change == "images" else images()
     with pytest.raises(ValueError, match=f"other {change}"):
         Trainer(restorer, data, spoil, settings, folder=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "other"])
+def test_a_damaged_run_is_named(restorer, tmp_path, damage):
+    path = tmp_path / "run.safetensors"
+    Trainer(restorer, images(), BLUR, FEW, folder=tmp_path).save()
+    if damage == "other":
+        save_file({"x": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(b"text" * 9 if damage == "text" else path.read_bytes()[:3000])
+    with pytest.raises(errors.BadFile, match=r"run\.safetensors is no run that can be gone on with"):
+        Trainer(restorer, images(), BLUR, FEW, folder=tmp_path)
 
 
 def test_the_averaged_model_is_an_average(restorer):
@@ -182,6 +196,34 @@ def test_training_restoring_and_validating_by_commands(folder, tmp_path):
         "000_0.png", "000_0_before_after.png", "001_1.png", "001_1_before_after.png",
     }  # fmt: skip
     assert read_picture(tmp_path / "out" / "000_0.png").size == (24, 24)
+
+
+def test_an_interrupted_command_says_where_it_goes_on(folder, tmp_path, monkeypatch):
+    step = Trainer.one_step
+
+    def interrupted(trainer):
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "one_step", interrupted)
+    stopped = train(folder, tmp_path / "run")
+    assert "holds the run up to step 2" in stopped.output
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["run.safetensors"]
+    monkeypatch.setattr(Trainer, "one_step", step)
+    assert "going on after step 2" in train(folder, tmp_path / "run").output
+
+
+def test_small_images_are_named(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"clean/\d\.png has 36 x 40 pixels and the crops 64"):
+        train(folder, tmp_path / "run", "--patch", "64")
+
+
+def test_training_refuses_other_models(folder, tmp_path):
+    pytest.importorskip("zoo_generation")
+    words = ["dimsum_micro", str(folder), "--out", str(tmp_path / "run"), "--degradation", "noise"]
+    with pytest.raises(errors.BadArgument, match="dimsum_micro is for image-generation; expected a model for"):
+        CliRunner().invoke(commands.train_restorer, words, catch_exceptions=False)
 
 
 def test_upscale_to_one_file(tmp_path, enlarger):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -63,6 +65,13 @@ def test_places_that_cannot_hold_the_weights(tmp_path):
         assert found.exit_code == 2
         assert message in " ".join(found.output.split())
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"), [("out", "./out"), ("a/b", "./a/b"), ("/a/b", "/a/b"), ("../x", "../x"), ("a b", "'./a b'")]
+)
+def test_folders_as_commands_take_them(folder, said):
+    assert training.source(Path(folder)) == said
 
 
 def test_figures():

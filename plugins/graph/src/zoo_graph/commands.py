@@ -124,4 +124,4 @@ def train_graphs(
         output.emit({what: value, "graphs": [len(p) for p in parts], "folder": str(out)})
         return
     click.echo(f"{len(parts[2])} test graphs: {what} {value:.4f}")
-    click.echo(f"saved to {out}; try: zoo predict-graphs ./{out} FILE --out answers.csv")
+    click.echo(f"saved to {out}; try: zoo predict-graphs {training.source(out)} FILE --out answers.csv")

@@ -106,4 +106,4 @@ def train_emotions(
         )
         return
     click.echo(f"{len(parts.test)} test dialogues: {training.said(figures)}")
-    click.echo(f"saved to {out}; try: zoo predict-emotions ./{out} FILE --out answers.csv")
+    click.echo(f"saved to {out}; try: zoo predict-emotions {training.source(out)} FILE --out answers.csv")

@@ -139,7 +139,7 @@ def train_flows(
         output.emit({"test": found, "per_class": per_class, "flows": [len(train), len(valid), len(test)]})
         return
     click.echo(f"{len(test)} test flows: accuracy {found['accuracy']:.4f}, weighted F1 {found['f1']:.4f}")
-    click.echo(f"saved to {out}; try: zoo classify-flows ./{out} capture.pcap")
+    click.echo(f"saved to {out}; try: zoo classify-flows {training.source(out)} capture.pcap")
 
 
 @click.command()
@@ -200,4 +200,5 @@ def pretrain_flows(
     if as_json:
         output.emit({"steps": steps, "flows": len(flows), "loss": losses[-1], "folder": str(out)})
         return
-    click.echo(f"saved to {out}; try: zoo train-flows netmamba_classifier FOLDER --pretrained ./{out} --out tuned")
+    next_step = f"zoo train-flows netmamba_classifier FOLDER --pretrained {training.source(out)} --out tuned"
+    click.echo(f"saved to {out}; try: {next_step}")

@@ -188,7 +188,11 @@ def train_restorer(
         if not as_json and (step % 100 == 0 or step == steps):
             click.echo(f"step {step:6} loss {loss:.5f}")
 
-    best = trainer.train(report)
+    try:
+        best = trainer.train(report)
+    except KeyboardInterrupt:
+        click.echo(f"stopped; {out} holds the run up to step {trainer.saved}: the same command goes on there", err=True)
+        raise
     found: dict[str, Any] = {
         "steps": trainer.step,
         "images": len(train),
@@ -209,7 +213,8 @@ def train_restorer(
         click.echo(
             f"{len(held)} held-out images: PSNR {a['psnr']:.2f} dB (given {b['psnr']:.2f}), SSIM {a['ssim']:.4f}"
         )
-    click.echo(f"saved to {saved}")
+    verb = "upscale" if spoil.scale > 1 else "restore"
+    click.echo(f"saved to {saved}; try: zoo {verb} {training.source(saved)} image.png --out better.png")
 
 
 def save_trained(model: Any, folder: Path, degradation: Any, measured: list[dict[str, Any]]) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from zoo.files import whole
 from zoo_registry import optional
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
@@ -188,9 +189,7 @@ def write_picture(picture: Picture, path: str | Path, *, quality: int = 95) -> P
         raise ValueError(f"{path}: an image is written as {', '.join(EXTENSIONS)}")
     if picture.alpha is not None and ending in NO_ALPHA:
         raise ValueError(f"{path}: the image has transparency, which {ending} cannot hold; write .png, .tif or .webp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
+    with whole(path) as part:
         if picture.bits == 16 and ending in DEEP:
             _write_deep(picture, part, ending)
         else:
@@ -200,9 +199,6 @@ def write_picture(picture: Picture, path: str | Path, *, quality: int = 95) -> P
             elif ending in (".jpg", ".jpeg", ".webp"):
                 options["quality"] = quality
             replace(picture, bits=8).pillow().save(part, **options)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

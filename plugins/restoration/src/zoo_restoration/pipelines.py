@@ -19,6 +19,7 @@ from . import tiles
 from .degradations import resize_bicubic
 from .images import EXTENSIONS, Picture, read_picture, write_picture
 
+TASKS = ("image-restoration", "super-resolution")
 #: pixels above which an image is read in tiles unless the user says otherwise
 WHOLE = 1024 * 1024
 
@@ -85,6 +86,13 @@ class ImageRestoration(Pipeline):
         ensemble: bool = False,
     ) -> None:
         super().__init__(model)
+        card = None if self.info is None else self.info.card
+        if card is not None and card.task not in TASKS:
+            raise errors.BadArgument(
+                f"{self.name} is for {card.task}; expected a model for {' or '.join(TASKS)}",
+                argument="model",
+                accepted=[],
+            )
         self.channels, self.scale = int(getattr(model, "in_chans", 3)), int(getattr(model, "scale", 1))
         self.multiple = int(getattr(model, "multiple", 1))
         if self.channels not in (1, 3):

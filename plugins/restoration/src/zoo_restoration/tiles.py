@@ -51,12 +51,13 @@ def run(
     up to ``multiple``, the grid of the network's patches or windows, so that it lies as in the whole image.
     ``on_tile(done, all)`` is called after each. Raises ValueError for an overlap that leaves no room.
     """
+    asked = f"tile is {tile}, overlap {overlap}"
     tile, overlap = (-(-n // multiple) * multiple for n in (tile, overlap))
     margin = overlap // 4 if margin is None else margin
     if not 0 <= 2 * margin < overlap < tile or tile < 1:
         raise ValueError(
-            f"tile is {tile}, overlap {overlap} and margin {margin} (multiples of {multiple}); expected an overlap "
-            "below the tile and above twice the margin"
+            f"{asked} and margin {margin}; expected an overlap below the tile and above twice the margin, both "
+            f"in multiples of {multiple}"
         )
     height, width = x.shape[-2:]
     x = pad_to_multiple(x, multiple)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from zoo import errors
+from zoo.files import whole
 
 from . import metrics
 from .degradations import Degradation, crop_to_multiple
@@ -70,9 +72,11 @@ def crops(images: Images, settings: Settings, step: int, multiple: int = 1) -> t
     for index in torch.randint(len(images), (settings.batch_size,), generator=generator).tolist():
         image = images[index]
         if min(image.shape[:2]) < side:
+            files = getattr(images, "files", None)
+            name = f"image {index}" if files is None else str(files[index])
             raise ValueError(
-                f"image {index} has {image.shape[0]} x {image.shape[1]} pixels and the crops {side}; give larger "
-                "images or smaller crops"
+                f"{name} has {image.shape[0]} x {image.shape[1]} pixels and the crops {side}; give larger images or "
+                "smaller crops"
             )
         top, left = (int(torch.randint(n - side + 1, (), generator=generator)) for n in image.shape[:2])
         x = to_tensor(np.ascontiguousarray(image[top : top + side, left : left + side]))
@@ -107,7 +111,7 @@ class Trainer:
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, betas=settings.betas)
-        self.step = 0
+        self.step = self.saved = 0  # saved: what the folder holds
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -176,18 +180,25 @@ class Trainer:
         flat |= {f"averaged/{k}": v.contiguous() for k, v in self.averaged.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             flat |= {f"optimizer/{index}/{k}": torch.as_tensor(v).contiguous() for k, v in moments.items()}
-        temporary = self.folder / "run.safetensors.part"
-        save_file(flat, temporary, metadata={"step": str(self.step), "about": json.dumps(self._about())})
-        os.replace(temporary, self.folder / "run.safetensors")
+        with whole(self.folder / "run.safetensors") as work:
+            save_file(flat, work, metadata={"step": str(self.step), "about": json.dumps(self._about())})
+        self.saved = self.step
 
     def _resume(self) -> None:
         assert self.folder is not None
         path = self.folder / "run.safetensors"
         if not path.exists():
             return
-        with safe_open(path, framework="pt") as file:
-            said = file.metadata()
-        stored, wanted = json.loads(said["about"]), self._about()
+        try:
+            with safe_open(path, framework="pt") as file:
+                said = file.metadata()
+            stored, wanted = json.loads(said["about"]), self._about()
+        except (SafetensorError, KeyError, TypeError, OSError) as error:
+            raise errors.BadFile(
+                f"{path} is no run that can be gone on with: damaged, or another file; move it away, or train into an "
+                "empty folder",
+                path=str(path),
+            ) from error
         changed = [k for k in wanted if k != "settings" and stored[k] != wanted[k]]
         changed += [k for k in wanted["settings"] if stored["settings"].get(k) != wanted["settings"][k]]
         if changed:
@@ -206,7 +217,7 @@ class Trainer:
             index, _, name = key.partition("/")
             moments.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.step = int(said["step"])
+        self.step = self.saved = int(said["step"])
 
 
 def check_scale(model: nn.Module, degradation: Degradation) -> None:

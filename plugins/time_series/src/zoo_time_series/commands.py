@@ -158,7 +158,7 @@ def train_forecaster(
     click.echo(f"best epoch {history.best_epoch} of {len(history.epochs)}; on the test rows, standardised:")
     for who, found in scores.items():
         click.echo(f"  {who:12} MSE {found['mse']:.4f}  MAE {found['mae']:.4f}")
-    click.echo(f"saved to {folder}; try: zoo forecast ./{folder}/model {table}")
+    click.echo(f"saved to {folder}; try: zoo forecast {shared.source(folder / 'model')} {table}")
 
 
 def create(name: str, lag: int | None, horizon: int | None, columns: int, arguments: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ hours, when the weights would be lost. Options are given one by one, so that eac
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,12 @@ def measured(found: Mapping[str, float], *, dataset: str, split: str, command: s
 def said(found: Mapping[str, float]) -> str:
     """Figures in a line."""
     return ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+
+
+def source(folder: Path) -> str:
+    """A folder as commands and ``zoo.load`` take it, for the command that a message proposes."""
+    text = str(folder) if folder.is_absolute() or str(folder).startswith((".", "~")) else f"./{folder}"
+    return shlex.quote(text)
 
 
 def reporter(steps: int, *, quiet: bool = False) -> Callable[[int, float], None]:

@@ -190,4 +190,4 @@ def train_images(
     if as_json:
         output.emit(found | {"images": [len(train), len(rest)], "classes": data.classes, "folder": str(out)})
         return
-    click.echo(f"saved to {out}; try: zoo generate-images ./{out} {'all' if data.classes else 'none'}")
+    click.echo(f"saved to {out}; try: zoo generate-images {training.source(out)} {'all' if data.classes else 'none'}")

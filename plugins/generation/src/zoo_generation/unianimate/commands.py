@@ -148,4 +148,4 @@ def train_animation(
     if as_json:
         output.emit({"steps": steps, "clips": len(clips), "loss": losses[-1], "folder": str(out)})
         return
-    click.echo(f"saved to {out}; try: zoo animate ./{out} person.png poses.npz --out person.gif")
+    click.echo(f"saved to {out}; try: zoo animate {training.source(out)} person.png poses.npz --out person.gif")

@@ -130,7 +130,8 @@ def pretrain_eeg(
     if as_json:
         output.emit({"steps": steps, "channels": len(x), "loss": losses[-1], "folder": str(out)})
         return
-    click.echo(f"saved to {out}; try: zoo train-eeg eegdm_classifier_tuev FOLDER --pretrained ./{out} --out tuned")
+    next_step = f"zoo train-eeg eegdm_classifier_tuev FOLDER --pretrained {training.source(out)} --out tuned"
+    click.echo(f"saved to {out}; try: {next_step}")
 
 
 @click.command()
@@ -228,4 +229,4 @@ def train_eeg(
         output.emit({split: found, "windows": [len(train), len(valid), len(test)]})
         return
     click.echo(f"{len(test)} {split} windows: {training.said(found)}")
-    click.echo(f"saved to {out}; try: zoo classify-eeg ./{out} recording.edf")
+    click.echo(f"saved to {out}; try: zoo classify-eeg {training.source(out)} recording.edf")

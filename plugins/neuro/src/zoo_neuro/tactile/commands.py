@@ -146,7 +146,7 @@ def train_touch(
         output.emit({"test": found, "recordings": [len(recordings), len(valid), len(test)]})
         return
     click.echo(f"{len(test)} test recordings: accuracy {found['accuracy']:.4f}, top-5 {found['top5']:.4f}")
-    click.echo(f"saved to {out}; try: zoo predict ./{out} recording.npz")
+    click.echo(f"saved to {out}; try: zoo predict {training.source(out)} recording.npz")
 
 
 @click.command()
@@ -203,4 +203,4 @@ def pretrain_touch(
     if as_json:
         output.emit({"recordings": len(recordings), "loss": history[-1].loss, "folder": str(out)})
         return
-    click.echo(f"saved to {out}; try: zoo train-touch {name} FOLDER --pretrained ./{out} --out trained")
+    click.echo(f"saved to {out}; try: zoo train-touch {name} FOLDER --pretrained {training.source(out)} --out trained")
