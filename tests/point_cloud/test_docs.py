@@ -59,6 +59,8 @@ def test_snippets_run(index, checkout, capsys):
         assert all(Path(name).stat().st_size > 1000 for name in ("chair_labels.laz", "chair_labels.png"))
     if "occupancy" in names:
         assert Path("sweep.ply").stat().st_size > 1000
+    if "rebuilt" in names:
+        assert all(Path(name).stat().st_size > 1000 for name in ("rebuilt.ply", "rebuilt.png"))
     if "classifier" in names:
         assert len(names["losses"]) == 2
         trunk = names["autoencoder"].trunk.state_dict()
@@ -88,6 +90,6 @@ def test_options_of_the_other_commands(words, checkout):
 
 
 def test_the_page_has_what_is_tested():
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     assert {words[0] for words in COMMANDS} == set(VERBS)
     assert sum("_micro" in words[1] for words in COMMANDS) == 2

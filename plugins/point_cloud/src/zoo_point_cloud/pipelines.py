@@ -19,7 +19,7 @@ from .files import EXTENSIONS, Cloud, read_cloud, write_labels
 from .geometry import farthest_point_sample
 from .pcm import PCM, PCMSegmentation, tiles
 from .pictures import palette, three_views
-from .pointmamba import PointMamba, PointMambaSegmentation
+from .pointmamba import PointMamba, PointMambaMAE, PointMambaSegmentation, PointMambaTrunk
 
 
 def settings_of(model: nn.Module, own: dict[str, Any]) -> dict[str, Any]:
@@ -33,8 +33,9 @@ def settings_of(model: nn.Module, own: dict[str, Any]) -> dict[str, Any]:
 
 def least_points(model: nn.Module) -> int:
     """The fewest points that the model can take."""
-    if isinstance(model, (PointMamba, PointMambaSegmentation)):
-        return max(model.num_groups, model.group_size)
+    trunk = model.trunk if isinstance(model, PointMambaMAE) else model
+    if isinstance(trunk, PointMambaTrunk):
+        return max(trunk.num_groups, trunk.group_size)
     need, encoder = 1, getattr(model, "encoder", None)
     groupers = list(encoder.local_grouper_list) if encoder is not None else []
     for grouper in reversed(groupers):
@@ -88,7 +89,9 @@ def number(value: Any, name: str, kind: type, low: float, high: float, expected:
     return found
 
 
-class _CloudPipeline(Pipeline):
+class CloudPipeline(Pipeline):
+    """What the tasks of single clouds share: files to clouds that the model can take."""
+
     extensions = EXTENSIONS
 
     def __init__(self, model: nn.Module, kinds: tuple[type[nn.Module], ...], invalid: str) -> None:
@@ -119,6 +122,13 @@ class _CloudPipeline(Pipeline):
         if len(cloud) < need:
             raise ValueError(f"the cloud has {len(cloud)} points; {self.name} needs at least {need}")
         return cloud
+
+    def _thinned(self, cloud: Cloud) -> Cloud:
+        """Farthest points, as many as the model was trained on; smaller clouds as they are."""
+        count = int(self.settings.get("points", 0))
+        if not count or len(cloud) <= count:
+            return cloud
+        return cloud.take(farthest_point_sample(torch.from_numpy(cloud.points)[None], count)[0].numpy())
 
     def _to_model(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)  # coordinates stay float32; the models cast what goes into their layers
@@ -153,7 +163,7 @@ class CloudLabels(Result):
         return three_views(self.cloud.points, shown, title=title)
 
 
-class CloudClassification(_CloudPipeline):
+class CloudClassification(CloudPipeline):
     """Point-cloud files to their likeliest classes. ``top_k`` classes are reported; ``invalid``: points with NaN or
     infinite coordinates are an "error", or are left out ("drop").
 
@@ -168,11 +178,7 @@ class CloudClassification(_CloudPipeline):
         self.top_k = number(top_k, "top_k", int, 1, inf, "a whole number, 1 or more")
 
     def prepare(self, sample: Cloud) -> Any:
-        count = int(self.settings.get("points", 0))
-        if count and len(sample) > count:
-            index = farthest_point_sample(torch.from_numpy(sample.points)[None], count)[0].numpy()
-            sample = sample.take(index)
-        pos, x = prepare_cloud(sample, self.settings)
+        pos, x = prepare_cloud(self._thinned(sample), self.settings)
         if isinstance(self.model, PointMamba):
             return pos
         return {"pos": pos} if x is None else {"pos": pos, "x": x}
@@ -227,7 +233,7 @@ class _Thinned:
     kept: np.ndarray
 
 
-class CloudSegmentation(_CloudPipeline):
+class CloudSegmentation(CloudPipeline):
     """Point-cloud files to a label for every point.
 
     ``shape``: the kind of object, for models of object parts that need it ("chair", or its number). Rooms are thinned

@@ -27,6 +27,7 @@ def zoo_adapters() -> Mapping[str, str]:
 def zoo_pipelines() -> Mapping[str, str]:
     return {
         "point-cloud-classification": "zoo_point_cloud.pipelines:CloudClassification",
+        "point-cloud-pretraining": "zoo_point_cloud.rebuilding:CloudRebuilding",
         "point-cloud-segmentation": "zoo_point_cloud.pipelines:CloudSegmentation",
         "occupancy-prediction": "zoo_point_cloud.occupancy_pipeline:OccupancyPrediction",
     }

@@ -327,14 +327,18 @@ class PointMambaMAE(nn.Module):
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
 
-    def draw_mask(self, centres: Tensor) -> Tensor:
-        """centres (B, G, 3) in sequence order: (B, G) bool, True = hidden."""
+    def draw_mask(
+        self, centres: Tensor, ratio: float | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """centres (B, G, 3) in sequence order: (B, G) bool, True = hidden. ratio: another than the model's; generator:
+        where chance comes from, in place of torch's own."""
         batch, groups, _ = centres.shape
-        count = int(self.mask_ratio * groups)
+        count = int((self.mask_ratio if ratio is None else ratio) * groups)
+        drawn = {"generator": generator, "device": centres.device if generator is None else generator.device}
         if self.mask_type == "rand":
-            score = torch.rand(batch, groups, device=centres.device)
+            score = torch.rand(batch, groups, **drawn).to(centres.device)  # type: ignore[arg-type]
         else:
-            seed = torch.randint(groups, (batch, 1), device=centres.device)
+            seed = torch.randint(groups, (batch, 1), **drawn).to(centres.device)  # type: ignore[call-overload]
             score = squared_distances(gather(centres, seed).float(), centres.float())[:, 0]
         hidden = score.argsort(dim=1, stable=True)[:, :count]
         return torch.zeros(batch, groups, dtype=torch.bool, device=centres.device).scatter_(1, hidden, True)
