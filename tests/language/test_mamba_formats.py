@@ -154,3 +154,13 @@ def test_minimal_ssd_goes_on_from_states():
     second = adapter.run(model, rest | {"initial_states": first["final_state"][:, None]})
     torch.testing.assert_close(torch.cat([first["Y"], second["Y"]], dim=1), whole["Y"])
     torch.testing.assert_close(second["final_state"], whole["final_state"])
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_the_key_table_follows_from_the_keys_alone(kind):
+    build, arguments, _ = MIXERS[kind]
+    state = build(**arguments).state_dict()
+    model = read(
+        "mamba", {("embed_dim" if kind == "MHA" and k == "d_model" else k): v for k, v in arguments.items()}, state
+    )
+    assert zoo.reference("mamba").rules(state).to_zoo(state).keys() == model.state_dict().keys()

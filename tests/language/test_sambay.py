@@ -109,3 +109,18 @@ def test_an_mlp_memory_replaces_the_scan_that_is_kept_before(ids):
     assert [k for k in found if k.startswith("mid/gmu_memory")] == ["mid/gmu_memory4", "mid/gmu_memory5"]
     assert model.layers[4].memory is None
     torch.testing.assert_close(found["logits"], model(ids))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("source", ["scan", "attention"])
+def test_the_key_table_follows_from_the_keys_alone(source, tied):
+    model = build(gmu_source=source, tied=tied, rnn_type="mamba2", n_layer=12)
+    adapter = zoo.reference("sambay")
+    ours = model.state_dict()
+    theirs = adapter.to_reference(ours, model=model)
+    assert "transformer.h.8.attn.gmu.norm.weight" in theirs
+    assert "transformer.h.6.attn.in_proj.weight" in theirs
+    assert adapter.rules(theirs).to_zoo(theirs).keys() == ours.keys()
+    assert adapter.rules(ours).to_reference(ours).keys() == theirs.keys()
+    with pytest.raises(ValueError, match="model="):
+        adapter.rules({"model.embed_tokens.weight": torch.zeros(1)})

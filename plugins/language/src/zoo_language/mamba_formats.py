@@ -126,8 +126,12 @@ class MambaAdapter(ReferenceAdapter):
         model.hf_format = hf
         return self.load(model, state)
 
+    def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return hf_arguments_of(config) if "hidden_size" in config else arguments_of(config)
+
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
-        if isinstance(model, BareMixer):
+        bare = not any(k.startswith(("backbone.", "embedding.", "layers.")) for k in state)
+        if isinstance(model, BareMixer) or (model is None and bare):
             return Rules(Rename("{rest:*}", "mixer.{rest:*}"))
         tied = model.lm_head is None if isinstance(model, MambaLM) else "lm_head.weight" not in state
         if "backbone.embeddings.weight" in state or getattr(model, "hf_format", False):

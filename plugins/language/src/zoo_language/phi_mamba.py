@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo_kernels import causal_conv1d, causal_conv1d_step, linear_attention
+from zoo_kernels import causal_conv1d, causal_conv1d_step, linear_attention, linear_attention_step
 
 from ._base import CausalLM
 from .attention import Cache, attend, rotary
@@ -115,13 +115,8 @@ class DiscreteMamba2(nn.Module):
             xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, state=state["conv"], activation=self.activation
         )
         x, B, C = self._parts(xBC)
-        y, ssm = linear_attention(
-            C[:, None], B[:, None], x[:, None], -F.softplus(a.float())[:, None],
-            initial_state=state["ssm"], return_final_state=True,
-        )  # fmt: skip
-        assert isinstance(ssm, Tensor)
-        state["ssm"].copy_(ssm)
-        return self._gate(y[:, 0], x, z)
+        y = linear_attention_step(C, B, x, -F.softplus(a.float()), state=state["ssm"])
+        return self._gate(y, x, z)
 
     def mixing_matrix(self, u: Tensor) -> Tensor:
         """The matrix that the mixer applies along the sequence, (batch, heads, length, length): MOHAWK's student side.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -103,22 +104,33 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def archscale_rules(model: SambaY) -> Rules:
-    tie = [Tied("lm_head.weight", "transformer.wte.weight")] if model.lm_head is None else []
-    head = [Rename("lm_head.weight", "embedding.weight")] if model.lm_head is None else []
+def archscale_rules(units: Iterable[int], tied: bool) -> Rules:
+    """The training code's keys; ``units``: the layers that are GMUs."""
+    tie = [Tied("lm_head.weight", "transformer.wte.weight"), Rename("lm_head.weight", "embedding.weight")]
     return Rules(
-        *tie,
-        *head,
+        *(tie if tied else []),
         Rename("transformer.wte.weight", "embedding.weight"),
         Rename("transformer.ln_f.{p}", "norm_f.{p}"),
-        *(
-            Rename(f"transformer.h.{i}.attn.gmu.{{rest:*}}", f"layers.{i}.mixer.{{rest:*}}")
-            for i, layer in enumerate(model.layers)
-            if layer.role == "gmu"
-        ),
+        *(Rename(f"transformer.h.{i}.attn.gmu.{{rest:*}}", f"layers.{i}.mixer.{{rest:*}}") for i in units),
         Rename("transformer.h.{i:d}.attn.{rest:*}", "layers.{i:d}.mixer.{rest:*}"),
         Rename("transformer.h.{i:d}.{rest:*}", "layers.{i:d}.{rest:*}"),
     )
+
+
+def _shown(state: Mapping[str, Tensor]) -> tuple[list[int], bool]:
+    """What the keys of a state dict, ours or the training code's, show: which layers are GMUs, whether heads are tied.
+
+    A GMU has the projections of a Mamba layer and no scan between them.
+    """
+    theirs, ours = (
+        re.compile(r"transformer\.h\.(\d+)\.attn\.gmu\."),
+        re.compile(r"layers\.(\d+)\.mixer\.in_proj\.weight"),
+    )
+    found = {int(m[1]) for k in state if (m := theirs.match(k))}
+    found |= {int(m[1]) for k in state if (m := ours.fullmatch(k)) and f"layers.{m[1]}.mixer.A_log" not in state}
+    head, words = state.get("lm_head.weight"), state.get("transformer.wte.weight")
+    same = head is not None and words is not None and head.device.type != "meta" and torch.equal(head, words)
+    return sorted(found), head is None or same
 
 
 def phi4_rules(model: SambaY) -> Rules:
@@ -185,10 +197,19 @@ class SambaYAdapter(ReferenceAdapter):
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
         return self.load(SambaY(**arguments_of(config)), state)
 
+    def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return arguments_of(config)
+
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
-        if not isinstance(model, SambaY):
-            raise ValueError("the key table of sambay depends on the layers: give model=")
-        return phi4_rules(model) if any(k.startswith("model.") for k in state) else archscale_rules(model)
+        hub = any(k.startswith("model.") for k in state)
+        if isinstance(model, SambaY):
+            units = [i for i, layer in enumerate(model.layers) if layer.role == "gmu"]
+            return phi4_rules(model) if hub else archscale_rules(units, model.lm_head is None)
+        if hub:
+            raise ValueError(
+                "the released Phi-4-mini-flash joins q, k and v; where to cut them, the model says: model="
+            )
+        return archscale_rules(*_shown(state))
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
         assert isinstance(model, SambaY)
