@@ -7,7 +7,7 @@ import torch
 import zoo
 from zoo_network.data import FlowSet
 from zoo_network.flows import to_tensor
-from zoo_network.netmamba import NetMamba, NetMambaPretrain
+from zoo_network.netmamba import NetMamba, NetMambaPretrain, TwoWayMamba
 from zoo_network.training import FlowLoss, finetune, groups, predict, pretrain, resized_positions, scores, start_from
 
 SMALL = {"byte_length": 80, "embed_dim": 16, "depth": 2, "drop_path_rate": 0.0}
@@ -62,7 +62,11 @@ def test_normalised_targets():
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="byte_length 80 does not divide into strides of 3"):
-        NetMamba(byte_length=80, stride_size=3)
+        NetMambaPretrain(byte_length=80, stride_size=3)
+    with pytest.raises(ValueError, match="stride_size is 81; expected 1 to byte_length 80"):
+        NetMamba(byte_length=80, stride_size=81)
+    with pytest.raises(ValueError, match="bimamba_type is 'v3'; expected 'none', 'v1' or 'v2'"):
+        NetMamba(**SMALL, bimamba_type="v3")
     with pytest.raises(ValueError, match=r"flows have shape \(2, 81\).*80 bytes a flow"):
         NetMamba(**SMALL)(torch.zeros(2, 81))
     model = NetMambaPretrain(**SMALL)
@@ -76,12 +80,56 @@ def test_adapter_refuses_what_the_original_has_not():
     adapter = zoo.reference("netmamba")
     for config, message in (
         ({"in_chans": 3}, "in_chans is 3"),
-        ({"bimamba_type": "v2"}, "unidirectional"),
         ({"heads": 4}, "no argument 'heads'"),
     ):
         with pytest.raises(ValueError, match=message):
             adapter.arguments(config)
     assert adapter.arguments({"img_size": 40, "if_devide_out": True})["byte_length"] == 1600
+
+
+def test_the_form_follows_from_the_keys():
+    adapter = zoo.reference("netmamba")
+    made = NetMambaPretrain(**SMALL, decoder_embed_dim=8, decoder_depth=1)
+    config = {**SMALL, "num_classes": 3, "decoder_embed_dim": 8, "decoder_depth": 1}
+    assert isinstance(adapter.build(config, made.state_dict()), NetMambaPretrain)
+    assert isinstance(adapter.build(config, NetMamba(**SMALL, num_classes=3).state_dict()), NetMamba)
+
+
+def test_bytes_that_fill_no_stride_are_not_read():
+    model = NetMamba(**{**SMALL, "byte_length": 82}, num_classes=3).eval()
+    assert model.num_patches == 20
+    x = torch.rand(2, 82)
+    expected = model.patch_embed.proj(x[:, None]).transpose(1, 2)
+    torch.testing.assert_close(model.patch_embed(x), expected)
+    assert model(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_two_way_mixers(kind):
+    """Turned round, with the directions' weights exchanged, the output turns round."""
+    torch.manual_seed(0)
+    mixer = TwoWayMamba(16, kind).double()
+    own = {"A_log": "A_b_log"}
+    if kind == "v2":
+        own |= {n: n.replace(".", "_b.", 1) if "." in n else f"{n}_b" for n, _ in mixer.named_parameters()
+                if n.startswith(("conv1d.", "x_proj.", "dt_proj.")) or n == "D"}  # fmt: skip
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        if kind == "v1":  # the convolution is causal in both directions: leave it out
+            mixer.conv1d.weight[..., :-1] = 0
+    other = TwoWayMamba(16, kind).double()
+    state = mixer.state_dict()
+    swapped = {**state, **{a: state[b] for a, b in own.items()}, **{b: state[a] for a, b in own.items()}}
+    other.load_state_dict(swapped)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    torch.testing.assert_close(mixer(x).flip(1), other(x.flip(1)))
+    assert not torch.allclose(mixer(x)[:, :4], mixer(x[:, :4]))
+    with pytest.raises(ValueError, match="cannot step"):
+        mixer.init_state(1)
+    model = NetMambaPretrain(**SMALL, decoder_embed_dim=8, decoder_depth=1, bimamba_type=kind)
+    model(torch.rand(2, 80))["loss"].backward()
+    assert model.cls_token.grad is not None
 
 
 def test_pretraining_learns_and_gives_a_start():

@@ -9,6 +9,7 @@ is read, the class token's (the same numbers).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from zoo.layers import Linear, Mamba, RMSNorm
 from zoo.layers.vss import DropPath
+from zoo_kernels import causal_conv1d, selective_scan
 
 EPS = 1e-5
 
@@ -41,10 +43,10 @@ class StrideEmbed(nn.Module):
 class Block(nn.Module):
     """Add, norm, mixer: ``residual += hidden; hidden = mixer(norm(residual))``; the first block has no residual yet."""
 
-    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
+    def __init__(self, dim: int, drop_path: float = 0.0, bimamba_type: str = "none") -> None:
         super().__init__()
         self.norm = RMSNorm(dim, eps=EPS)
-        self.mixer = Mamba(dim)
+        self.mixer = Mamba(dim) if bimamba_type == "none" else TwoWayMamba(dim, bimamba_type)
         self.drop_path = DropPath(drop_path)
 
     def add(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
@@ -62,23 +64,71 @@ class Block(nn.Module):
         return self.mixer.out_proj(y[:, -1] * F.silu(z[:, -1])), residual[:, -1]
 
 
-def _blocks(dim: int, depth: int, drop_path: float) -> nn.ModuleList:
+class TwoWayMamba(Mamba):
+    """The mixer that also scans from the end: ``out_proj((scan(x) + scan_b(x)) silu(z))``, both including the present.
+
+    ``kind`` "v1": the second scan has its own A alone (``A_b_log``) and reads what the first one's convolution made;
+    "v2": all of its own (``conv1d_b``, ``x_proj_b``, ``dt_proj_b``, ``A_b_log``, ``D_b``), and the mean is taken.
+    Source: the Mamba that wangtz19/NetMamba vendors (``bimamba_type``, with ``if_devide_out``), which is Vim's.
+    """
+
+    def __init__(self, dim: int, kind: str) -> None:
+        super().__init__(dim)
+        if kind not in ("v1", "v2"):
+            raise ValueError(f"bimamba_type is {kind!r}; expected 'none', 'v1' or 'v2'")
+        self.kind = kind
+        self.A_b_log = nn.Parameter(self.A_log.detach().clone())
+        if kind == "v2":
+            other = Mamba(dim)
+            self.conv1d_b, self.x_proj_b, self.dt_proj_b = other.conv1d, other.x_proj, other.dt_proj
+            self.D_b = other.D
+
+    def mix(self, u: Tensor, *, gate: bool = True, **walk: Any) -> tuple[Tensor, Tensor]:
+        if any(value is not None and value is not False for value in walk.values()):
+            raise ValueError("a mixer of two directions has no state and takes no other order than its own")
+        x, z = self.in_proj(u).chunk(2, dim=-1)
+        seen = self._convolved(x, self.conv1d)
+        y = self._scan(seen, self.x_proj, self.dt_proj, self.A_log, self.D)
+        if self.kind == "v1":
+            y = y + self._scan(seen, self.x_proj, self.dt_proj, self.A_b_log, self.D, reverse=True)
+        else:
+            seen = self._convolved(x, self.conv1d_b, reverse=True)
+            y = (y + self._scan(seen, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)) / 2
+        return y * F.silu(z) if gate else y, z
+
+    @staticmethod
+    def _convolved(x: Tensor, conv: nn.Conv1d, reverse: bool = False) -> Tensor:
+        return causal_conv1d(x, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse)[0]
+
+    def _scan(
+        self, x: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor, reverse: bool = False
+    ) -> Tensor:
+        dt, B, C = x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        A, bias = -torch.exp(A_log.float()), dt_proj.bias.float()
+        return selective_scan(
+            x, dt, A, B, C, D.float(), None, bias, dt_proj=dt_proj.weight, dt_softplus=True, reverse=reverse
+        )[0]
+
+    def init_state(self, batch: int, *, device=None, dtype=None) -> dict[str, Tensor]:
+        raise ValueError("a mixer of two directions cannot step; it has no state")
+
+
+def _blocks(dim: int, depth: int, drop_path: float, bimamba_type: str) -> nn.ModuleList:
     """Drop path of block i: 0, 0, then rising; the list is one place behind the usual one, as in the original."""
     rates = [0.0, *torch.linspace(0, drop_path, depth, device="cpu").tolist()]
-    return nn.ModuleList(Block(dim, rates[i]) for i in range(depth))
+    return nn.ModuleList(Block(dim, rates[i], bimamba_type) for i in range(depth))
 
 
 class _Encoder(nn.Module):
     """Strides, positions, the class token at the END (a causal model sees everything there), blocks, last norm."""
 
     def __init__(
-        self, byte_length: int, stride_size: int, embed_dim: int, depth: int, drop_rate: float, drop_path_rate: float
-    ) -> None:
+        self, byte_length: int, stride_size: int, embed_dim: int, depth: int, drop_rate: float, drop_path_rate: float,
+        bimamba_type: str,
+    ) -> None:  # fmt: skip
         super().__init__()
-        if stride_size < 1 or byte_length < 1 or byte_length % stride_size:
-            raise ValueError(
-                f"byte_length {byte_length} does not divide into strides of {stride_size} bytes; give a multiple"
-            )
+        if not 1 <= stride_size <= byte_length:
+            raise ValueError(f"stride_size is {stride_size}; expected 1 to byte_length {byte_length}")
         if depth < 1:
             raise ValueError(f"depth is {depth}; expected 1 or more blocks")
         self.byte_length, self.stride_size, self.depth = byte_length, stride_size, depth
@@ -88,7 +138,7 @@ class _Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches + 1, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
-        self.blocks = _blocks(embed_dim, depth, drop_path_rate)
+        self.blocks = _blocks(embed_dim, depth, drop_path_rate, bimamba_type)
         self.norm_f = RMSNorm(embed_dim, eps=EPS)
         self.drop_path = DropPath(drop_path_rate)
         std = stride_size**-0.5 / 0.87962566  # LeCun's normal, cut off at two deviations
@@ -127,7 +177,7 @@ class NetMamba(_Encoder):
     """A flow's class from its bytes: strides, ``depth`` Mamba blocks, a linear head on the class token.
 
     Arguments: ``byte_length`` of a flow, ``stride_size`` bytes a token, ``embed_dim`` D, ``depth``, ``num_classes``
-    (0: no head), ``drop_rate``, ``drop_path_rate``.
+    (0: no head), ``drop_rate``, ``drop_path_rate``, ``bimamba_type`` ("none"; "v1", "v2": :class:`TwoWayMamba`).
     forward: (batch, 1, H, W) or (batch, bytes), bytes scaled to [-1, 1] (:func:`zoo_network.flows.to_tensor`), to
     (batch, num_classes) logits, or (batch, D) features without a head. Raises ValueError for another number of bytes.
     Source: arXiv 2405.11449, section IV; wangtz19/NetMamba ``src/models_net_mamba.py``.
@@ -142,8 +192,9 @@ class NetMamba(_Encoder):
         num_classes: int = 1000,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
+        bimamba_type: str = "none",
     ) -> None:
-        super().__init__(byte_length, stride_size, embed_dim, depth, drop_rate, drop_path_rate)
+        super().__init__(byte_length, stride_size, embed_dim, depth, drop_rate, drop_path_rate, bimamba_type)
         self._scale_out_proj()
         self.head: nn.Module
         self.reset_classifier(num_classes)
@@ -180,11 +231,8 @@ class NetMambaPretrain(_Encoder):
     strides), ``pred`` (batch, strides, stride) and ``mask`` (batch, strides), 1 where hidden.
 
     Visible tokens stay in the order of the noise, not of the flow, as in the original. The class token stands last in
-    a causal model and its prediction is dropped, so it gets no gradient here.
+    a causal model and its prediction is dropped, so it gets no gradient here (``bimamba_type`` "none").
     """
-
-    #: The loss does not depend on it (see above).
-    unused_parameters = ("cls_token",)
 
     def __init__(
         self,
@@ -197,13 +245,21 @@ class NetMambaPretrain(_Encoder):
         norm_pix_loss: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
+        bimamba_type: str = "none",
     ) -> None:
-        super().__init__(byte_length, stride_size, embed_dim, depth, drop_rate, drop_path_rate)
+        super().__init__(byte_length, stride_size, embed_dim, depth, drop_rate, drop_path_rate, bimamba_type)
+        if byte_length % stride_size:
+            raise ValueError(
+                f"byte_length {byte_length} does not divide into strides of {stride_size} bytes, all of which are to "
+                "be rebuilt; give a multiple"
+            )
         self.norm_pix_loss = norm_pix_loss
+        # Where no token sees a later one, the class token, which stands last and is not rebuilt, reaches no loss.
+        self.unused_parameters = ("cls_token",) if bimamba_type == "none" else ()
         self.decoder_embed = Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, self.num_patches + 1, decoder_embed_dim))
-        self.decoder_blocks = _blocks(decoder_embed_dim, decoder_depth, drop_path_rate)
+        self.decoder_blocks = _blocks(decoder_embed_dim, decoder_depth, drop_path_rate, bimamba_type)
         self.decoder_norm_f = RMSNorm(decoder_embed_dim, eps=EPS)
         self.decoder_pred = Linear(decoder_embed_dim, stride_size)
         nn.init.trunc_normal_(self.decoder_pos_embed, std=0.02)

@@ -16,11 +16,11 @@ from .flows import FlowBytes
 from .netmamba import NetMamba, NetMambaPretrain
 
 #: The original's constructor arguments that are ours by the same name, for both forms.
-_SAME = ("byte_length", "stride_size", "embed_dim", "depth", "drop_rate", "drop_path_rate")
+_SAME = ("byte_length", "stride_size", "embed_dim", "depth", "drop_rate", "drop_path_rate", "bimamba_type")
 _DECODER = ("decoder_embed_dim", "decoder_depth", "norm_pix_loss")
-#: Arguments without effect: the mixer is unidirectional (bimamba_type "none"), which leaves if_devide_out unread.
+#: Arguments that the constructor takes and leaves unread; its blocks are built with values of its own.
 _INERT = {"if_devide_out", "init_layer_scale", "device", "dtype"}
-_KNOWN = {*_SAME, *_DECODER, *_INERT, "in_chans", "num_classes", "is_pretrain", "bimamba_type", "img_size"}
+_KNOWN = {*_SAME, *_DECODER, *_INERT, "in_chans", "num_classes", "is_pretrain", "img_size"}
 #: Arguments of the original's preprocessing.
 _PREPROCESSING = {
     "flow_packet_num": "packets",
@@ -71,9 +71,7 @@ class NetMambaAdapter(ReferenceAdapter):
             raise ValueError(f"netmamba has no argument {', '.join(map(repr, unknown))}; known: {sorted(_KNOWN)}")
         if config.get("in_chans", 1) != 1:
             raise ValueError(f"in_chans is {config['in_chans']}; the original takes flows of one channel, in_chans=1")
-        if config.get("bimamba_type", "none") not in ("none", None):
-            raise ValueError(f"bimamba_type is {config['bimamba_type']!r}; NetMamba is unidirectional, 'none'")
-        found = {k: config[k] for k in _SAME if k in config}
+        found = {k: config[k] for k in _SAME if config.get(k) is not None}
         if "img_size" in config:  # the name in earlier versions: the side of the square that a flow is stored as
             found.setdefault("byte_length", config["img_size"] ** 2)
         if config.get("is_pretrain"):

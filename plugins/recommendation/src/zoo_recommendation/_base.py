@@ -112,9 +112,23 @@ def init_normal(module: nn.Module, std: float = 0.02) -> None:
         nn.init.zeros_(module.bias)
 
 
-def take(config: Mapping[str, Any], names: Mapping[str, str], ignored: frozenset[str], system: str) -> dict[str, Any]:
-    """The original's configuration under our argument names; an unknown key is an error that names it."""
-    unknown = sorted(set(config) - set(names) - ignored)
+#: What the originals' configuration files hold beside the model: RecBole's data, training and evaluation.
+RUN_KEYS = frozenset(
+    {
+        "gpu_id", "log_wandb", "reproducibility", "seed", "state", "show_progress", "dataset", "USER_ID_FIELD",
+        "ITEM_ID_FIELD", "TIME_FIELD", "load_col", "user_inter_num_interval", "item_inter_num_interval", "epochs",
+        "train_batch_size", "learner", "learning_rate", "weight_decay", "eval_step", "stopping_step",
+        "train_neg_sample_args", "train_from_scratch", "checkpoint_path", "eval_args", "metrics", "valid_metric",
+        "eval_batch_size", "topk",
+    }
+)  # fmt: skip
+
+
+def take(config: Mapping[str, Any], names: Mapping[str, str], system: str) -> dict[str, Any]:
+    """The original's configuration under our argument names, without what is not of the model (:data:`RUN_KEYS`) and
+    what is None (RecBole's value of a key that is not set); an unknown key is an error that names it."""
+    config = {key: value for key, value in config.items() if key not in RUN_KEYS and value is not None}
+    unknown = sorted(set(config) - set(names))
     if unknown:
         raise ValueError(f"{system} has no configuration key {', '.join(map(repr, unknown))}; known: {sorted(names)}")
     return {names[key]: value for key, value in config.items() if key in names}

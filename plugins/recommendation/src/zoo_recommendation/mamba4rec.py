@@ -141,7 +141,7 @@ class Mamba4RecAdapter(ReferenceAdapter):
     system = "mamba4rec"
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
-        return self.load(Mamba4Rec(**take(config, CONFIG, frozenset(), self.system)), state)
+        return self.load(Mamba4Rec(**take(config, CONFIG, self.system)), state)
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
         assert isinstance(model, Mamba4Rec)

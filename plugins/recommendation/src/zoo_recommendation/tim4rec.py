@@ -295,8 +295,13 @@ class TiM4RecAdapter(ReferenceAdapter):
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
         if "core" in config:  # a file of the data protocol, no model
             return ProtocolReplay(config)
-        arguments = take(config, CONFIG, frozenset(), self.system)
+        arguments = take(config, CONFIG, self.system)
+        # A switch that the configuration does not set is off in RecBole; a state dict shows it.
         arguments.setdefault("time", "layer_norm_time.weight" in state)
+        arguments.setdefault("feed_forward", any(".ffn." in key for key in state))
+        arguments["loss_type"] = "CE"  # the original has this loss whatever the configuration says
+        if "norm_eps" in arguments:
+            arguments["norm_eps"] = float(arguments["norm_eps"])  # plain YAML reads 1e-12 as a string
         return self.load(TiM4Rec(**arguments), state)
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
