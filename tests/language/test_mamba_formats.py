@@ -164,3 +164,35 @@ def test_the_key_table_follows_from_the_keys_alone(kind):
         "mamba", {("embed_dim" if kind == "MHA" and k == "d_model" else k): v for k, v in arguments.items()}, state
     )
     assert zoo.reference("mamba").rules(state).to_zoo(state).keys() == model.state_dict().keys()
+
+
+# -- transformers' format ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.05, 0.4)])
+def test_transformers_mamba2_gives_its_numbers(limit):
+    transformers = pytest.importorskip("transformers")
+    config = {
+        "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 4, "state_size": 8,
+        "n_groups": 2, "conv_kernel": 3, "chunk_size": 4, "use_bias": True, "layer_norm_epsilon": 1e-3,
+        "time_step_limit": limit,
+    }  # fmt: skip
+    torch.manual_seed(5)
+    peer = shaken(transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**config)))
+    model = read("mamba2", config, peer.state_dict())
+    ids = torch.randint(3, 40, (2, 11), generator=torch.Generator().manual_seed(6))
+    call = {"generated": "greedy generate from the first 4 tokens to total length 12"}
+    with torch.no_grad():
+        found = zoo.reference("mamba2").run(model, {"input_ids": ids}, call=call)
+        torch.testing.assert_close(found["logits"], peer(ids).logits, rtol=1e-4, atol=1e-4)
+        peer.generation_config.eos_token_id = None
+        expected = peer.generate(ids[:, :4], max_length=12, do_sample=False, pad_token_id=1)
+    assert torch.equal(found["generated"], expected)
+    assert published(model).keys() == peer.state_dict().keys()
+    arguments = zoo.reference("mamba2").arguments(config | {"model_type": "mamba2"})
+    assert (arguments["layer"], arguments["ssm"]["ngroups"], arguments["tie_embeddings"]) == ("Mamba2", 2, False)
+
+
+def test_transformers_mamba2_heads_must_fill_the_width():
+    with pytest.raises(ValueError, match="num_heads 3 times head_dim 4 is not expand times hidden_size 16"):
+        zoo.reference("mamba2").arguments({"model_type": "mamba2", "hidden_size": 16, "num_heads": 3, "head_dim": 4})

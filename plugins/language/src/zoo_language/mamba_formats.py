@@ -1,7 +1,7 @@
-"""The formats that Mamba 1 to 3 and their hybrids are published in: the authors' and, for Mamba, transformers'.
+"""The formats that Mamba 1 to 3 and their hybrids are published in: the authors', and transformers' of Mamba 1 and 2.
 
 Originals: state-spaces/mamba @ e9594ce (``models/mixer_seq_simple.py`` and the mixers of ``modules/``), transformers'
-``MambaForCausalLM``.
+``MambaForCausalLM`` and ``Mamba2ForCausalLM``.
 """
 
 from __future__ import annotations
@@ -83,35 +83,47 @@ def _mixer_arguments(layer: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ignored}
 
 
-def hf_arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """MambaLM's arguments from a transformers MambaConfig (stale keys such as d_model are ignored, as there).
+def hf_arguments_of(config: Mapping[str, Any], *, second: bool = False) -> dict[str, Any]:
+    """MambaLM's arguments from a transformers MambaConfig, or with ``second`` from a Mamba2Config.
 
-    Raises ValueError for an activation other than SiLU, which no checkpoint has.
+    Stale keys such as d_model are ignored, as there. Raises ValueError for an activation other than SiLU, which no
+    checkpoint has.
     """
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ValueError(f"mamba: hidden_act is {activation!r}; only 'silu' is built, as every checkpoint has it")
+    eps = config.get("layer_norm_epsilon", 1e-5)
+    width = config.get("hidden_size", 4096 if second else 768)
+    ssm = {
+        "d_state": config.get("state_size", 128 if second else 16),
+        "d_conv": config.get("conv_kernel", 4),
+        "expand": config.get("expand", 2),
+        "bias": config.get("use_bias", False),
+        "conv_bias": config.get("use_conv_bias", True),
+    }
+    if second:
+        heads, size = config.get("num_heads", 128), config.get("head_dim", 64)
+        if heads * size != ssm["expand"] * width:
+            raise ValueError(f"mamba2: num_heads {heads} times head_dim {size} is not expand times hidden_size {width}")
+        limit = tuple(float(v) for v in config.get("time_step_limit", (0.0, "inf")))
+        ssm |= {"headdim": size, "ngroups": config.get("n_groups", 8), "dt_limit": limit, "norm_eps": eps}
+    else:
+        ssm["dt_rank"] = config.get("time_step_rank", "auto")
     return {
-        "d_model": config.get("hidden_size", 768),
-        "n_layer": config.get("num_hidden_layers", 32),
-        "vocab_size": config.get("vocab_size", 50280),
-        "ssm": {
-            "d_state": config.get("state_size", 16),
-            "d_conv": config.get("conv_kernel", 4),
-            "expand": config.get("expand", 2),
-            "dt_rank": config.get("time_step_rank", "auto"),
-            "bias": config.get("use_bias", False),
-            "conv_bias": config.get("use_conv_bias", True),
-        },
-        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "d_model": width,
+        "n_layer": config.get("num_hidden_layers", 64 if second else 32),
+        "vocab_size": config.get("vocab_size", 32768 if second else 50280),
+        "layer": "Mamba2" if second else "Mamba1",
+        "ssm": ssm,
+        "norm_eps": eps,
         "residual_in_fp32": config.get("residual_in_fp32", True),
         "pad_vocab_size_multiple": 1,
-        "tie_embeddings": config.get("tie_word_embeddings", True),
+        "tie_embeddings": config.get("tie_word_embeddings", not second),
     }
 
 
 class MambaAdapter(ReferenceAdapter):
-    """Reads state-spaces/mamba (language models and single mixers) and transformers' Mamba checkpoints."""
+    """Reads state-spaces/mamba (language models and single mixers) and transformers' Mamba and Mamba-2 checkpoints."""
 
     system = "mamba"
 
@@ -122,12 +134,15 @@ class MambaAdapter(ReferenceAdapter):
         if not any(k.startswith("backbone.") for k in state):
             return self.load(_bare_mixer(config, kind, state), state)
         hf = "backbone.embeddings.weight" in state
-        model = MambaLM(**(hf_arguments_of(config) if hf else arguments_of(config)))
+        second = any(k.endswith("mixer.dt_bias") for k in state)
+        model = MambaLM(**(hf_arguments_of(config, second=second) if hf else arguments_of(config)))
         model.hf_format = hf
         return self.load(model, state)
 
     def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return hf_arguments_of(config) if "hidden_size" in config else arguments_of(config)
+        if "hidden_size" not in config:
+            return arguments_of(config)
+        return hf_arguments_of(config, second=config.get("model_type") == "mamba2")
 
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
         bare = not any(k.startswith(("backbone.", "embedding.", "layers.")) for k in state)
