@@ -95,6 +95,30 @@ def test_a_checkpoint_of_parallel_training_loads():
         torch.testing.assert_close(model(golden.inputs["image"]), golden.outputs["logits"], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("stem", ["vim__midclstok_v2", "mambaout__original", "mambaout__timm_plus_rw"])
+def test_parallel_training_hides_neither_class_nor_format(stem):
+    golden = read_golden(TESTS / f"golden/{stem}.safetensors")
+    adapter = zoo.reference(golden.system)
+    model = adapter.build(golden.config, {"module." + k: v for k, v in golden.state.items()})
+    found = adapter.run(model, golden.inputs)
+    for name, expected in golden.outputs.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("stem", "prefix"), [("vim__seg_backbone", "backbone."), ("vim__det_backbone", "backbone.net.")]
+)
+def test_vims_backbone_is_found_in_a_segmentor_and_a_detector(stem, prefix):
+    golden = read_golden(TESTS / f"golden/{stem}.safetensors")
+    adapter = zoo.reference("vim")
+    heads = {"decode_head.conv.weight": torch.zeros(1), "backbone.simfp_2.0.weight": torch.zeros(1)}
+    whole = {prefix + k: v for k, v in golden.state.items()}
+    whole |= heads if prefix != "backbone." else {"decode_head.conv.weight": torch.zeros(1)}
+    model = adapter.build(golden.config, whole, source=golden.source)
+    name = next(iter(golden.outputs))
+    torch.testing.assert_close(adapter.run(model, golden.inputs)[name], golden.outputs[name], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("stem", ["vim__midclstok_v2", "efficientvim__plain", "mambavision__tiny_flavour"])
 def test_a_users_checkpoint_in_the_originals_format_loads(stem, tmp_path):
     """As the originals' scripts write it, arguments and all; EfficientViM's keys are ours, its shapes are not."""

@@ -56,6 +56,9 @@ def test_legacy_names_and_segmentor_checkpoints_load():
     model = adapter.build(golden.config, old, source=golden.source)
     torch.testing.assert_close(model(golden.inputs["image"]), golden.outputs["logits"], rtol=1e-4, atol=1e-4)
 
+    parallel = adapter.build(golden.config, {f"module.{k}": v for k, v in old.items()}, source=golden.source)
+    assert torch.equal(parallel(golden.inputs["image"]), model(golden.inputs["image"]))
+
     golden = read_golden(TESTS / "golden/vmamba__backbone_ln2d.safetensors")
     whole = {f"backbone.{k}": v for k, v in golden.state.items()} | {"decode_head.conv.weight": torch.zeros(1)}
     maps = adapter.build(golden.config, whole, source=golden.source)(golden.inputs["image"])

@@ -14,7 +14,7 @@ import timm.models.mambaout
 import torch
 from torch import Tensor, nn
 
-from zoo.reference import ReferenceAdapter
+from zoo.reference import ReferenceAdapter, unwrapped
 from zoo.rules import Rename, Rules
 
 from ._base import Habits, build, check_reference_config, takes
@@ -73,6 +73,7 @@ class MambaOutAdapter(ReferenceAdapter):
         return _ORIGINAL if ours and _is_ours(state) else Rules()
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
+        state = unwrapped(state)
         original = any(k.startswith("downsample_layers.") for k in state)
         known = _DEFAULTS if original else {k: v for k, v in _DEFAULTS.items() if k != "head_dropout"} | _TIMM
         theirs = check_reference_config("mambaout", config, known, _SWALLOWED)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.reference import ReferenceAdapter
+from zoo.reference import ReferenceAdapter, unwrapped
 from zoo.rules import Drop, Rename, Rules, Squeeze, Stack, Unsqueeze
 
 from ._base import check_reference_config
@@ -84,7 +84,11 @@ class VimAdapter(ReferenceAdapter):
         ]
         return table + Rules(*restore)
 
+    def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
+        return super().to_zoo(_backbone(unwrapped(state)), model=model)
+
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
+        state = _backbone(unwrapped(state))
         name = source.rpartition(":")[2]
         if name not in ("VisionMambaSeg", "VisionMambaDet"):
             name = _guess_class(config, state)
@@ -155,6 +159,15 @@ def _kind(state: Mapping[str, Tensor]) -> str:
     if A_log.shape[0] > 2:
         raise ValueError(f"a mixer with {A_log.shape[0]} scan paths; the original's format holds one or two")
     return "v2" if D.shape[0] == 2 else "v1"
+
+
+def _backbone(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Of a segmentor's state dict (keys below ``backbone.``) or a detector's (``backbone.net.``, a pyramid beside it)
+    the backbone's, else all of it."""
+    for prefix in ("backbone.net.", "backbone."):
+        if found := {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}:
+            return found
+    return state
 
 
 #: parameters of the backward direction

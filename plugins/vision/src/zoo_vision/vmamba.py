@@ -22,7 +22,7 @@ from zoo.adapting import Converted, NewHead
 from zoo.layers.inference import by_rows, reusing_memory
 from zoo.layers.ss2d import CROSS
 from zoo.layers.vss import ConvDownsample, PatchEmbed, PatchMerging, VSSBlock, channel_norm
-from zoo.reference import ReferenceAdapter
+from zoo.reference import ReferenceAdapter, unwrapped
 from zoo.rules import Rename, Reshape, Rules
 
 from ._base import Indices, VisionModel, build, check_reference_config
@@ -322,8 +322,10 @@ def key_table(state: Mapping[str, Tensor]) -> Rules:
 
 
 def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The original's state dict under its current names: legacy names are renamed, and of a detector or segmentor
-    (keys below ``backbone.``, a neck and heads beside them) the backbone is taken."""
+    """The original's state dict under its current names: legacy names are renamed, the prefix of parallel training is
+    taken off, and of a detector or segmentor (keys below ``backbone.``, a neck and heads beside them) the backbone is
+    taken."""
+    state = unwrapped(state)
     if any(k.startswith("backbone.") for k in state):
         state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     return _LEGACY.to_zoo(state)
