@@ -124,3 +124,46 @@ def test_the_key_table_follows_from_the_keys_alone(source, tied):
     assert adapter.rules(ours).to_reference(ours).keys() == theirs.keys()
     with pytest.raises(ValueError, match="model="):
         adapter.rules({"model.embed_tokens.weight": torch.zeros(1)})
+
+
+# -- the released Phi-4-mini-flash -------------------------------------------------------------------------------------
+
+
+def released(model, prefix):
+    """A model's weights under the keys of the released checkpoint, by its description, not by our table."""
+    found = {"model.embed_tokens.weight": model.embedding.weight, "lm_head.weight": model.embedding.weight}
+    found |= {f"model.final_layernorm.{k}": v for k, v in model.norm_f.state_dict().items()}
+    for i, layer in enumerate(model.layers):
+        at, own = f"model.layers.{i}.", layer.mixer.state_dict()
+        found |= {f"{at}input_layernorm.{k}": v for k, v in layer.norm_1.state_dict().items()}
+        found |= {f"{at}post_attention_layernorm.{k}": v for k, v in layer.norm_2.state_dict().items()}
+        found |= {f"{at}mlp.fc1.weight": layer.mlp.w1.weight, f"{at}mlp.fc2.weight": layer.mlp.w3.weight}
+        if layer.role in ("window", "full", "cross"):
+            q, k, v = (own.get(f"{n}_proj.weight") for n in "qkv")
+            rows, biases = [q], [own["q_proj.bias"]]
+            if layer.role != "cross":
+                rows += [k, v]
+                biases += [torch.randn(k.shape[0]), own["v_proj.bias"]]  # a key bias changes nothing
+            attention = {"Wqkv.weight": torch.cat(rows), "Wqkv.bias": torch.cat(biases)}
+            attention |= {k.replace("proj.", "out_proj."): v for k, v in own.items() if k.startswith("proj.")}
+            attention |= {prefix + k.removeprefix("da."): v for k, v in own.items() if k.startswith("da.")}
+            own = attention
+        found |= {f"{at}attn.{k}": v for k, v in own.items()}
+    return {k: v.detach() for k, v in found.items()}
+
+
+@pytest.mark.parametrize("prefix", ["inner_cross_attn.", ""])
+def test_the_released_keys_and_configuration_are_read(prefix, ids):
+    model = build(differential=True, attn_bias=True, attn_out_bias=True, layer_norm=True, tied=True, padding_multiple=1)
+    config = {
+        "model_type": "phi4flash", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": [None, 4, None, 4] + 4 * [None],
+        "mb_per_layer": 2, "layer_norm_eps": 1e-5, "tie_word_embeddings": True, "mamba_dt_rank": "auto",
+    }  # fmt: skip
+    state = released(model, prefix)
+    again = zoo.reference("sambay").build(config, state)
+    torch.testing.assert_close(again(ids), model(ids), rtol=1e-5, atol=1e-5)
+    del state["lm_head.weight"]
+    zoo.reference("sambay").build(config, state)
+    with pytest.raises(ValueError, match="mamba_d_state"):
+        zoo.reference("sambay").arguments(config | {"mamba_d_state": 32})

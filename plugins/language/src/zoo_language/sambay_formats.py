@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -104,6 +105,40 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def hub_arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """SambaY's arguments from the config.json of the released Phi-4-mini-flash (``model_type`` phi4flash).
+
+    Raises ValueError for sizes of its Mamba layers other than the usual ones, which nothing released has.
+    """
+    d = config["hidden_size"]
+    usual = {"mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": math.ceil(d / 16)}
+    other = sorted(k for k, v in usual.items() if config.get(k, v) not in (v, "auto"))
+    if other or config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"sambay: {other or ['hidden_act']} is not as in Phi-4-mini-flash: {usual}, hidden_act silu")
+    window = config.get("sliding_window", 512)
+    if isinstance(window, list | tuple):  # one a layer, null where there is none
+        window = max(w for w in window if w is not None)
+    heads = config["num_attention_heads"]
+    return {
+        "vocab_size": config["vocab_size"],
+        "padding_multiple": 1,
+        "n_layer": config["num_hidden_layers"],
+        "d_model": d,
+        "heads": heads,
+        "kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": d // heads,
+        "ff": config["intermediate_size"],
+        "window": window,
+        "rnn_per_layer": config.get("mb_per_layer", 2),
+        "differential": True,
+        "attn_bias": True,
+        "attn_out_bias": True,
+        "layer_norm": True,
+        "norm_eps": config.get("layer_norm_eps", 1e-5),
+        "tied": config.get("tie_word_embeddings", True),
+    }
+
+
 def archscale_rules(units: Iterable[int], tied: bool) -> Rules:
     """The training code's keys; ``units``: the layers that are GMUs."""
     tie = [Tied("lm_head.weight", "transformer.wte.weight"), Rename("lm_head.weight", "embedding.weight")]
@@ -161,6 +196,7 @@ def phi4_rules(model: SambaY) -> Rules:
             rules += [
                 Rename(theirs + "out_proj.{p}", ours + "proj.{p}"),
                 Rename(theirs + "inner_cross_attn.{rest:*}", ours + "da.{rest:*}"),
+                Rename(theirs + "subln.{p}", ours + "da.subln.{p}"),  # some copies lack the prefix
                 Rename(theirs + "{name}", ours + "da.{name}"),
             ]
     rules += [
@@ -195,10 +231,10 @@ class SambaYAdapter(ReferenceAdapter):
     system = "sambay"
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
-        return self.load(SambaY(**arguments_of(config)), state)
+        return self.load(SambaY(**self.arguments(config)), state)
 
     def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return arguments_of(config)
+        return hub_arguments_of(config) if "num_hidden_layers" in config else arguments_of(config)
 
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
         hub = any(k.startswith("model.") for k in state)
