@@ -160,3 +160,10 @@ def test_bad_input():
             arguments_of(original_config(**args))
     with pytest.raises(ValueError, match="no configuration key 'n_heads'"):
         arguments_of({**original_config(), "n_heads": 3})
+
+
+def test_a_silent_configuration_has_the_original_s_defaults():
+    """No window, no next states, and transformers' Mamba (32 layers, 50280 tokens), not this model's own defaults."""
+    found = arguments_of({"mamba": {"hidden_size": 32}, "args": {}, "state_dim": 5, "act_dim": 3})
+    wanted = {"max_length": None, "predict_sr": False, "vocab_size": 50280, "num_layers": 32, "hidden_size": 32}
+    assert wanted.items() <= found.items()

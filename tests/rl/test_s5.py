@@ -260,6 +260,12 @@ def test_script_spelling():
     assert found == {"d_model": 256, "ssm_size": 256, "n_layers": 4, "do_norm": True}
 
 
+def test_a_silent_stack_has_the_class_s_defaults():
+    found = arguments_of({"d_model": 8, "ssm_size": 8, "n_layers": 1, "prenorm": False}, stack=True)
+    silent = {"activation": "gelu", "do_norm": True, "do_gtrxl_norm": True}
+    assert found == {"d_model": 8, "ssm_size": 8, "n_layers": 1, "prenorm": False, **silent}
+
+
 def test_stack_alone():
     stack = S5Stack(8, 8, 1)
     assert stack(torch.randn(2, 5, 8)).shape == (2, 5, 8)

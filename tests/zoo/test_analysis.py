@@ -48,7 +48,15 @@ LAYERS = {
     "linear": lambda: CausalAttention(6, 4, num_heads=2),
     "normalised": lambda: NormalisedAttention(6, 4, num_heads=2),
     "norm": lambda: NormAttention(
-        6, 4, num_heads=2, norm_fn="softplus", offset=True, approx_fn="elu", dim_conv=3, conv_type="qk", scale_B=True
+        6,
+        4,
+        num_heads=2,
+        norm_fn="softplus",
+        offset=True,
+        approx_fn="elu",
+        dim_conv=3,
+        conv_type="partial",
+        scale_B=True,
     ),
     "qlstm": lambda: QLSTM(6, reversed=False),
     "qlstm_reversed": lambda: QLSTM(6),
@@ -226,3 +234,26 @@ def test_what_is_refused():
         NormAttention(6, 4, norm_fn="tanh")
     with pytest.raises(ValueError, match="belong to no layer"):
         layer_of("x", {}, {"weight"})
+
+
+def test_the_study_s_arguments_and_keys():
+    """Defaults of the originals' constructors, arguments that they read nowhere, and where the offset's key lies."""
+    layer = NormAttention(8, num_heads=2, offset=True, approx_fn="none")
+    assert layer.sizes == [8, 8, 8, 2]
+    with torch.no_grad():
+        layer.offset += torch.randn(2)
+    own = layer.state_dict()
+    theirs = {f"na.{k.replace('offset', 'inner_attn.offset')}": v for k, v in own.items()}
+    qlstm = QLSTM(8, 1.5, reversed=False)
+    theirs |= {f"ql.{k}": v for k, v in qlstm.state_dict().items()}
+    config = {
+        "na": {"d_model": 8, "num_heads": 2, "offset": True, "offset_init": "exp", "mode": "attention"},
+        "ql": {"d_model": 8, "d_qk": 5, "expansion_factor": 1.5, "reversed": False},
+    }
+    adapter = zoo.reference("dsf")
+    built = adapter.build(config, theirs)
+    x = torch.randn(1, 5, 8)
+    found = adapter.run(built, {"na.x": x, "ql.x": x})
+    torch.testing.assert_close(found["na.y"], layer(x))
+    torch.testing.assert_close(found["ql.y"], qlstm(x))
+    assert set(adapter.to_reference(built.state_dict(), model=built)) == set(theirs)

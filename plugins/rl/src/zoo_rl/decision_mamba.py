@@ -374,7 +374,11 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"decision_mamba has no configuration key {', '.join(map(repr, unknown))}")
     found = {ours: mamba[theirs] for theirs, ours in BACKBONE.items() if theirs in mamba}
     found |= {name: own[name] for name in POLICY if name in own}
-    found.setdefault("predict_sr", False)  # the constructor's own default
+    # Where the configuration is silent the original's defaults hold, which are not this model's.
+    silent: dict[str, Any] = {"predict_sr": False, "max_length": None}
+    if mamba:
+        silent |= {"vocab_size": 50280, "hidden_size": 768, "num_layers": 32}  # transformers' Mamba
+    found = silent | found
     for name in ("mlp_embedding", "share_input_output_proj"):
         found[name] = bool(args.get(name, config.get(name, False)))
     return found

@@ -259,6 +259,8 @@ RULES = STACK_RULES.nested("s5/", "s5.") + Rules(
 
 STACK_KEYS = ("activation", "do_norm", "prenorm", "do_gtrxl_norm", "conj_sym", "clip_eigs", "C_init", "discretization",
               "dt_min", "dt_max")  # fmt: skip
+#: The class's own; the original's script sets every one of them to something else.
+STACK_DEFAULTS = {"activation": "gelu", "do_norm": True, "prenorm": True, "do_gtrxl_norm": True}
 #: Of the original's script: how it trains.
 TRAINING_KEYS = {
     *("lr", "num_envs", "num_steps", "total_timesteps", "update_epochs", "num_minibatches", "gamma", "gae_lambda"),
@@ -268,9 +270,10 @@ OTHER_KEYS = {"d_model", "ssm_size", "n_layers", "P", "blocks", "bidirectional",
               "obs_dim", "continuous", "no_reset"}  # fmt: skip
 
 
-def arguments_of(config: Mapping[str, Any], states: int | None = None) -> dict[str, Any]:
+def arguments_of(config: Mapping[str, Any], states: int | None = None, *, stack: bool = False) -> dict[str, Any]:
     """Our arguments from the original's, in its own spelling or its script's ("S5_D_MODEL"). ``states``: P, if known
-    from the weights. Raises ValueError for what is not built."""
+    from the weights; ``stack``: of ``StackedEncoderModel`` alone, whose defaults are not the published run's. Raises
+    ValueError for what is not built."""
     config = {k.lower().removeprefix("s5_"): v for k, v in config.items() if k.lower() not in TRAINING_KEYS}
     known = {k.lower(): k for k in (*STACK_KEYS, *OTHER_KEYS)}
     unknown = [k for k in config if k not in known]
@@ -280,7 +283,8 @@ def arguments_of(config: Mapping[str, Any], states: int | None = None) -> dict[s
     for key, only in (("blocks", 1), ("bidirectional", False), ("step_rescale", 1)):
         if config.get(key, only) != only:
             raise ValueError(f"s5_rl: {key} is {config[key]!r}; the original works with {only!r} alone")
-    found = {k: config[k] for k in STACK_KEYS if k in config}
+    found: dict[str, Any] = STACK_DEFAULTS if stack else {}
+    found = found | {k: config[k] for k in STACK_KEYS if k in config}
     states = states or config.get("P")
     size = config.get("ssm_size")
     if states is not None:
@@ -297,7 +301,7 @@ class S5RLAdapter(ReferenceAdapter):
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
         agent = "encoder_0/kernel" in state
         first = ("s5/" if agent else "") + "layers_0/seq/Lambda_re"
-        arguments = arguments_of(config, state[first].shape[0] if first in state else None)
+        arguments = arguments_of(config, state[first].shape[0] if first in state else None, stack=not agent)
         if not agent:
             arguments = {k: v for k, v in arguments.items() if k in (*STACK_KEYS, "d_model", "ssm_size", "n_layers")}
             model: nn.Module = S5Stack(**arguments)

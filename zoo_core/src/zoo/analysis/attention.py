@@ -33,14 +33,17 @@ def positive(x: Tensor) -> Tensor:
 class CausalAttention(nn.Module):
     """Causal attention of d_qk-wide queries and keys: linear (elu + 1, no scale) or softmax.
 
-    Arguments (the original's): ``d_model``, ``d_qk``, ``num_heads``, ``bias`` (of Wqk and Wv; out_proj always has one),
-    ``lin_att``, ``dropout``. Softmax adds -10000 above the diagonal, not minus infinity, as the original.
+    Arguments (the original's): ``d_model``, ``d_qk`` (of all heads; None: ``d_model``), ``num_heads``, ``bias`` (of Wqk
+    and Wv; out_proj always has one), ``lin_att``, ``dropout``. Softmax adds -10000 above the diagonal, not minus
+    infinity, as the original.
     """
 
     def __init__(
-        self, d_model: int, d_qk: int, num_heads: int = 1, bias: bool = True, lin_att: bool = True, dropout: float = 0.0
-    ) -> None:
+        self, d_model: int, d_qk: int | None = None, num_heads: int = 1, bias: bool = True, lin_att: bool = True,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
+        d_qk = d_model if d_qk is None else d_qk
         self.d_model, self.num_heads, self.lin_att = d_model, num_heads, lin_att
         self.Wqk = Linear(d_model, 2 * d_qk, bias=bias)
         self.Wv = Linear(d_model, d_model, bias=bias)
@@ -89,7 +92,9 @@ class CausalAttention(nn.Module):
 class NormalisedAttention(CausalAttention):
     """The paper's proposal: scores q.k without features or scale, over exp(n_t), n = Wn x of the query's position."""
 
-    def __init__(self, d_model: int, d_qk: int, num_heads: int = 1, bias: bool = True, dropout: float = 0.0) -> None:
+    def __init__(
+        self, d_model: int, d_qk: int | None = None, num_heads: int = 1, bias: bool = True, dropout: float = 0.0
+    ) -> None:
         super().__init__(d_model, d_qk, num_heads, bias, True, dropout)
         self.Wn = Linear(d_model, num_heads, bias=bias)
 
@@ -113,16 +118,17 @@ class NormalisedAttention(CausalAttention):
 class GatedAttention(nn.Module):
     """Mamba's block with attention in place of the scan: in_proj to x and z, convolution, attention, silu(z), out_proj.
 
-    Arguments: those of :class:`CausalAttention`, whose ``bias`` is off here, and ``d_conv``.
+    Arguments: those of :class:`CausalAttention`, whose ``bias`` is off here, ``d_conv`` and ``conv_bias``.
     """
 
     def __init__(
-        self, d_model: int, d_qk: int, num_heads: int = 1, bias: bool = False, lin_att: bool = True,
-        dropout: float = 0.0, d_conv: int = 4,
+        self, d_model: int, d_qk: int | None = None, num_heads: int = 1, bias: bool = False, lin_att: bool = True,
+        dropout: float = 0.0, d_conv: int = 4, conv_bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
+        d_qk = d_model if d_qk is None else d_qk
         self.in_proj = Linear(d_model, 2 * d_model, bias=bias)
-        self.conv1d = nn.Conv1d(d_model, d_model, d_conv, groups=d_model)
+        self.conv1d = nn.Conv1d(d_model, d_model, d_conv, groups=d_model, bias=conv_bias)
         self.Wqk, self.Wv = Linear(d_model, 2 * d_qk, bias=bias), Linear(d_model, d_model, bias=bias)
         self.out_proj = Linear(d_model, d_model)
         self.num_heads, self.lin_att, self.dropout = num_heads, lin_att, nn.Dropout(dropout)
@@ -143,24 +149,25 @@ NORMS = {"exp": torch.exp, "elu": F.elu, "softplus": F.softplus, "sigmoid": torc
 class NormAttention(nn.Module):
     """The follow-up study's normalised attention: one projection for v, q, k and the norm.
 
-    Arguments: ``d_model``, ``d_qk``, ``num_heads``, ``bias``; ``norm_fn`` g of 1 / eta = exp(-g(n + offset)): "exp",
-    "elu", "softplus", "sigmoid"; ``offset``: learnt, one a head; ``approx_fn``: None or "elu" (elu + 1 on q and k);
-    ``dim_conv``: taps of a causal convolution with silu on v, q, k (``conv_type`` "full") or q, k ("qk"), 0: none;
-    ``scale_B``: keys over sqrt(head width).
+    Arguments: ``d_model``, ``d_qk`` (None: ``d_model``), ``num_heads``, ``bias``; ``norm_fn`` g of 1 / eta = exp(-g(n +
+    offset)): "exp", "elu", "softplus", "sigmoid"; ``offset``: learnt, one a head; ``approx_fn``: "none" or "elu" (elu +
+    1 on q and k); ``dim_conv``: taps of a causal convolution with silu on v, q, k (``conv_type`` "full") or q, k
+    ("partial"), 0: none; ``scale_B``: keys over sqrt(head width); ``dropout`` behind the attention.
     """
 
     def __init__(
-        self, d_model: int, d_qk: int, num_heads: int = 1, bias: bool = True, norm_fn: str = "exp",
-        offset: bool = False, approx_fn: str | None = None, dim_conv: int = 0, conv_type: str = "full",
-        scale_B: bool = False,
+        self, d_model: int, d_qk: int | None = None, num_heads: int = 1, bias: bool = True, norm_fn: str = "exp",
+        offset: bool = False, approx_fn: str | None = "none", dim_conv: int = 0, conv_type: str = "full",
+        scale_B: bool = False, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
+        d_qk = d_model if d_qk is None else d_qk
         if norm_fn not in NORMS:
             raise ValueError(f"norm_fn is {norm_fn!r}; expected one of {', '.join(NORMS)}")
-        if approx_fn not in (None, "elu"):
-            raise ValueError(f"approx_fn is {approx_fn!r}; expected None or 'elu'")
-        if conv_type not in ("full", "qk"):
-            raise ValueError(f"conv_type is {conv_type!r}; expected 'full' or 'qk'")
+        if approx_fn not in (None, "none", "elu"):
+            raise ValueError(f"approx_fn is {approx_fn!r}; expected 'none' or 'elu'")
+        if conv_type not in ("full", "partial"):
+            raise ValueError(f"conv_type is {conv_type!r}; expected 'full' or 'partial'")
         self.sizes = [d_model, d_qk, d_qk, num_heads]
         self.num_heads, self.norm_fn, self.approx_fn, self.scale_B = num_heads, norm_fn, approx_fn, scale_B
         self.conv_type = conv_type
@@ -169,6 +176,7 @@ class NormAttention(nn.Module):
         self.conv1d = nn.Conv1d(width, width, dim_conv, groups=width) if dim_conv else None
         self.offset = nn.Parameter(torch.zeros(num_heads)) if offset else None
         self.out_proj = Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of queries and keys, and values, (batch, length, heads, ...)."""
@@ -200,7 +208,7 @@ class NormAttention(nn.Module):
         """What out_proj receives, (batch, length, d_model)."""
         q, k, v = self.parts(x)
         y, _ = scan(q, k, v)
-        return (y * torch.exp(-self._log_eta(x))[..., None]).flatten(2)
+        return self.dropout(y * torch.exp(-self._log_eta(x))[..., None]).flatten(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, length, d_model) to the same."""

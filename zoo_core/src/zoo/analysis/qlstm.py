@@ -23,10 +23,10 @@ class QLSTM(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, expansion_factor: int = 2, kernel_size: int = 4, reversed: bool = True, alpha: bool = True
+        self, d_model: int, expansion_factor: float = 2, kernel_size: int = 4, reversed: bool = True, alpha: bool = True
     ) -> None:
         super().__init__()
-        hidden = expansion_factor * d_model
+        hidden = int(d_model * expansion_factor)
         self.reversed = reversed
         self.alpha = nn.Parameter(torch.ones(())) if reversed or alpha else None
         self.input = Linear(d_model, 2 * hidden, bias=False)

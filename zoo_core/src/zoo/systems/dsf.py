@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from zoo.analysis import QLSTM, CausalAttention, Form, GatedAttention, NormalisedAttention, NormAttention, formulas
 from zoo.reference import ReferenceAdapter
-from zoo.rules import Rules
+from zoo.rules import Rename, Rules
 
-#: Arguments of the study's layers that say where they stand, not what they compute.
-_SILENT = {"layer_idx", "seq_len", "l_max"}
+#: Arguments of the study's layers that say where they stand or how they start, not what they compute.
+_SILENT = {"layer_idx", "seq_len", "l_max", "mode", "offset_init", "learn_A", "use_flash"}
 
 
 class Formulas(nn.Module):
@@ -121,6 +121,7 @@ def layer_of(name: str, config: Mapping[str, Any], keys: set[str]) -> nn.Module:
     """One layer from the original's arguments and the keys of its state dict."""
     arguments = {k: v for k, v in config.items() if k not in _SILENT}
     if "gates.weight" in keys:
+        arguments.pop("d_qk", None)  # the original takes it and reads it nowhere
         return QLSTM(**{"alpha": "alpha" in keys, **arguments})
     if "Wvqkn.weight" in keys:
         return NormAttention(**arguments)
@@ -149,7 +150,7 @@ class DSFAdapter(ReferenceAdapter):
         return self.load(Layers(layers), state)
 
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
-        return Rules()
+        return Rules(Rename("{name}.inner_attn.offset", "{name}.offset"))
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
         return model.replay(inputs) if isinstance(model, Layers) else model(inputs)
