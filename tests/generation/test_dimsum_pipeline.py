@@ -97,6 +97,12 @@ def test_labels_of_a_file(tmp_path):
         generator().read(path)
 
 
+def test_no_labels():
+    for nothing in ((), {}):
+        with pytest.raises(errors.BadArgument, match="no label is given"):
+            zoo.pipeline("dimsum_micro")(nothing)
+
+
 def test_names_of_imagenet(monkeypatch):
     pytest.importorskip("timm")
     names = generator().named_labels("imagenet-1k")

@@ -232,6 +232,12 @@ def test_training_from_a_file(ridge, tmp_path, moods, monkeypatch):
     assert {r["label"] for r in zoo.pipeline("./trained")("moods.npz").rows} <= set(moods.MOODS)
 
 
+def test_other_inputs_are_refused():
+    for wrong in (None, 3, {}, np.zeros(2)):
+        with pytest.raises(ValueError, match="dialogues are given as"):
+            zoo.pipeline(MODEL)(wrong)
+
+
 def test_pipeline_takes_broad_mamba_alone():
     with pytest.raises(ValueError, match="Linear is no BroadMamba"):
         EmotionRecognition(torch.nn.Linear(1, 1))

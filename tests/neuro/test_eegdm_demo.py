@@ -31,6 +31,26 @@ def pipe():
     return zoo.pipeline(MODEL)
 
 
+def test_a_new_head(tmp_path):
+    """By reset_classifier and on loading: saved, loaded, and answering without the old names."""
+    changed = zoo.load(MODEL)
+    changed.reset_classifier(3)
+    for model in (changed, zoo.load(MODEL, n_class=3)):
+        again = zoo.load(zoo.save(model, tmp_path / "m"))
+        assert torch.equal(again.classifier.linear.weight, model.classifier.linear.weight)
+        assert zoo.pipeline(again).names == ["0", "1", "2"]
+
+
+def test_other_inputs_are_refused(pipe):
+    for wrong in (None, 3, np.zeros((2, 9)), {}):
+        with pytest.raises(ValueError, match="a recording is given as"):
+            pipe(wrong)
+    draw = zoo.pipeline("eegdm_micro_backbone.generated")
+    for wrong in (None, 3, {}, ()):
+        with pytest.raises(ValueError, match="channels are given as"):
+            draw(wrong)
+
+
 @pytest.fixture(scope="module")
 def eeg():
     spec = importlib.util.spec_from_file_location("eeg", ROOT / "plugins" / "neuro" / "recipes" / "eeg.py")

@@ -87,6 +87,8 @@ def test_files(pipe, tmp_path):
     for source, message in (
         (tmp_path / "two.npz", r"holds first \(110, 35, 6\), second .* expected an array 'data'"),
         (tmp_path / "broken.npz", r"no \.npz or \.npy file of plain arrays"),
+        (None, "a recording is given as NoneType"),
+        ({}, "a recording is given as dict"),
         (b"not an archive", r"the bytes is no \.npz or \.npy file of plain arrays"),
         (tmp_path / "named.npz", "label is 'ring'; expected a category's number"),
         (tmp_path / "broken.h5", "cannot be read as HDF5"),

@@ -75,6 +75,20 @@ def test_a_head_changed_after_loading(toys, tmp_path):
     assert torch.equal(again.head.weight, model.head.weight)
 
 
+def test_names_and_figures_of_an_old_head_do_not_pass_to_a_new_one(toys, tmp_path):
+    changed = zoo.load("toy_small")
+    changed.head, changed.num_classes = torch.nn.Linear(8, 3), 3
+    kept = json.loads((zoo.save(zoo.load("toy_small"), tmp_path / "kept") / "config.json").read_text())
+    assert "metrics" in kept["pretrained_cfg"]
+    for model in (changed, zoo.load("toy_small", num_classes=3)):
+        assert zoo.pipeline(model).labels() is None
+        folder = zoo.save(model, tmp_path / "f")
+        facts = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+        assert not {"metrics", "labels", "num_classes", "tag"} & set(facts)
+        assert facts.get("licence") == kept["pretrained_cfg"].get("licence")  # the rest is still theirs
+        assert zoo.pipeline(folder).labels() is None
+
+
 def test_layers_changed_by_hand(toys, tmp_path):
     model = zoo.load("toy_small")
     model.head = torch.nn.Linear(8, 6)

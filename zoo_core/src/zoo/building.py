@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("zoo")
 
+#: What :mod:`zoo.adapting` says of a head that an argument replaced.
+HEAD = re.compile(r"\((num_classes|n_class)=")
+
 
 @dataclass
 class ZooInfo:
@@ -45,6 +48,7 @@ class ZooInfo:
     card: ModelCard | None = field(default=None, repr=False)
     weights: WeightsCard | None = field(default=None, repr=False)
     folder_config: dict[str, Any] = field(default_factory=dict, repr=False)  #: config.json, for saved folders
+    num_classes: int | None = field(default=None, repr=False)  #: of the model when this was attached to it
 
     @property
     def name(self) -> str:
@@ -75,7 +79,18 @@ def create(
 
 def describe(model: nn.Module, info: ZooInfo) -> None:
     """Attach ``info`` as ``model.zoo_info`` (a plain attribute: it enters no state dict)."""
+    info.num_classes = getattr(model, "num_classes", None)
     object.__setattr__(model, "zoo_info", info)
+
+
+def has_new_head(model: nn.Module) -> bool:
+    """Whether the weights' head was replaced, on loading (``num_classes=``) or by ``reset_classifier`` with another number
+    of classes: names of classes and figures are not the model's own then."""
+    info = model.zoo_info
+    assert isinstance(info, ZooInfo)
+    return getattr(model, "num_classes", None) != info.num_classes or any(
+        HEAD.search(change) for change in info.changes
+    )
 
 
 def construct(card: ModelCard, config: Mapping[str, Any], *, device: torch.device | str | None = None) -> nn.Module:

@@ -127,8 +127,9 @@ def load(
     put(model, located.card, config, state, overrides, what=what, device=target)
     weights = located.weights
     changes = model.zoo_info.changes  # type: ignore[union-attr]
-    if weights is not None and any("num_classes" in change for change in changes):
-        weights = msgspec.structs.replace(weights, labels=None, num_classes=overrides.get("num_classes"))
+    if weights is not None and any(building.HEAD.search(change) for change in changes):
+        count = overrides.get("num_classes", overrides.get("n_class"))
+        weights = msgspec.structs.replace(weights, labels=None, num_classes=count)
     info = ZooInfo(
         located.card.name,
         None if checkpoint is not None or weights is None or weights.tag == "saved" else weights.tag,

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from zoo_registry import errors, read_labels
 
-from .building import ZooInfo, wrong_type
+from .building import ZooInfo, has_new_head, wrong_type
 from .files import check_ending, whole
 from .placement import device_of
 
@@ -203,8 +203,8 @@ class Pipeline(ABC):
         return dict((self.info.folder_config.get("pretrained_cfg") or {}).get("preprocess") or {})
 
     def labels(self) -> list[str] | None:
-        """Class names of the weights, in the order of the outputs; None when the card names none."""
-        if self.info is None:
+        """Class names of the weights, in the order of the outputs; None when the card names none, or for a new head."""
+        if self.info is None or has_new_head(self.model):
             return None
         own = self.info.folder_config.get("labels")
         if own:

@@ -155,8 +155,11 @@ def describe_model(
         facts = {
             k: v for k, v in msgspec.to_builtins(info.weights).items() if k not in _PLACES and v not in (None, {}, [])
         }
-        if info.tag is None:  # other weights in the same architecture: the published figures are not theirs
-            facts = {k: facts[k] for k in ("preprocess", "labels", "num_classes") if k in facts}
+        # Other weights in the same architecture, or an own head: the published figures are not theirs.
+        kept = {"preprocess", "labels", "num_classes"} if info.tag is None else set(facts)
+        if building.has_new_head(model):
+            kept &= {"preprocess", "licence"}
+        facts = {k: v for k, v in facts.items() if k in kept}
     if licence is not None:
         facts["licence"] = licence
     if metrics:
@@ -170,7 +173,8 @@ def describe_model(
         "zoo_version": __version__,
         "plugin": {"name": card.plugin, "version": _version(card.plugin)},
     }
-    names = list(labels) if labels is not None else info.folder_config.get("labels")
+    own = None if building.has_new_head(model) else info.folder_config.get("labels")
+    names = list(labels) if labels is not None else own
     if names is not None:
         table["labels"] = names
     return table

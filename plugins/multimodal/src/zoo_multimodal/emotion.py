@@ -75,6 +75,8 @@ class EmotionRecognition(Pipeline):
         """A file, a :class:`~zoo_multimodal.dialogues.Dialogue` or a list of them."""
         if isinstance(source, Dialogue):
             return [source]
+        if not isinstance(source, (list, str, Path)):
+            raise ValueError(f"dialogues are given as {type(source).__name__}; expected a file, or a list of Dialogue")
         return source if isinstance(source, list) else read_dialogues(source)
 
     def prepare(self, sample: list[Dialogue]) -> Batch:

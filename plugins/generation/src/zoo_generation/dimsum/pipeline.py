@@ -202,6 +202,10 @@ class ImageGeneration(Pipeline):
             known = self.class_names() if "," in text and any(c.isalpha() for c in text) else None
             whole = known is not None and text.strip().lower() in (n.lower() for n in known)  # "crane, a bird"
             asked = [text] if whole else text.split(",")
+        if not asked:
+            raise errors.BadArgument(
+                "no label is given; expected names, numbers or none", argument="inputs", accepted=[]
+            )
         return [self.label(one) for one in asked for _ in range(self.count)]
 
     # -- the flow

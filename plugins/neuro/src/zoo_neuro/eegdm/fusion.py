@@ -9,11 +9,12 @@ Differs from the original: pools, which one stack reads one after another there,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from zoo.adapting import NewHead
 from zoo.layers import Linear
 
 from .attention import AttentionStack, small_normal_
@@ -263,6 +264,8 @@ class EEGClassifier(nn.Module):
     200); returns (batch, n_class) logits. Source: arXiv 2508.14086.
     """
 
+    ends: ClassVar[dict[str, NewHead]] = {"n_class": NewHead("classifier.linear")}
+
     def __init__(
         self,
         backbone: DiffusionBackbone | Mapping[str, Any] | None = None,
@@ -347,6 +350,11 @@ class EEGClassifier(nn.Module):
     def channel_names(self) -> list[str]:
         """Names of the EEG channels, in the order of the input."""
         return self.preparation.names(self.extractor.cond.flatten().tolist())
+
+    @property
+    def n_class(self) -> int:
+        """``num_classes`` under the name of the argument."""
+        return self.num_classes
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new last layer for ``num_classes`` outputs (0: none)."""

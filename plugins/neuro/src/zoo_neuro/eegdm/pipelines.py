@@ -128,6 +128,8 @@ class EEGClassification(Pipeline):
 
     def read(self, source: Any) -> Sample:
         """A path, or a :class:`~zoo_neuro.eegdm.recordings.Recording`."""
+        if not isinstance(source, (str, Path, Recording)):
+            raise ValueError(f"a recording is given as {type(source).__name__}; expected a file or a Recording")
         recording = source if isinstance(source, Recording) else read_recording(source, **self.file_options)
         x, starts = windows(
             recording, self.preparation, self.ids, step=self.step, missing=self.missing, filtered=self.filtered
@@ -217,6 +219,8 @@ class EEGGeneration(Pipeline):
 
     def read(self, source: Any) -> list[int]:
         """Names in a string, or a list of names or class ids."""
+        if not isinstance(source, (str, Sequence)) or not source:
+            raise ValueError(f"channels are given as {source!r:.40}; expected names in a string, or a list of them")
         wanted = source.split(",") if isinstance(source, str) else list(source)
         if [str(w).strip().lower() for w in wanted] == ["all"]:
             return list(range(len(self.names)))

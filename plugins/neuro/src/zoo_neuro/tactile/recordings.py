@@ -86,6 +86,8 @@ def read_recording(source: Any, key: str | None = None) -> tuple[np.ndarray, int
     """
     if isinstance(source, (np.ndarray, Tensor)):
         return _checked(np.asarray(source), "the array"), None
+    if not isinstance(source, (str, Path, bytes)):
+        raise ValueError(f"a recording is given as {type(source).__name__}; expected a file, its bytes or an array")
     name = str(source) if isinstance(source, (str, Path)) else "the bytes"
     if isinstance(source, (str, Path)) and Path(source).suffix.lower() in (".h5", ".hdf5"):
         h5py = optional("h5py", "an HDF5 recording", "ssm-zoo-neuro[hdf5]")
