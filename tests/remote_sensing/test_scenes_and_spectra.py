@@ -13,7 +13,7 @@ import zoo
 from zoo.reference import read_golden
 from zoo_registry import errors
 from zoo_remote_sensing.hyperspectral import principal_components, windows
-from zoo_remote_sensing.rsmamba import PatchEmbed, RSMamba
+from zoo_remote_sensing.rsmamba import MultiPathMamba, PatchEmbed, RSMamba
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = {"arch": None, "dim": 8, "depth": 2, "num_classes": 3, "img_size": (24, 24), "patch_size": 8, "stride": 8}
@@ -67,6 +67,15 @@ def test_patches_are_padded_as_asked(settings, size, grid, margins):
     assert found == embed.grid(*size) == grid == tuple(expected.shape[2:])
     expected = F.layer_norm(expected.flatten(2).transpose(1, 2), (8,), eps=1e-5)
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wide_convolution_is_the_narrow_one_with_zeros_in_front():
+    torch.manual_seed(0)
+    narrow, wide = (MultiPathMamba(8, 16, conv=k) for k in (5, 11))
+    state = narrow.state_dict()
+    wide.load_state_dict(state | {"conv1d.weight": F.pad(state["conv1d.weight"], (6, 0))})
+    x, order = torch.randn(2, 20, 8), torch.stack([torch.arange(20), torch.arange(20).flip(0), torch.randperm(20)])
+    torch.testing.assert_close(wide.by_path(x, order), narrow.by_path(x, order), rtol=1e-4, atol=1e-5)
 
 
 def test_the_originals_settings_of_patches_norms_and_activations():

@@ -31,6 +31,8 @@ PATHS = (
 CLS_POSITIONS = ("none", "head", "tail", "middle")
 OUT_TYPES = ("avg_featmap", "cls_token", "featmap", "raw")
 EPS = 1e-6
+#: the widest causal convolution of ``zoo_kernels.causal_conv1d``
+LONGEST = 8
 #: one number, or one for rows and one for columns
 PerAxis = int | Sequence[int]
 #: by the names of transformers, whose mixer the original uses
@@ -93,7 +95,7 @@ def _pair(value: PerAxis) -> tuple[int, int]:
 class MultiPathMamba(nn.Module):
     """Mamba-1's mixer with one set of weights walked along P paths.
 
-    Arguments: ``dim`` d, ``hidden`` D, ``state`` N, ``conv`` width of the causal convolution (1 to 8), ``dt_rank``
+    Arguments: ``dim`` d, ``hidden`` D, ``state`` N, ``conv`` width of the causal convolution, ``dt_rank``
     (None: ceil(d / 16)), ``conv_bias``, ``bias`` (of both projections), ``act``.
     """
 
@@ -125,7 +127,10 @@ class MultiPathMamba(nn.Module):
         u = u.unsqueeze(0).expand(paths, -1, -1, -1).reshape(paths * batch, *u.shape[1:])
         fused = _ACTS[self.act] is F.silu
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        u, _ = causal_conv1d(u, weight, bias, activation="silu" if fused else None, path=rows)
+        if weight.shape[1] > LONGEST:
+            u, fused = long_causal_conv(u, weight, bias, rows), False
+        else:
+            u, _ = causal_conv1d(u, weight, bias, activation="silu" if fused else None, path=rows)
         u = u if fused else _ACTS[self.act](u)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.state, self.state], dim=-1)
         y, _ = selective_scan(
@@ -138,6 +143,14 @@ class MultiPathMamba(nn.Module):
         """What each path puts out: (P, batch, L, d). For looking; the layer itself mixes before ``out_proj``."""
         y, z = self.walk(x, order)
         return self.out_proj(y * z)
+
+
+def long_causal_conv(u: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """:func:`zoo_kernels.causal_conv1d` along ``rows`` (batch, L) for a weight (D, k) wider than it takes."""
+    at = rows.unsqueeze(-1).expand_as(u)
+    walked = F.pad(u.gather(1, at).transpose(1, 2), (weight.shape[1] - 1, 0))
+    y = F.conv1d(walked, weight.unsqueeze(1), bias, groups=weight.shape[0]).transpose(1, 2)
+    return torch.empty_like(y).scatter(1, at, y)
 
 
 class Layer(nn.Module):

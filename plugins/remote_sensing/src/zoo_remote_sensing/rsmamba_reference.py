@@ -65,7 +65,7 @@ def translate(config: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     """Our arguments for those of the original's backbone."""
     _known("backbone", config, (*_DEFAULTS, *_IGNORED))
     c = {**_DEFAULTS, **config}
-    arch = c["arch"]
+    arch = c["arch"].lower() if isinstance(c["arch"], str) else c["arch"]
     if isinstance(arch, Mapping):
         sizes = {"arch": None, "dim": arch["embed_dims"], "depth": arch["num_layers"],
                  "hidden": arch["feedforward_channels"]}  # fmt: skip
