@@ -308,6 +308,13 @@ def test_occmamba_refines_at_the_resolution_of_its_features():
     assert output["fine"].shape[2:] == (8, 8, 2)
 
 
+def test_pointmamba_parts_code_objects_as_point_mae_does():
+    model = zoo.create("pointmamba_shapenetpart", **resolve("pointmamba_shapenetpart").card.tiny).eval()
+    x = torch.randn(3, 16)
+    before = model.shape_code.net[:2](x)
+    torch.testing.assert_close(model.shape_code(x), torch.nn.functional.leaky_relu(before, 0.2))
+
+
 def test_pointmamba_pretraining_has_no_dropout():
     """``drop_out`` stands in the original's configuration; neither of the two mixers gets it."""
     inner = {"trans_dim": 24, "depth": 2, "decoder_depth": 1}

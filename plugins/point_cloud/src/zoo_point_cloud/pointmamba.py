@@ -393,9 +393,10 @@ def chamfer(a: Tensor, b: Tensor, kind: str = "cdl2") -> Tensor:
 class PointMambaSegmentation(PointMambaTrunk):
     """PointMamba for part segmentation: points (B, N, 3) and the kind of object (B,) to (B, num_classes, N).
 
-    The released code of this version has no part segmentation; here is Point-MAE's part head (arXiv 2203.06604) on its
-    trunk: streams after a third, two thirds and all of the layers (mean of the two orders), their maximum and mean, a
-    code of the kind of object, and the streams interpolated from the patch centres onto the points.
+    The released code of this version has no part segmentation (its branch "old" has, on the first version's trunk);
+    here is Point-MAE's part head (arXiv 2203.06604) on this trunk: streams after a third, two thirds and all of the
+    layers (mean of the two orders), their maximum and mean, a code of the kind of object, and the streams interpolated
+    from the patch centres onto the points.
     Arguments: ``shapes`` kinds of objects, others as in :class:`PointMamba`.
     """
 
@@ -410,6 +411,7 @@ class PointMambaSegmentation(PointMambaTrunk):
         width = 3 * self.embed_dim
         self.num_classes, self.shapes = num_classes, shapes
         self.shape_code = ConvNormAct(shapes, 64, act="leakyrelu")
+        self.shape_code.net[2].negative_slope = 0.2  # Point-MAE's
         self.propagate = nn.Sequential(
             PointConv(width + 3, 4 * self.embed_dim, bias=True), PointNorm(4 * self.embed_dim), nn.ReLU(),
             PointConv(4 * self.embed_dim, 1024, bias=True), PointNorm(1024), nn.ReLU(),
