@@ -196,3 +196,23 @@ def test_transformers_mamba2_gives_its_numbers(limit):
 def test_transformers_mamba2_heads_must_fill_the_width():
     with pytest.raises(ValueError, match="num_heads 3 times head_dim 4 is not expand times hidden_size 16"):
         zoo.reference("mamba2").arguments({"model_type": "mamba2", "hidden_size": 16, "num_heads": 3, "head_dim": 4})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"colour": 1}, "no configuration key"),
+        ({"ssm_cfg": {"colour": 1}}, "Mamba1 has no argument"),
+        ({"attn_layer_idx": [0], "attn_cfg": {"num_heads": 2, "colour": 1}}, "MHA has no argument"),
+        ({"attn_layer_idx": [0]}, "attn_cfg has no num_heads"),
+        ({"ssm_cfg": {"layer": "Mamba9"}}, "layer is 'Mamba9'"),
+    ],
+)
+def test_configurations_that_the_original_does_not_have_are_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        read("mamba", {"d_model": 16, "n_layer": 1, "vocab_size": 40} | config, {})
+
+
+def test_a_single_mixer_refuses_arguments_by_name():
+    with pytest.raises(ValueError, match=r"Mamba2 has no argument \['colour'\]"):
+        read("mamba2", {"d_model": 16, "colour": 1}, {}, "mamba2.py:Mamba2")

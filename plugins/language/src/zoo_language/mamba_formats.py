@@ -6,6 +6,7 @@ Originals: state-spaces/mamba @ e9594ce (``models/mixer_seq_simple.py`` and the 
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,11 @@ SSM_IGNORED = {
     "process_group",
     "sequence_parallel",
 }
+#: The original's mixers by its names, of language models and alone.
+MIXERS: dict[str, type[nn.Module]] = {
+    "Mamba1": Mamba, "Mamba": Mamba, "Mamba2": Mamba2, "Mamba2Simple": Mamba2, "Mamba3": Mamba3,
+    "MHA": MultiHeadAttention,
+}  # fmt: skip
 #: What the original's Mamba-3 takes besides and does not use.
 MAMBA3_ABSORBED = {"dropout", "n_layer"}
 
@@ -59,15 +65,19 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     ssm = dict(config.get("ssm_cfg") or {})
     layer = ssm.get("layer", "Mamba1")
     n_layer = config.get("n_layer", 64)
+    # the original asks each of its layers whether it is listed: an index that no layer has says nothing
+    attention_layers = tuple(i for i in config.get("attn_layer_idx") or () if 0 <= i < n_layer)
+    attention = _mixer_arguments("MHA", config.get("attn_cfg") or {})
+    if attention_layers and "num_heads" not in attention:
+        raise ValueError(f"mamba: layers {list(attention_layers)} are attention, and attn_cfg has no num_heads")
     return {
         "d_model": config.get("d_model", 2560),
         "n_layer": n_layer,
         "vocab_size": config.get("vocab_size", 50277),
         "layer": layer,
         "ssm": _mixer_arguments(layer, ssm),
-        # the original asks each of its layers whether it is listed: an index that no layer has says nothing
-        "attention_layers": tuple(i for i in config.get("attn_layer_idx") or () if 0 <= i < n_layer),
-        "attention": {k: v for k, v in (config.get("attn_cfg") or {}).items() if k != "layer_idx"},
+        "attention_layers": attention_layers,
+        "attention": attention,
         "d_intermediate": config.get("d_intermediate", 0),
         "rms_norm": config.get("rms_norm", True),
         "norm_eps": config.get("norm_epsilon", 1e-5),
@@ -77,10 +87,17 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _mixer_arguments(layer: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A mixer's arguments, without those that change nothing."""
-    ignored = SSM_IGNORED | MAMBA3_ABSORBED if layer == "Mamba3" else SSM_IGNORED
-    return {k: v for k, v in config.items() if k not in ignored}
+def _mixer_arguments(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A mixer's arguments, without those that change nothing. Raises ValueError for those that it does not have."""
+    ignored = SSM_IGNORED | MAMBA3_ABSORBED if kind == "Mamba3" else SSM_IGNORED
+    found = {k: v for k, v in config.items() if k not in ignored}
+    if kind in MIXERS:
+        known = set(inspect.signature(MIXERS[kind]).parameters) - {"device", "dtype"}
+        known |= {"activation"} if kind == "Mamba2Simple" else {"embed_dim"} if kind == "MHA" else set()
+        unknown = sorted(set(found) - known)
+        if unknown:
+            raise ValueError(f"mamba: {kind} has no argument {unknown}; known: {sorted(known)}")
+    return found
 
 
 def hf_arguments_of(config: Mapping[str, Any], *, second: bool = False) -> dict[str, Any]:
@@ -131,9 +148,11 @@ class MambaAdapter(ReferenceAdapter):
         kind = source.rpartition(":")[2].partition(" ")[0]
         if kind == "ssd_minimal_discrete" or "block_len" in config:
             return MinimalSSD()
-        if not any(k.startswith("backbone.") for k in state):
+        if not {"n_layer", "vocab_size", "hidden_size"} & set(config) and not any(
+            k.startswith("backbone.") for k in state
+        ):
             return self.load(_bare_mixer(config, kind, state), state)
-        hf = "backbone.embeddings.weight" in state
+        hf = "hidden_size" in config or "backbone.embeddings.weight" in state
         second = any(k.endswith("mixer.dt_bias") for k in state)
         model = MambaLM(**(hf_arguments_of(config, second=second) if hf else arguments_of(config)))
         model.hf_format = hf
@@ -262,7 +281,7 @@ def _begins(mixer: type, seq_idx: Tensor | None, cu_seqlens: Tensor | None, leng
 
 def _bare_mixer(config: Mapping[str, Any], kind: str, state: Mapping[str, Tensor]) -> BareMixer:
     """The mixer that the source names or, without one, that the keys show."""
-    if kind not in ("Mamba", "Mamba2", "Mamba2Simple", "Mamba3", "MHA"):
+    if kind not in MIXERS:
         kind = (
             "Mamba3" if "B_bias" in state
             else "Mamba2" if "dt_bias" in state
