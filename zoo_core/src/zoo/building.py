@@ -84,8 +84,8 @@ def describe(model: nn.Module, info: ZooInfo) -> None:
 
 
 def has_new_head(model: nn.Module) -> bool:
-    """Whether the weights' head was replaced, on loading (``num_classes=``) or by ``reset_classifier`` with another number
-    of classes: names of classes and figures are not the model's own then."""
+    """Whether the weights' head was replaced, on loading (``num_classes=``) or by ``reset_classifier`` with another
+    number of classes: names of classes and figures are not the model's own then."""
     info = model.zoo_info
     assert isinstance(info, ZooInfo)
     return getattr(model, "num_classes", None) != info.num_classes or any(
