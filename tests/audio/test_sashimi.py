@@ -147,6 +147,9 @@ def test_sequence_unets_list_their_way_up_flat():
         assert torch.allclose(adapter.run(model, {"x": x}, wanted=["step"])["step"], ours(x), atol=1e-5)
     assert adapter.to_reference(model.state_dict(), model=model).keys() == flat.keys()
     assert adapter.build(UNET, flat).unet  # known by its keys alone
+    assert adapter.rules(flat).to_zoo(flat).keys() == ours.state_dict().keys()
+    parallel = {f"module.{key}": value for key, value in flat.items()}
+    assert adapter.build(UNET, parallel, source=source).unet
 
 
 @pytest.mark.parametrize("file", ["standalone", "lm_modular"])

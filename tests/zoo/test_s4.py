@@ -114,7 +114,7 @@ def test_version_3_checkpoints():
     [
         ({"gate": 4}, "gate=4"),
         ({"bottleneck": 4}, "bottleneck=4"),
-        ({"mode": "dense"}, "dense"),
+        ({"mode": "dense", "disc": "zoh"}, "no argument 'disc'"),
         ({"depth": 3}, "no argument 'depth'"),
         ({"init": "legz"}, "legz"),
         ({"n_ssm": 4}, "divide d_model 6"),

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from zoo.layers.fft_conv import FFTConv, activation
+from zoo.layers.fft_conv import FFTConv, S4Block, activation
+from zoo.layers.s4 import S4Kernel
+from zoo.layers.s4d import S4D
 from zoo.layers.s4nd import S4ND
 from zoo.models.s4 import MeanDecoder, SequenceDecoder, SequenceModel
 from zoo.models.s4_parts import Pool, SequenceNorm, make_residual
@@ -93,6 +95,48 @@ def test_s4nd_channel_mixing_and_ranks_of_the_general_contraction():
         S4ND(4, 4, out_channels=2, linear=False)
 
 
+@pytest.mark.parametrize("mode", ["dense", "real"])
+def test_dense_kernels_are_the_structured_ones(mode):
+    """The convolution, the steps and a continued state agree, and the dense start is S4's system."""
+    torch.manual_seed(0)
+    double = {"dtype": torch.float64}
+    layer = FFTConv(4, mode=mode, d_state=6, n_ssm=2, channels=2, dt_min=0.05, **double).eval()
+    x = torch.randn(2, 9, 4, dtype=torch.float64)
+    with torch.no_grad():
+        whole, state = layer(x), layer.init_state(2)
+        assert torch.allclose(torch.stack([layer.step(x[:, t], state) for t in range(9)], 1), whole)
+        again = layer.init_state(2)
+        parts = [layer(x[:, :4], state=again), layer(x[:, 4:], state=again)]
+        assert torch.allclose(torch.cat(parts, 1), whole)
+        assert torch.allclose(again["ssm"], state["ssm"])
+        dA = layer.kernel.discrete()[0]
+        if mode == "dense":
+            s4 = S4Kernel(4, d_state=6, n_ssm=2, **double)
+            s4.inv_dt.copy_(layer.kernel.inv_dt)
+            eigenvalues = [torch.linalg.eigvals(m[0].to(torch.complex128)) for m in (dA, s4.dense()[0])]
+            nearest = (eigenvalues[0][:, None] - eigenvalues[1][None]).abs().amin(1)
+            assert nearest.max() < 1e-6
+    with pytest.raises(ValueError, match="has no argument 'disc'"):
+        rebuilt("src/models/sequence/kernels/fftconv.py:FFTConv", {"d_model": 4, "mode": mode, "disc": "zoh"}, layer)
+
+
+def test_normalised_output_weights_and_an_input_linear():
+    config = block(weight_norm=True, bottleneck=1, transposed=False)
+    layer = S4Block(4, mode="diag", init="diag-lin", d_state=4, weight_norm=True, input_linear=True)
+    x = torch.randn(1, 5, 4)
+    model = rebuilt("src/models/sequence/modules/s4block.py:S4Block", config, layer)
+    assert torch.equal(S4Adapter().run(model, {"x": x})["y"], layer.eval()(x))
+    linear = layer.output_linear[0]
+    linear.weight_v.data.mul_(3.0)  # the length of a direction does not count
+    assert torch.allclose(layer(x), model(x), atol=1e-6)
+    image = S4ND(4, 4, mode="diag", init="diag-lin", linear=False, weight_norm=True)
+    given = block(linear=False, weight_norm=True)
+    assert "output_linear.weight_v" in rebuilt("src/modules/s4nd.py:S4ND", given, image).state_dict()
+    plain = S4Block(4, mode="diag", init="diag-lin", d_state=4)
+    # the standalone class takes the argument and leaves it unread
+    assert "output_linear.0.weight" in rebuilt("models/s4/s4.py:S4Block", block(weight_norm=True), plain).state_dict()
+
+
 def test_activations_of_the_modular_code():
     x = torch.randn(3, 8)
     value, gate = x.chunk(2, -1)
@@ -164,3 +208,23 @@ def test_s5_keeps_the_step_of_its_configuration():
     x = torch.randn(2, 6, 3)
     assert torch.equal(coarse(x), plain(x, step_rescale=2.0))
     assert not torch.allclose(coarse(x), plain(x))
+
+
+def test_key_tables_follow_from_the_keys_alone():
+    adapter = S4Adapter()
+    for both in (False, True):
+        model = S5Classifier(3, 2, 4, 8, 1, bidirectional=both)
+        theirs = adapter.to_reference(model.state_dict(), model=model)
+        assert adapter.rules(theirs).to_zoo(theirs).keys() == model.state_dict().keys()
+    minimal = S4D(4, d_state=4)
+    theirs = adapter.to_reference(minimal.state_dict(), model=minimal)
+    assert adapter.rules(theirs).to_zoo(theirs).keys() == minimal.state_dict().keys()
+
+
+def test_the_prefix_of_parallel_training_is_taken_off():
+    config = {"d_model": 4, "d_state": 4}
+    layer = FFTConv(4, d_state=4, act="gelu").train()
+    layer(torch.randn(1, 6, 4))  # the kernel's length is set
+    state = {f"module.{key}": value for key, value in layer.state_dict().items()}
+    model = S4Adapter().build(config, state, source=SOURCE + "models/s4/s4.py:FFTConv")
+    assert int(model.kernel.l_kernel) == 6

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.layers.s4 import STEP_MODES, S4Kernel
-from zoo.reference import ReferenceAdapter
+from zoo.reference import ReferenceAdapter, unwrapped
 from zoo.rules import Rename, Rules, Squeeze
 from zoo.systems import s4_arguments as arguments
 from zoo.systems.s4 import VERSION_3
@@ -67,7 +67,7 @@ class SashimiAdapter(ReferenceAdapter):
         if not state and ("mu_law" in source or set(config) <= {"bits"}):
             arguments.check_known(config, {"bits"}, "the quantisers of audio.py")
             return MuLaw(**config).eval()
-        state = dict(state)
+        state = dict(unwrapped(state))
         model: nn.Module
         if "backbone" in config:
             known = {"backbone", "n_tokens", "encoder", "decoder"}
@@ -242,15 +242,22 @@ def _activated(state: Mapping[str, Tensor], model: nn.Module | None) -> Rules:
 
 
 def _flat_rules(state: Mapping[str, Tensor], model: nn.Module | None, prefix: str) -> Rules:
-    """``u_layers.{i}`` of the original to ours, ``u_layers.{tier}.{j}``."""
+    """``u_layers.{i}`` of the original to ours, ``u_layers.{tier}.{j}``; each tier begins with its pooling layer."""
     if not (getattr(model, "flat_up", False) or any(_is_flat(key) for key in state)):
         return Rules()
     backbone = model.model if isinstance(model, SashimiLM) else model
-    if not isinstance(backbone, Sashimi):
-        raise ValueError("these keys are of a SequenceUNet; give model=, whose tiers they belong to")
-    rules, i = [], 0
-    for t, tier in enumerate(backbone.u_layers):
-        for j in range(len(tier)):  # type: ignore[arg-type]
-            rules.append(Rename(f"{prefix}u_layers.{i}.{{rest:*}}", f"{prefix}u_layers.{t}.{j}.{{rest:*}}"))
-            i += 1
-    return Rules(*rules)
+    if isinstance(backbone, Sashimi):
+        places = [(t, j) for t, tier in enumerate(backbone.u_layers) for j in range(len(tier))]  # type: ignore[arg-type]
+    else:
+        own = [key.removeprefix(f"{prefix}u_layers.").split(".") for key in state if _is_flat(key)]
+        pools = {int(i) for i, part, *_ in own if part == "linear"}
+        places, t, j = [], -1, 0
+        for i in range(1 + max(int(i) for i, *_ in own)):
+            t, j = (t + 1, 0) if i in pools else (t, j + 1)
+            places.append((t, j))
+    return Rules(
+        *(
+            Rename(f"{prefix}u_layers.{i}.{{rest:*}}", f"{prefix}u_layers.{t}.{j}.{{rest:*}}")
+            for i, (t, j) in enumerate(places)
+        )
+    )

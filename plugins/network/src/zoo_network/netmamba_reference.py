@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.reference import ReferenceAdapter
+from zoo.reference import ReferenceAdapter, unwrapped
 from zoo.rules import Rules
 
 from .captures import read_capture
@@ -60,7 +60,7 @@ class NetMambaAdapter(ReferenceAdapter):
             return CaptureBytes(FlowBytes(**{_PREPROCESSING[k]: v for k, v in config.items()})).eval()
         pretrain = config.get("is_pretrain")
         if pretrain is None:
-            pretrain = "mask_token" in state
+            pretrain = "mask_token" in unwrapped(state)
         arguments = self.arguments({**config, "is_pretrain": pretrain})
         return self.load(NetMambaPretrain(**arguments) if pretrain else NetMamba(**arguments), state)
 

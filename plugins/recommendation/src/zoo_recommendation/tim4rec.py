@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo.layers import Mamba2
 from zoo.layers.linear import Linear, linear
-from zoo.reference import ReferenceAdapter
+from zoo.reference import ReferenceAdapter, unwrapped
 from zoo.rules import Rename, Rules
 from zoo_kernels import causal_conv1d
 
@@ -297,7 +297,7 @@ class TiM4RecAdapter(ReferenceAdapter):
             return ProtocolReplay(config)
         arguments = take(config, CONFIG, self.system)
         # A switch that the configuration does not set is off in RecBole; a state dict shows it.
-        arguments.setdefault("time", "layer_norm_time.weight" in state)
+        arguments.setdefault("time", "layer_norm_time.weight" in unwrapped(state))
         arguments.setdefault("feed_forward", any(".ffn." in key for key in state))
         arguments["loss_type"] = "CE"  # the original has this loss whatever the configuration says
         if "norm_eps" in arguments:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo_kernels import kernel_spectrum, long_conv
 
 from .conv_kernels import EMAKernel, FreeKernel
+from .dense_kernel import DenseKernel, RealKernel
 from .linear import Linear
 from .s4 import S4Kernel
 from .s4d import S4DKernel
@@ -21,7 +22,7 @@ State = dict[str, Tensor]
 #: The original's names of kernels ("mode") and ours.
 KERNELS: dict[str, type[ConvolutionKernel]] = {
     "s4": S4Kernel, "dplr": S4Kernel, "nplr": S4Kernel, "s4d": S4DKernel, "diag": S4DKernel, "conv": FreeKernel,
-    "ema": EMAKernel,
+    "ema": EMAKernel, "dense": DenseKernel, "slow": DenseKernel, "real": RealKernel,
 }  # fmt: skip
 
 
@@ -95,18 +96,39 @@ def dropout(p: float, tie: bool = False) -> nn.Module:
     return TiedDropout(p) if tie else nn.Dropout(p)
 
 
-class ActivatedLinear(nn.Sequential):
-    """Linear, then an activation; "glu" and "glu-..." double the width of the linear. Keys ``0.weight``, ``0.bias``."""
+class NormedLinear(nn.Module):
+    """A linear map whose rows are ``weight_g[i] * weight_v[i] / |weight_v[i]|``: direction and length apart. Keys
+    ``weight_g`` (out, 1), ``weight_v`` (out, in), ``bias``."""
 
-    def __init__(self, d_input: int, d_output: int, act: str | None, *, device=None, dtype=None) -> None:
+    def __init__(self, d_input: int, d_output: int, *, device=None, dtype=None) -> None:
+        super().__init__()
+        made = nn.Linear(d_input, d_output, device=device, dtype=dtype)
+        self.weight_g = nn.Parameter(made.weight.detach().norm(dim=1, keepdim=True))
+        self.weight_v = nn.Parameter(made.weight.detach().clone())
+        self.bias = made.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_g * self.weight_v / self.weight_v.norm(dim=1, keepdim=True)
+        return F.linear(x, weight, self.bias)
+
+
+class ActivatedLinear(nn.Sequential):
+    """Linear, then an activation; "glu" and "glu-..." double the width of the linear. Keys ``0.weight``, ``0.bias``;
+    with ``weight_norm`` those of :class:`NormedLinear`."""
+
+    def __init__(
+        self, d_input: int, d_output: int, act: str | None, *, weight_norm: bool = False, device=None, dtype=None
+    ) -> None:
         width = 2 * d_output if widens(act) else d_output
-        super().__init__(Linear(d_input, width, device=device, dtype=dtype), activation(act))
+        made = (NormedLinear if weight_norm else Linear)(d_input, width, device=device, dtype=dtype)
+        super().__init__(made, activation(act))
 
 
 class FFTConv(nn.Module):
     """Convolution of every channel with its kernel, ``y = K * x + D x``, by FFT or step by step.
 
-    ``mode``: "s4" (dplr, nplr), "s4d" (diag), "conv" (free taps), "ema"; further arguments go to the kernel.
+    ``mode``: "s4" (dplr, nplr), "s4d" (diag), "conv" (free taps), "ema", "dense", "real" (both with a dense state
+    matrix, for comparison); further arguments go to the kernel.
     ``channels``: outputs of each input channel, flattened as (channel, d_model), or (d_model, channel) with
     ``swap_channels``. ``bidirectional``: a second set of kernels meets the future; as in the original the present
     belongs to the first. ``l_max``: longest kernel. ``act``: activation after it; "glu" doubles channels before it.
@@ -216,7 +238,8 @@ class S4Block(nn.Module):
     """``output_linear(drop(mult_act(act(K * x + D x))))``: the layer that S4, S4D and DSS models are stacked of.
 
     ``final_act``: activation of the output linear ("glu": its width is doubled), None: no output linear at all.
-    ``act``: activation between; further arguments go to :class:`FFTConv`. Keys ``layer.D``, ``layer.kernel.*``,
+    ``act``: activation between; ``weight_norm``: of the output linear; ``input_linear``: a linear before all else (the
+    original's ``bottleneck=1``). Further arguments go to :class:`FFTConv`. Keys ``layer.D``, ``layer.kernel.*``,
     ``output_linear.0.{weight,bias}``. Source: Gu et al., arXiv 2111.00396; state-spaces/s4 ``S4Block``.
     """
 
@@ -230,18 +253,24 @@ class S4Block(nn.Module):
         dropout_p: float = 0.0,
         tie_dropout: bool = False,
         inner_tie_dropout: bool = False,
+        weight_norm: bool = False,
+        input_linear: bool = False,
         device=None,
         dtype=None,
         **layer: Any,
     ) -> None:
         super().__init__()
         kind = {"device": device, "dtype": dtype}
+        self.input_linear: nn.Module = nn.Identity()
+        if input_linear:
+            self.input_linear = (NormedLinear if weight_norm else Linear)(d_model, d_model, **kind)
         self.layer = FFTConv(d_model, act=act, dropout_p=dropout_p, tie_dropout=inner_tie_dropout, **layer, **kind)
         self.mult_act = activation(mult_act)
         self.drop = dropout(dropout_p, tie_dropout)
         self.output_linear: nn.Module = nn.Identity()
         if final_act is not None:
-            self.output_linear = ActivatedLinear(d_model * self.layer.channels, d_model, final_act, **kind)
+            width = d_model * self.layer.channels
+            self.output_linear = ActivatedLinear(width, d_model, final_act, weight_norm=weight_norm, **kind)
 
     def forward(
         self, x: Tensor, *, state: State | None = None, rate: float = 1.0, lengths: Tensor | int | None = None
@@ -250,7 +279,7 @@ class S4Block(nn.Module):
         if lengths is not None:
             ends = torch.as_tensor(lengths, device=x.device).reshape(-1, 1, 1)
             x = x.masked_fill(torch.arange(x.shape[1], device=x.device)[None, :, None] >= ends, 0)
-        return self._pointwise(self.layer(x, state=state, rate=rate))
+        return self._pointwise(self.layer(self.input_linear(x), state=state, rate=rate))
 
     def _pointwise(self, y: Tensor) -> Tensor:
         return self.output_linear(self.drop(self.mult_act(y)))
@@ -260,4 +289,4 @@ class S4Block(nn.Module):
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """(batch, d_model) to the same; ``state`` is updated in place."""
-        return self._pointwise(self.layer.step(x, state))
+        return self._pointwise(self.layer.step(self.input_linear(x), state))

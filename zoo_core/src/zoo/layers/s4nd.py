@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo_kernels import long_conv_nd
 
-from .fft_conv import KERNELS, ActivatedLinear, activation, dropout
+from .fft_conv import KERNELS, ActivatedLinear, NormedLinear, activation, dropout
 from .linear import Linear
 from .ssm_kernel import ConvolutionKernel
 
@@ -23,9 +23,9 @@ class S4ND(nn.Module):
     channel; ``trank``: number of outer products that are averaged (with ``average_ranks=False`` each is an output of
     its own, after the channels of the one before it); ``bidirectional``: kernels for both directions of every axis (the
     present belongs to the first). ``out_channels``: mix channels, too: that many outputs, each the sum of the
-    convolutions of all channels with kernels of its own, and no D. Further arguments go to the kernels (one for each
-    axis; they share nothing). Parameters: ``D`` (channels, d_model), ``kernel.{axis}.*``, ``output_linear.0.*``
-    (without the ``0.`` where ``final_act`` is None).
+    convolutions of all channels with kernels of its own, and no D. ``weight_norm``: of the output linear. Further
+    arguments go to the kernels (one for each axis; they share nothing). Parameters: ``D`` (channels, d_model),
+    ``kernel.{axis}.*``, ``output_linear.0.*`` (without the ``0.`` where ``final_act`` is None).
     Source: Nguyen et al., arXiv 2210.06583; state-spaces/s4 ``S4ND``.
     """
 
@@ -46,6 +46,7 @@ class S4ND(nn.Module):
         average_ranks: bool = True,
         out_channels: int | None = None,
         linear: bool = True,
+        weight_norm: bool = False,
         mode: str = "dplr",
         device=None,
         dtype=None,
@@ -76,11 +77,11 @@ class S4ND(nn.Module):
             self.act = activation(act)
             self.drop = dropout(dropout_p, tie_dropout)
             width = d_model * channels
-            self.output_linear: nn.Module = (
-                Linear(width, d_model, **kind)
-                if final_act is None
-                else ActivatedLinear(width, d_model, final_act, **kind)
-            )
+            self.output_linear: nn.Module
+            if final_act is None:
+                self.output_linear = (NormedLinear if weight_norm else Linear)(width, d_model, **kind)
+            else:
+                self.output_linear = ActivatedLinear(width, d_model, final_act, weight_norm=weight_norm, **kind)
 
     def kernels(self, sizes: Sequence[int], rate: float = 1.0) -> list[Tensor]:
         """For each axis (channels [times 2 if bidirectional], d_model, taps)."""

@@ -17,7 +17,7 @@ from zoo.layers.s4d import S4D
 from zoo.layers.s4nd import S4ND
 from zoo.models.s4 import MeanDecoder, RetrievalDecoder, S4LanguageModel, SequenceDecoder, SequenceModel
 from zoo.models.s5 import S5Classifier
-from zoo.reference import ReferenceAdapter
+from zoo.reference import ReferenceAdapter, unwrapped
 from zoo.rules import Concat, Rename, Rule, Rules, Scale, Squeeze, Tied, Transpose, Unsqueeze
 
 from . import s4_arguments as arguments
@@ -122,9 +122,9 @@ class S4Adapter(ReferenceAdapter):
     # -- building --------------------------------------------------------------------------------------------------
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
+        state = dict(unwrapped(state))
         kind = _kind(source, state, config)
         standalone = "/sequence/" not in source.rpartition(":")[0]
-        state = dict(state)
         model: nn.Module
         if kind == "matrices":
             arguments.check_known(config, {"N"}, "the HiPPO matrices")
@@ -158,12 +158,14 @@ class S4Adapter(ReferenceAdapter):
         return self.load(model, state)
 
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
-        if isinstance(model, S4D):
+        if isinstance(model, S4D) or "kernel.log_dt" in state:
             return _S4D
         if isinstance(model, S5Classifier):
             two_sided = any(getattr(m, "bidirectional", False) for m in model.modules())
             split = two_sided and model.layers[0].seq.C_init != "complex_normal"  # type: ignore[union-attr]
             return _s5_rules(state, bool(split))
+        if any(key.startswith("params.") for key in state):
+            return _s5_rules(state, any(key.endswith(".seq.C1") for key in state))
         table = VERSION_3 if any(".kernel.kernel." in key for key in state) else Rules()
         if isinstance(model, S4LanguageModel) or any(key.startswith("loss.") for key in state):
             return table + _LM

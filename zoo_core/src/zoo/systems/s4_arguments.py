@@ -25,6 +25,11 @@ _SSM = {
     "imag_transform", "bandlimit", "is_real", "disc", "B_init", "B_scale", "P_scale", "real_scale", "imag_scale",
     "B_clip", "lr", "efficient_bidirectional",
 }  # fmt: skip
+#: What kernels with a dense state matrix take of it.
+_DENSE = {
+    "d_state", "init", "n_ssm", "rank", "dt_min", "dt_max", "dt_tie", "dt_transform", "B_init", "B_scale", "P_scale",
+    "real_scale", "imag_scale", "B_clip", "lr",
+}  # fmt: skip
 #: Initialisations only: a state dict overwrites what they did.
 _INITIAL = {"deterministic", "real_random", "imag_random", "B_random", "normalize", "diagonalize_precision"}
 
@@ -53,7 +58,8 @@ def convolution(config: Mapping[str, Any], what: str, extra: set[str] = frozense
     if out.get("is_real") and "d_state" not in out:
         out["d_state"] = 32  # of the default 64, which counts conjugate pairs, only what is given is doubled
     if mode in ("dense", "slow", "real"):
-        raise ValueError(f"kernel mode {mode!r} (a dense state matrix, for illustration) is not supported; use 'dplr'")
+        for name in sorted(set(out) & (_SSM - _DENSE)):
+            raise ValueError(f"kernel mode {mode!r} has no argument {name!r}; it takes {', '.join(sorted(_DENSE))}")
     if mode == "conv":
         out = {k: v for k, v in out.items() if k not in _SSM or k == "lr"}
     elif mode == "ema":
@@ -78,10 +84,9 @@ def s4_block(config: Mapping[str, Any], standalone: bool) -> Config:
         "d_model", "bottleneck", "activation", "gate", "gate_act", "mult_act", "final_act", "postact", "weight_norm",
         "dropout", "tie_dropout", "layer",
     }  # fmt: skip
-    why = "it fails in the original, too (the layer is used before it is built)"
+    why = "it fails in the original, too (the layer is used before it is built, the bottleneck has another width)"
     _refuse(config, "gate", [None], why)
-    _refuse(config, "bottleneck", [None], why)
-    _refuse(config, "weight_norm", [None, False], "weight normalisation of the output is not described")
+    _refuse(config, "bottleneck", [None, 1], why)
     _refuse(config, "layer", ["fftconv", None], "S4Block wraps an FFT convolution")
     final = config.get("final_act", "glu")
     if config.get("postact") is not None:
@@ -96,6 +101,8 @@ def s4_block(config: Mapping[str, Any], standalone: bool) -> Config:
         "dropout_p": config.get("dropout") or 0.0,
         "tie_dropout": tie,
         "inner_tie_dropout": tie and standalone,
+        "weight_norm": bool(config.get("weight_norm")) and not standalone,  # accepted and ignored there
+        "input_linear": config.get("bottleneck") == 1,
     }
 
 
@@ -109,11 +116,11 @@ def s4nd(config: Mapping[str, Any]) -> Config:
         "d_model", "dim", "activation", "final_act", "dropout", "tie_dropout", "trank", "linear", "contract_version",
         "out_channels", "ln", "hyper_act", "weight_norm",
     }  # fmt: skip
-    _refuse(config, "weight_norm", [None, False], "it is not described")
     out = convolution(config, "S4ND", own)
     out.update({k: config[k] for k in ("d_model", "dim", "trank", "linear", "out_channels") if k in config})
     # The general contraction of the original computes the mean over ranks and then leaves it unused.
     return out | {
+        "weight_norm": bool(config.get("weight_norm")),
         "average_ranks": not config.get("contract_version", 0) or config.get("trank", 1) == 1,
         "bidirectional": config.get("bidirectional", True),
         "act": config.get("activation", "gelu"),
