@@ -18,6 +18,7 @@ from zoo.cli import run
 from zoo_medical.commands import segment_volume
 from zoo_medical.label_sets import LABEL_SETS
 from zoo_medical.phantoms import LABELS
+from zoo_registry import resolve
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "medical.md").read_text(encoding="utf-8")
@@ -27,6 +28,7 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
 ]
+MICRO = f"autoencoder = zoo.create('mambamim_pretrain', **{resolve('mambamim_pretrain').card.tiny | {'img_size': 32}}"
 #: Smaller patches and cubes than printed, which changes nothing but the time.
 SMALLER = (
     ("[16, 96, 96]", "[16, 64, 64]"),
@@ -34,6 +36,7 @@ SMALLER = (
     ("img_size=96", "img_size=32"),
     ("96, 96, 96", "32, 32, 32"),
     ('"mambamim_hybird",', '"mambamim_hybird", img_size=32,'),
+    ('autoencoder = zoo.create("mambamim_pretrain", img_size=32', MICRO),
 )
 
 
@@ -73,6 +76,9 @@ def test_snippets_run(index, checkout, capsys):
         assert torch.isfinite(names["loss"])
         key = "embeddings.stem.weight"
         assert torch.equal(names["network"].state_dict()[key], names["pretraining"].sparse_encoder.state_dict()[key])
+    if "rebuilt" in names:
+        assert np.isfinite(names["rebuilt"].loss)
+        assert all(Path(name).stat().st_size > 1000 for name in ("rebuilt.nii.gz", "rebuilt.png"))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("zoo ")])

@@ -185,12 +185,21 @@ class MambaMIM(nn.Module):
         unread = ("sparse_encoder.embeddings.encoder1.", "densify_projs.4.")  # the finest map
         return (*backward, *unread, "mask_tokens.0", "mask_tokens.4", "dense_decoder.fuse.0.")
 
-    def draw_mask(self, batch: int, device: torch.device | str | None = None) -> Tensor:
-        """A random grid for each volume: (batch, 1, f, f, f), True in ``round(f^3 (1 - mask_ratio))`` cells."""
-        noise = torch.rand(batch, self.grid**3, device=device)
+    def draw_mask(
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        *,
+        ratio: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A random grid for each volume: (batch, 1, f, f, f), True in ``round(f^3 (1 - mask_ratio))`` cells. ratio:
+        another than the model's; generator: where chance comes from, in place of torch's own."""
+        kept = self.kept if ratio is None else round(self.grid**3 * (1 - ratio))
+        noise = torch.rand(batch, self.grid**3, generator=generator, device=generator.device if generator else device)
         active = torch.zeros(batch, self.grid**3, dtype=torch.bool, device=device)
         shape = (batch, 1, self.grid, self.grid, self.grid)
-        return active.scatter(1, noise.argsort(dim=1)[:, : self.kept], True).view(shape)
+        return active.scatter(1, noise.argsort(dim=1)[:, :kept].to(active.device), True).view(shape)
 
     def forward(self, image: Tensor, active: Tensor | None = None) -> Tensor:
         kept = image.shape[0] * self.kept if active is None else None
@@ -221,20 +230,29 @@ class MambaMIM(nn.Module):
         return self.dense_decoder(dense)
 
     def loss(self, image: Tensor, reconstruction: Tensor, active: Tensor) -> Tensor:
-        """Mean squared error in each hidden cell against the cell scaled to mean 0, deviation 1; mean over them."""
-        target, _, _ = _normalised(_cells(image))
-        error = (_cells(reconstruction) - target).pow(2).mean(dim=-1)
+        """The mean of :meth:`cell_errors` over the hidden cells."""
+        error = self.cell_errors(image, reconstruction)
         hidden = (~active).flatten(1).to(error.dtype)
         return (error * hidden).sum() / (hidden.sum() + 1e-8)
 
+    @staticmethod
+    def cell_errors(image: Tensor, reconstruction: Tensor) -> Tensor:
+        """Mean squared error in each cell against the cell scaled to mean 0, deviation 1: (batch, cells)."""
+        return (_cells(reconstruction) - _normalised(_cells(image))[0]).pow(2).mean(dim=-1)
+
+    @staticmethod
+    def filled(image: Tensor, reconstruction: Tensor, active: Tensor) -> Tensor:
+        """The input with hidden cells replaced by the prediction, at the cells' true means and deviations."""
+        _, mean, deviation = _normalised(_cells(image))
+        predicted = _volume(_cells(reconstruction) * deviation + mean, image.shape)
+        return torch.where(Visible(active).at(image.shape[2]), image, predicted)
+
     @torch.no_grad()
     def visualise(self, image: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The input, the input with hidden cells at 0, and the input with hidden cells replaced by the prediction."""
+        """The input, the input with hidden cells at 0, and :meth:`filled`."""
         active = self.draw_mask(image.shape[0], image.device) if active is None else active
-        _, mean, deviation = _normalised(_cells(image))
-        predicted = _volume(_cells(self.reconstruct(image, active)) * deviation + mean, image.shape)
-        at = Visible(active).at(image.shape[2])
-        return image, image * at, torch.where(at, image, predicted)
+        reconstruction = self.reconstruct(image, active)
+        return image, image * Visible(active).at(image.shape[2]), self.filled(image, reconstruction, active)
 
 
 def _cells(x: Tensor) -> Tensor:

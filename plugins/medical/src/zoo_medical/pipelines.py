@@ -61,45 +61,23 @@ class Segmentation(Result):
         return montage(self.image, self.labels, self.affine, legend, slices)
 
 
-class MedicalSegmentation(Pipeline):
-    """Volumes to label maps, volumes per label and a montage. For research; not for clinical use.
+class VolumePipeline(Pipeline):
+    """What the tasks of volumes share: files and series to the grid and the intensities that a network reads."""
 
-    An input is a NIfTI file, a folder with a DICOM series, or a tuple of these, one for each channel. It is turned to
-    ``orientation``, resampled to ``spacing``, normalised, and read in overlapping windows whose logits are blended
-    with Gaussian weights (MONAI's transforms and sliding window). The blended logits go back to the file's own grid,
-    and the largest one there is the label.
-
-    Options; the defaults are those of the weights' card. ``spacing``: mm of the axes after orientation, which the
-    network was trained on; None keeps the file's. ``orientation``: directions of the axes, "RAS" or another of
-    nibabel's codes; None keeps the file's. ``crop``: True reads only the box around what is not zero. ``patch``: sides
-    of a window (the card's input). ``overlap`` of windows. ``mirror``: mean over all flips of all axes, or of the given
-    ones, as (0, 1). ``normalisation``: "z-score" a channel, "none", or (low, high) of intensities mapped to 0..1.
-    ``anisotropy``: the largest ratio of voxel sides that is accepted where ``spacing`` is not given. ``series``: which
-    one of a DICOM folder with several. ``window_batch``: windows at a time. ``label_set``: names of the labels,
-    background first, or of a set of :data:`zoo_medical.label_sets.LABEL_SETS`. Two-dimensional networks read axial
-    slices.
-    """
-
-    task = "medical-segmentation"
     extensions = NIFTI
 
     def __init__(
         self,
         model: nn.Module,
-        spacing: Sequence[float] | None = None,
-        orientation: str | None = "card",
-        crop: bool | None = None,
-        patch: Sequence[int] | None = None,
-        overlap: float = 0.5,
-        mirror: bool | Sequence[int] | None = None,
-        normalisation: str | Sequence[float] | None = None,
-        anisotropy: float = 8.0,
-        series: str | None = None,
-        window_batch: int = 1,
-        label_set: str | Sequence[str] | None = None,
+        patch: Sequence[int] | None,
+        spacing: Sequence[float] | None,
+        orientation: str | None,
+        crop: bool | None,
+        normalisation: str | Sequence[float] | None,
+        anisotropy: float,
+        series: str | None,
     ) -> None:
         super().__init__(model)
-        self.label_set = None if label_set is None else label_names(label_set)
         card = self.info.card if self.info is not None else None
         shape = list((card.input.get("shape") if card is not None else None) or [])
         own = getattr(model, "input_size", None) or ([model.img_size] * 3 if hasattr(model, "img_size") else None)
@@ -109,19 +87,12 @@ class MedicalSegmentation(Pipeline):
                 f"patch is {patch}; expected the sides of a window, two or three numbers", argument="patch", accepted=[]
             )
         self.patch = [int(p) for p in found]
-        if not 0 <= overlap < 1:
-            raise errors.BadArgument(
-                f"overlap is {overlap}; expected a share of the window, 0 or more and below 1",
-                argument="overlap", accepted=[],
-            )  # fmt: skip
-        self.overlap, self.anisotropy, self.series, self.window_batch = overlap, anisotropy, series, window_batch
+        self.anisotropy, self.series = anisotropy, series
         self.channels = list(getattr(model, "accepted_channels", None) or [int(getattr(model, "in_chans", 1))])
         self.spacing = _spacing(spacing if spacing is not None else self.preprocess.get("spacing"))
         self.spacing_asked = spacing is not None
         self.orientation = self.preprocess.get("orientation", "RAS") if orientation == "card" else orientation
         self.crop = bool(self.preprocess.get("crop", False)) if crop is None else crop
-        asked = self.preprocess.get("mirror", False) if mirror is None else mirror
-        self.flips = _flips(asked, len(self.patch))
         self.normalise = _normaliser(normalisation or self.preprocess.get("normalisation") or "z-score")
         self.to_grid = self._grid_transforms()
 
@@ -144,9 +115,6 @@ class MedicalSegmentation(Pipeline):
                 return [folder], True
         return super()._found(one)
 
-    def named_labels(self, name: str) -> list[str] | None:
-        return list(LABEL_SETS[name]) if name in LABEL_SETS else None
-
     def read(self, source: Any) -> Scan:
         scan = read_scan(source, self.channels, self.series)
         ratio = max(scan.spacing) / min(scan.spacing)
@@ -166,6 +134,57 @@ class MedicalSegmentation(Pipeline):
         placed = self.to_grid(placed)
         sample.steps, sample.grid = list(placed.applied_operations), placed.affine.numpy()
         return torch.as_tensor(self.normalise(placed)).as_subclass(Tensor).float().contiguous()
+
+
+class MedicalSegmentation(VolumePipeline):
+    """Volumes to label maps, volumes per label and a montage. For research; not for clinical use.
+
+    An input is a NIfTI file, a folder with a DICOM series, or a tuple of these, one for each channel. It is turned to
+    ``orientation``, resampled to ``spacing``, normalised, and read in overlapping windows whose logits are blended
+    with Gaussian weights (MONAI's transforms and sliding window). The blended logits go back to the file's own grid,
+    and the largest one there is the label.
+
+    Options; the defaults are those of the weights' card. ``spacing``: mm of the axes after orientation, which the
+    network was trained on; None keeps the file's. ``orientation``: directions of the axes, "RAS" or another of
+    nibabel's codes; None keeps the file's. ``crop``: True reads only the box around what is not zero. ``patch``: sides
+    of a window (the card's input). ``overlap`` of windows. ``mirror``: mean over all flips of all axes, or of the given
+    ones, as (0, 1). ``normalisation``: "z-score" a channel, "none", or (low, high) of intensities mapped to 0..1.
+    ``anisotropy``: the largest ratio of voxel sides that is accepted where ``spacing`` is not given. ``series``: which
+    one of a DICOM folder with several. ``window_batch``: windows at a time. ``label_set``: names of the labels,
+    background first, or of a set of :data:`zoo_medical.label_sets.LABEL_SETS`. Two-dimensional networks read axial
+    slices.
+    """
+
+    task = "medical-segmentation"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spacing: Sequence[float] | None = None,
+        orientation: str | None = "card",
+        crop: bool | None = None,
+        patch: Sequence[int] | None = None,
+        overlap: float = 0.5,
+        mirror: bool | Sequence[int] | None = None,
+        normalisation: str | Sequence[float] | None = None,
+        anisotropy: float = 8.0,
+        series: str | None = None,
+        window_batch: int = 1,
+        label_set: str | Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(model, patch, spacing, orientation, crop, normalisation, anisotropy, series)
+        self.label_set = None if label_set is None else label_names(label_set)
+        if not 0 <= overlap < 1:
+            raise errors.BadArgument(
+                f"overlap is {overlap}; expected a share of the window, 0 or more and below 1",
+                argument="overlap", accepted=[],
+            )  # fmt: skip
+        self.overlap, self.window_batch = overlap, window_batch
+        asked = self.preprocess.get("mirror", False) if mirror is None else mirror
+        self.flips = _flips(asked, len(self.patch))
+
+    def named_labels(self, name: str) -> list[str] | None:
+        return list(LABEL_SETS[name]) if name in LABEL_SETS else None
 
     def forward(self, batch: Tensor) -> Tensor:
         """(batch, channels, x, y, z) to blended logits (batch, classes, x, y, z)."""

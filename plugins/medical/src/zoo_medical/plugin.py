@@ -27,7 +27,10 @@ def zoo_adapters() -> Mapping[str, str]:
 
 @hookimpl
 def zoo_pipelines() -> Mapping[str, str]:
-    return {"medical-segmentation": "zoo_medical.pipelines:MedicalSegmentation"}
+    return {
+        "masked-pretraining": "zoo_medical.rebuilding:VolumeRebuilding",
+        "medical-segmentation": "zoo_medical.pipelines:MedicalSegmentation",
+    }
 
 
 @hookimpl
