@@ -213,3 +213,18 @@ def test_the_detection_backbones_map_has_the_name_that_was_given():
     torch.testing.assert_close(
         adapter.run(model, golden.inputs)["p4"], golden.outputs["last_feat"], rtol=1e-4, atol=1e-4
     )
+
+
+def test_taps_behind_the_last_block_give_nothing():
+    """As the original's default list for 12 blocks does in a shallower backbone."""
+    golden = read_golden(TESTS / "golden/vim__seg_backbone.safetensors")
+    adapter = zoo.reference("vim")
+    config = {k: v for k, v in golden.config.items() if k != "out_indices"} | {"if_fpn": False}
+    state = {k: v for k, v in golden.state.items() if not k.startswith("fpn")}
+    found = adapter.run(adapter.build(config, state, source=golden.source), golden.inputs)  # blocks 3, 5, 7, 11 of 4
+    hidden = found["mid/layer3_hidden"]
+    assert "feat1" not in found
+    torch.testing.assert_close(found["feat0"], hidden.transpose(1, 2).unflatten(2, (4, 4)))
+    config["use_residual_as_feature"] = True  # the stream after the loop is for a list that ends at the last block
+    found = adapter.run(adapter.build(config, state, source=golden.source), golden.inputs)
+    assert not any(name.startswith("feat") for name in found)

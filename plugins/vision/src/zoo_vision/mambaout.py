@@ -53,7 +53,7 @@ _TIMM: dict[str, Any] = {
     "global_pool": "avg", "act_layer": "gelu", "expansion_ratio": 8 / 3, "stem_mid_norm": True, "ls_init_value": None,
     "downsample": "conv", "drop_rate": 0.0, "head_fn": "default",
 }  # fmt: skip
-_SWALLOWED = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+_SWALLOWED = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype"}
 
 
 class MambaOutAdapter(ReferenceAdapter):

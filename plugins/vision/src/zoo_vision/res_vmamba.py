@@ -211,4 +211,4 @@ class ResVMambaAdapter(ReferenceAdapter):
                 model.given_fusion = None
         if model.out_indices is None:
             return {"logits": out, **mids}
-        return {f"stage{i}": y for i, y in zip(model.out_indices, out, strict=True)}
+        return {f"stage{i}": y for i, y in zip(model.out_indices, out, strict=True)} | mids

@@ -239,13 +239,16 @@ def _segmentation(config: Mapping[str, Any]) -> VimSeg:
         )
     theirs = check_reference_config("vim", config, {**_DEFAULTS, **_SEG}, _SWALLOWED)
     ours = _arguments({**theirs, "d_state": theirs["in_chans"], "channels": theirs["num_classes"], "num_classes": 0})
-    return VimSeg(
+    taps = list(theirs["out_indices"])
+    model = VimSeg(
         **_without_class_token(ours),
-        out_indices=theirs["out_indices"],
+        out_indices=[i for i in taps if i < theirs["depth"]],
         fpn=theirs["if_fpn"],
         residual_features=theirs["use_residual_as_feature"],
         last_layer=theirs["last_layer_process"],
     )
+    model.taps = taps  # blocks that do not exist give nothing there, as in the default list for 12 blocks
+    return model
 
 
 def _detection(config: Mapping[str, Any]) -> VimDet:

@@ -472,11 +472,13 @@ class VMambaAdapter(ReferenceAdapter):
 
             return hook
 
-        watched: list[tuple[str, nn.Module]] = [("mid/patch_embed", model.patch_embed)]
-        if model.out_indices is None:
-            watched += [("mid/stage0_block0_op", b.op) for b in model.stages[0].blocks[:1] if b.has_op]  # type: ignore[index,union-attr]
-            watched += [(f"mid/stage{i}_blocks", s.blocks) for i, s in enumerate(model.stages)]  # type: ignore[misc]
-            watched += [("mid/stage0_out", model.stages[0].downsample), ("mid/final_norm", model.norm)]  # type: ignore[list-item]
+        first: Any = model.stages[0]
+        watched: list[tuple[str, Any]] = [("mid/patch_embed", model.patch_embed)]
+        watched += [("mid/stage0_block0_op", b.op) for b in first.blocks[:1] if b.has_op]
+        watched += [(f"mid/stage{i}_blocks", s.blocks) for i, s in enumerate(model.stages)]
+        # the last stage has nothing behind its blocks, and nothing is called
+        watched += [("mid/stage0_out", first.downsample if model.num_stages > 1 else first.blocks)]
+        watched += [("mid/final_norm", model.norm)]
         handles = [module.register_forward_hook(keep(name)) for name, module in watched]
         try:
             out = model(inputs["image"])
