@@ -380,8 +380,8 @@ def forward_type(name: str) -> dict[str, Any]:
         return {**options, "core": "ssd"}
     raise ValueError(
         f"forward_type={name!r} is not known; expected v0, v0seq, v01 to v05, v2, v3, v051d, v052d, v052dc or m0, with "
-        "tags _on(none|dwconv3|cnorm|softmax|sigmoid), _nozact, _noz, _oact, _no32 (SS2Dv3's xv1a, xv2a and xv3a are "
-        "not built)"
+        "tags _on(none|dwconv3|cnorm|softmax|sigmoid), _nozact, _noz, _oact, _no32 (SS2Dv3's xv1a, xv2a and xv3a fail "
+        "in the original too, at any size)"
     )
 
 
