@@ -148,9 +148,8 @@ class MambaAdapter(ReferenceAdapter):
         kind = source.rpartition(":")[2].partition(" ")[0]
         if kind == "ssd_minimal_discrete" or "block_len" in config:
             return MinimalSSD()
-        if not {"n_layer", "vocab_size", "hidden_size"} & set(config) and not any(
-            k.startswith("backbone.") for k in state
-        ):
+        whole = {"vocab_size", "hidden_size", "ssm_cfg"} & set(config) or any(k.startswith("backbone.") for k in state)
+        if not whole:
             return self.load(_bare_mixer(config, kind, state), state)
         hf = "hidden_size" in config or "backbone.embeddings.weight" in state
         second = any(k.endswith("mixer.dt_bias") for k in state)
