@@ -213,14 +213,21 @@ class Sine(nn.Module):
         return torch.sin(self.freq * x)
 
 
+def _register(module: nn.Module, name: str, value: Tensor, *, trained: bool) -> None:
+    if trained:
+        module.register_parameter(name, nn.Parameter(value))
+    else:
+        module.register_buffer(name, value)
+
+
 class HyenaFilter(nn.Module):
     """The implicit filter: an MLP with sine activations on (t, cos, -sin), damped in time (arXiv 2302.10866, section
     3.3).
 
     ``num_inner_mlps``: hidden layers; ``normalized``: taps of one step have absolute sum 1; ``bias``: False to leave
     the skip out; ``shift``: what damping never goes below; ``fast_decay_pct``, ``slow_decay_pct``, ``target``: the
-    range of damping. Features, times and dampings are kept with the weights: the original trains the features unless
-    told not to (``lr_pos_emb`` 0).
+    range of damping. ``lr_pos_emb``, ``modulation_lr``: 0 where the features, or the dampings, are not trained (their
+    values are the optimiser's business).
     """
 
     def __init__(
@@ -238,6 +245,8 @@ class HyenaFilter(nn.Module):
         fast_decay_pct: float = 0.3,
         slow_decay_pct: float = 1.5,
         target: float = 1e-2,
+        lr_pos_emb: float = 1e-5,
+        modulation_lr: float = 0.0,
     ) -> None:
         super().__init__()
         if emb_dim < 3 or emb_dim % 2 == 0:
@@ -253,10 +262,10 @@ class HyenaFilter(nn.Module):
         bands = (emb_dim - 1) // 2
         angle = torch.linspace(1e-4, bands - 1, bands) * (2 * math.pi * torch.arange(l_max)[None, :, None] / l_max)
         self.pos_emb, self.modulation = nn.Module(), nn.Module()
-        self.pos_emb.register_buffer("z", torch.cat([t, angle.cos(), -angle.sin()], dim=-1))
+        _register(self.pos_emb, "z", torch.cat([t, angle.cos(), -angle.sin()], dim=-1), trained=lr_pos_emb != 0)
         self.pos_emb.register_buffer("t", t)
         limits = math.log(target) / slow_decay_pct, math.log(target) / fast_decay_pct
-        self.modulation.register_buffer("deltas", torch.linspace(*limits, d_model)[None, None])
+        _register(self.modulation, "deltas", torch.linspace(*limits, d_model)[None, None], trained=modulation_lr != 0)
 
     def shared_names(self) -> list[str]:
         """Where ``freq`` stands in a state dict beside its first place."""
@@ -264,7 +273,7 @@ class HyenaFilter(nn.Module):
 
     @property
     def l_max(self) -> int:
-        return self.pos_emb.get_buffer("t").shape[1]
+        return self.pos_emb.t.shape[1]  # type: ignore[union-attr, index, return-value]
 
     @property
     def skip(self) -> Tensor:
@@ -275,9 +284,9 @@ class HyenaFilter(nn.Module):
         """Taps (d, length)."""
         if length > self.l_max:
             raise ValueError(f"the input has {length} steps, this filter l_max {self.l_max}")
-        taps = self.implicit_filter(self.pos_emb.get_buffer("z")[0, :length])
+        taps = self.implicit_filter(self.pos_emb.z[0, :length])  # type: ignore[index]
         if self.modulate:
-            t, deltas = self.pos_emb.get_buffer("t")[0, :length], self.modulation.get_buffer("deltas")[0]
+            t, deltas = self.pos_emb.t[0, :length], self.modulation.deltas[0]  # type: ignore[index]
             taps = taps * (torch.exp(-t * deltas.abs()) + self.shift)
         if self.normalized:
             taps = taps / taps.abs().sum(-1, keepdim=True)

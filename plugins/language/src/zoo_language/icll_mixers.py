@@ -333,7 +333,7 @@ MIXERS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
         (
             "l_max", "order", "filter_order", "emb_dim", "short_filter_order", "modulate", "w", "num_inner_mlps",
             "normalized", "bias", "shift", "fast_decay_pct", "slow_decay_pct", "target", "activation", "dropout",
-            "outer_mixing", "post_order_ffn",
+            "outer_mixing", "post_order_ffn", "lr_pos_emb", "modulation_lr",
         ),
     ),
     "lstm": (LSTM, ("n_layer", "reinit", "dropout")),
