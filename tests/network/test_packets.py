@@ -50,6 +50,9 @@ def test_endpoints():
 
 RAW = {
     "tcp": (tcp(b"data"), 6, 20),
+    "dhcp": (udp(bytes(28), source=68, target=67), 17, None),
+    "dhcp from elsewhere": (udp(bytes(28), target=67), 17, 8),
+    "dhcp cut off": (udp(bytes(27), source=68, target=67), 17, 8),
     "tcp with options": (tcp(b"data", options=b"\1\1\1\1"), 6, 24),
     "tcp without data": (tcp(b""), 6, None),
     "tcp on port 53": (tcp(b"data", target=53), 6, 20),

@@ -1,9 +1,9 @@
 """One packet taken apart as far as NetMamba's bytes need it: its IP layer, and where application data begin in it.
 
 The original asks scapy for the layer "Raw", which is what scapy leaves undissected. The rules here are scapy 2.8's for
-IPv4 with TCP, UDP (DNS and NTP are dissected), ICMP and IP in IP; what follows any other protocol's number, and every
-fragment but a datagram's first, is Raw from the end of the IP header. Protocols beyond DNS and NTP that scapy also
-dissects on their usual ports (DHCP, SNMP, SMB, ...) are Raw here.
+IPv4 with TCP, UDP (DNS, NTP and DHCP are dissected), ICMP and IP in IP; what follows any other protocol's number, and
+every fragment but a datagram's first, is Raw from the end of the IP header. Protocols beyond these that scapy also
+dissects on their usual ports (SNMP, SMB, ...) are Raw here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _EXTENSIONS = {0, 43, 60, 135}  #: IPv6 headers of (next, length) that others fo
 _FRAGMENT, _AUTHENTICATION = 44, 51
 _ICMP_ERRORS = {3, 4, 5, 11, 12}  #: ICMP types that carry the head of the packet they are about
 _ICMP_SIZE = {13: 20, 14: 20, 17: 12, 18: 12}  #: bytes of the ICMP header where not 8
+_BOOTP_PORTS, _BOOTP_SIZE = {(68, 67), (67, 68), (67, 67)}, 28  #: client and server; bytes before its padded fields
 NAMES = {1: "ICMP", 2: "IGMP", 6: "TCP", 17: "UDP", 47: "GRE", 50: "ESP", 58: "ICMPv6", 132: "SCTP"}
 
 
@@ -188,6 +189,8 @@ def _raw_in_udp(body: bytes, quoted: bool) -> int | None:
         found = _raw_in_dns(data)
     elif 123 in ports and len(data) >= 48 and 1 <= data[0] & 7 <= 5:
         found = None  # NTP with what may follow it
+    elif (_u16(body, 0), _u16(body, 2)) in _BOOTP_PORTS and len(data) >= _BOOTP_SIZE:
+        found = None  # BOOTP, or DHCP in its options, which take all the rest
     return None if found is None else 8 + found
 
 
