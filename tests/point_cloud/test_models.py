@@ -308,6 +308,53 @@ def test_occmamba_refines_at_the_resolution_of_its_features():
     assert output["fine"].shape[2:] == (8, 8, 2)
 
 
+V1 = {"NAME": "PointMamba", "trans_dim": 24, "depth": 3, "cls_dim": 5, "num_group": 8, "group_size": 4}
+
+
+def test_pointmamba_v1_sorts_along_each_axis():
+    """One sequence for each axis, each by its own coordinate; no order indicator; clouds do not mix."""
+    adapter, theirs = random_state("pointmamba", V1)
+    assert "norm.weight" in theirs
+    assert not any(k.startswith("OrderScale") for k in theirs)
+    model = adapter.build({k: v for k, v in V1.items() if k != "NAME"}, theirs)  # known by its keys too
+    points = torch.randn(2, 40, 3)
+    tokens, _, centres, orders = model.sequence(points)
+    assert tokens.shape == (2, 24, 24)
+    for axis, order in enumerate(orders):
+        assert (centres.gather(1, order[..., None].expand(-1, -1, 3))[..., axis].diff(dim=1) >= 0).all()
+    torch.testing.assert_close(model(points[1:])[0], model(points)[1], atol=1e-5, rtol=1e-4)
+    expected = model.head(model.norm(model.blocks(tokens, model.sequence(points)[1])[0]).mean(dim=1))
+    torch.testing.assert_close(model(points), expected)
+    with pytest.raises(ValueError, match="not built for the first version"):
+        adapter.build({**V1, "use_cls_token": True}, theirs)
+
+
+def test_pointmamba_v1_parts():
+    """A point gets its nearest centre's features: of the 3 nearest centres all are copies of one."""
+    config = {**{k: v for k, v in V1.items() if k != "NAME"}, "fetch_idx": [0, 1, 2]}
+    adapter, theirs = random_state("pointmamba", config)
+    assert theirs["propagation_0.mlp_convs.1.weight"].shape == (1024, 96, 1)
+    assert theirs["convs1.weight"].shape == (512, 1024 + 6 * 24 + 64, 1)
+    model = adapter.build(config, theirs)
+    points, kinds = torch.randn(2, 40, 3), torch.tensor([3, 15])
+    seen = []
+    model.propagate.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    found = adapter.run(
+        model, {"pts": points.transpose(1, 2), "cls_label": torch.nn.functional.one_hot(kinds, 16)[:, None]}
+    )["log_probs"]
+    assert found.shape == (2, 40, 5)
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(2, 40))
+    torch.testing.assert_close(found, model(points, kinds).log_softmax(1).transpose(1, 2))
+    centres = model.group(points)[1]
+    nearest = torch.cdist(points.double(), centres.double()).argmin(-1)
+    for b in range(2):
+        for centre in range(8):
+            rows = seen[0][b, nearest[b] == centre, 3:]
+            torch.testing.assert_close(rows, rows[:1].expand_as(rows))
+    with pytest.raises(ValueError, match="three different layers"):
+        adapter.build({**config, "fetch_idx": [0, 1, 3]}, theirs)
+
+
 def test_pointmamba_parts_code_objects_as_point_mae_does():
     model = zoo.create("pointmamba_shapenetpart", **resolve("pointmamba_shapenetpart").card.tiny).eval()
     x = torch.randn(3, 16)

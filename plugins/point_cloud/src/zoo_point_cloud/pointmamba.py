@@ -2,7 +2,8 @@
 
 Paper: Liang et al., "PointMamba: A Simple State Space Model for Point Cloud Analysis", arXiv 2402.10739. Original:
 LMD0311/PointMamba @ 80858e0 (models/point_mamba_scan.py), Apache-2.0: the version with Hilbert and trans-Hilbert
-orders and an order indicator.
+orders and an order indicator. ``version=1`` is that of the paper's first versions (branch "old" @ ff34a07,
+models/point_mamba.py, part_segmentation/models/pt_mamba.py): centres sorted along x, y and z, one more norm at the end.
 
 Layout here is (batch, patches, channels). Differs from the original: masks and orders of the pre-training may be given.
 """
@@ -45,6 +46,8 @@ from .layers import (
 
 Recorder = Callable[[str, Tensor], None]
 ORDERS = ("hilbert", "hilbert-trans")
+#: of the first version
+AXES = ("x", "y", "z")
 #: Rows of patches that are worked on at once in inference on a CPU.
 PATCH_ROWS = 2048
 
@@ -122,11 +125,14 @@ class Block(nn.Module):
 
 
 class Mixer(nn.Module):
-    """``depth`` blocks over ``tokens + positions``, and a last norm."""
+    """``depth`` blocks over ``tokens + positions``, and a last norm. ``drop_path``: of the last block (rising from 0),
+    or the rates of all."""
 
-    def __init__(self, dim: int, depth: int, rms: bool, drop_path: float, dropout: float) -> None:
+    def __init__(self, dim: int, depth: int, rms: bool, drop_path: float | Sequence[float], dropout: float) -> None:
         super().__init__()
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        rates = drop_path
+        if isinstance(rates, int | float):
+            rates = torch.linspace(0, rates, depth, device="cpu").tolist()
         self.layers = nn.ModuleList(Block(dim, rms, rate, dropout) for rate in rates)
         self.norm_f = make_norm(dim, rms)
 
@@ -167,21 +173,34 @@ class PointMambaTrunk(nn.Module):
         grid_size: float = 0.02,
         skip_origin: bool = True,
         per_cloud_order: bool = False,
+        version: int = 2,
     ) -> None:
         super().__init__()
+        if version not in (1, 2):
+            raise ValueError(f"version is {version!r}; expected 2, or 1 for the network of the paper's first versions")
         if num_groups < 1 or group_size < 1:
             raise ValueError(f"num_groups is {num_groups}, group_size {group_size}; expected 1 or more of each")
         self.num_groups, self.group_size, self.grid_size = num_groups, group_size, grid_size
         self.embed_dim, self.skip_origin, self.per_cloud_order = embed_dim, skip_origin, per_cloud_order
+        self.version, self.orders = version, ORDERS if version == 2 else AXES
         self.encoder, self.pos_embed = PatchEncoder(embed_dim), position_mlp(embed_dim)
-        self.blocks = Mixer(embed_dim, depth, rms_norm, drop_path, drop_rate)
-        self.order_gamma = nn.Parameter(torch.ones(2, embed_dim) + torch.randn(2, embed_dim) * 0.02)
-        self.order_beta = nn.Parameter(torch.randn(2, embed_dim) * 0.02)
+        if version == 2:
+            self.blocks = Mixer(embed_dim, depth, rms_norm, drop_path, drop_rate)
+            self.order_gamma = nn.Parameter(torch.ones(2, embed_dim) + torch.randn(2, embed_dim) * 0.02)
+            self.order_beta = nn.Parameter(torch.randn(2, embed_dim) * 0.02)
+        else:  # a layer's result is dropped where the next one adds it, so the last one's never is
+            self.blocks = Mixer(embed_dim, depth, rms_norm, [drop_path] * (depth - 1) + [0.0], 0.0)
+            self.norm = nn.LayerNorm(embed_dim)
+            self.drop_out = nn.Dropout(drop_rate)
 
     @property
     def mixes_batch(self) -> bool:
         """As published, the extent of the whole batch decides the bits of the curve; see ``per_cloud_order``."""
-        return not self.per_cloud_order
+        return self.version == 2 and not self.per_cloud_order
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The first version's second norm, behind the mixer's own."""
+        return self.norm(x) if self.version == 1 else x
 
     def group(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """points (B, N, 3): patches (B, G, K, 3), relative to their centres, and the centres (B, G, 3)."""
@@ -199,26 +218,30 @@ class PointMambaTrunk(nn.Module):
     def order(self, centres: Tensor, name: str) -> Tensor:
         """(B, G) int64: which patch each step visits."""
         xyz = centres.detach() if centres.dtype == torch.float64 else centres.detach().float()
+        if name in AXES:
+            return xyz[..., AXES.index(name)].argsort(dim=1, stable=True)
         if self.per_cloud_order:
             return serialise_each(xyz, name, self.grid_size)
         return paths.serialize(xyz, name, grid_size=self.grid_size)
 
     def sequence(self, points: Tensor, record: Recorder = _nothing) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Both orders one after the other: tokens and positions (B, 2 G, C), centres (B, G, 3), the two orders."""
+        """All orders one after the other: tokens and positions (B, orders * G, C), centres (B, G, 3), the orders."""
         patches, centres = self.group(points)
-        dtype = self.order_gamma.dtype
+        dtype = self.pos_embed[0].weight.dtype
         tokens, pos = self.encoder(patches.to(dtype)), self.pos_embed(centres.to(dtype))
         record("neighborhood", patches)
         record("center", centres)
         record("tokens", tokens)
         record("pos", pos)
-        orders = [self.order(centres, name) for name in ORDERS]
-        for name, order in zip(ORDERS, orders, strict=True):
+        orders = [self.order(centres, name) for name in self.orders]
+        for name, order in zip(self.orders, orders, strict=True):
             start = torch.arange(order.shape[0], device=order.device)[:, None] * order.shape[1]
             record(f"order_{name}", (order + start).view(1, -1))
-        tokens = torch.cat(
-            [gather(tokens, order) * self.order_gamma[k] + self.order_beta[k] for k, order in enumerate(orders)], dim=1
-        )
+        parts = [gather(tokens, order) for order in orders]
+        if self.version == 2:
+            parts = [part * self.order_gamma[k] + self.order_beta[k] for k, part in enumerate(parts)]
+        tokens = torch.cat(parts, dim=1)
+        tokens = tokens if self.version == 2 else self.drop_out(tokens)
         return tokens, torch.cat([gather(pos, order) for order in orders], dim=1), centres, orders
 
 
@@ -230,6 +253,7 @@ class PointMamba(PointMambaTrunk):
     others are then ignored). ``rms_norm``, ``drop_path`` (at the last layer), ``drop_rate``; ``grid_size``: cell of the
     curves, in the units of the points. ``skip_origin``: no patch centre is put within 0.0316 of the origin, as the
     original's CUDA sampling does. ``per_cloud_order``: a cloud's order does not depend on its batch (False: published).
+    ``version`` 1: the first version, without an order indicator; ``drop_path`` of all layers but the last.
     """
 
     ends = {"num_classes": NewHead("head.8")}  # noqa: RUF012
@@ -256,7 +280,7 @@ class PointMamba(PointMambaTrunk):
         for width in (self.num_features, 256):
             layers += [nn.Linear(width, 256), PointNorm(256), nn.ReLU(), nn.Dropout(0.5)]
         layers.append(nn.Linear(256, num_classes) if num_classes else nn.Identity())
-        self.head = nn.Sequential(*layers).to(self.order_gamma.device).train(self.training)
+        self.head = nn.Sequential(*layers).to(self.pos_embed[0].weight.device).train(self.training)
 
     def forward_features(self, points: Tensor, record: Recorder = _nothing) -> Tensor:
         """Pooled features (B, num_features)."""
@@ -264,7 +288,7 @@ class PointMamba(PointMambaTrunk):
         if self.cls_token is not None and self.cls_pos is not None:
             tokens = torch.cat([tokens, self.cls_token.expand(tokens.shape[0], -1, -1)], dim=1)
             pos = torch.cat([pos, self.cls_pos.expand(pos.shape[0], -1, -1)], dim=1)
-        x, _ = self.blocks(tokens, pos, record=record)
+        x = self.normed(self.blocks(tokens, pos, record=record)[0])
         if self.cls_token is not None:
             return torch.cat([x[:, -1], x.mean(dim=1)], dim=-1)
         pools = {"mean": lambda t: t.mean(dim=1), "max": lambda t: t.amax(dim=1)}
@@ -298,6 +322,8 @@ class PointMambaMAE(nn.Module):
         super().__init__()
         if loss not in ("cdl1", "cdl2"):
             raise ValueError(f"loss is {loss!r}; expected 'cdl1' or 'cdl2'")
+        if trunk.get("version", 2) != 2:
+            raise ValueError("version is 1; the masked autoencoder is built for version 2 alone")
         self.trunk = PointMambaTrunk(**trunk)
         if not 0 < int(mask_ratio * self.trunk.num_groups) < self.trunk.num_groups:
             raise ValueError(
@@ -393,21 +419,26 @@ def chamfer(a: Tensor, b: Tensor, kind: str = "cdl2") -> Tensor:
 class PointMambaSegmentation(PointMambaTrunk):
     """PointMamba for part segmentation: points (B, N, 3) and the kind of object (B,) to (B, num_classes, N).
 
-    The released code of this version has no part segmentation (its branch "old" has, on the first version's trunk);
-    here is Point-MAE's part head (arXiv 2203.06604) on this trunk: streams after a third, two thirds and all of the
-    layers (mean of the two orders), their maximum and mean, a code of the kind of object, and the streams interpolated
-    from the patch centres onto the points.
-    Arguments: ``shapes`` kinds of objects, others as in :class:`PointMamba`.
+    The second version's code has no part segmentation; here is Point-MAE's part head (arXiv 2203.06604) on its trunk:
+    streams after a third, two thirds and all of the layers (mean of the two orders), their maximum and mean, a code of
+    the kind of object, and the streams interpolated from the patch centres onto the points. With ``version=1`` it is the
+    original's (branch "old"): every centre stands in the sequence three times, so the three nearest of a point are its
+    nearest centre's, and the maximum is over all three orders.
+    Arguments: ``shapes`` kinds of objects, ``taps``: numbers of the three layers, others as in :class:`PointMamba`.
     """
 
     ends = {"num_classes": NewHead("head.6")}  # noqa: RUF012
 
-    def __init__(self, num_classes: int = 50, *, shapes: int = 16, **trunk: Any) -> None:
+    def __init__(
+        self, num_classes: int = 50, *, shapes: int = 16, taps: Sequence[int] | None = None, **trunk: Any
+    ) -> None:
         super().__init__(**trunk)
         depth = len(self.blocks.layers)
         if depth < 3:
             raise ValueError(f"depth is {depth}; part segmentation reads three layers and needs at least 3")
-        self.taps = sorted({depth // 3 - 1, 2 * depth // 3 - 1, depth - 1})
+        self.taps = sorted({depth // 3 - 1, 2 * depth // 3 - 1, depth - 1} if taps is None else taps)
+        if len(self.taps) != 3 or not 0 <= self.taps[0] < self.taps[1] < self.taps[2] < depth:
+            raise ValueError(f"taps is {taps}; expected three different layers from 0 to {depth - 1}")
         width = 3 * self.embed_dim
         self.num_classes, self.shapes = num_classes, shapes
         self.shape_code = ConvNormAct(shapes, 64, act="leakyrelu")
@@ -427,13 +458,16 @@ class PointMambaSegmentation(PointMambaTrunk):
         _, tapped = self.blocks(tokens, pos, taps=self.taps)
         groups = centres.shape[1]
         streams = []
+        tapped = [self.normed(h) for h in tapped]
         for h in tapped:
             back = [gather(h[:, k * groups : (k + 1) * groups], paths.inverse(order)) for k, order in enumerate(orders)]
-            streams.append((back[0] + back[1]) / 2)
+            streams.append(sum(back[1:], start=back[0]) / len(back))
         x = torch.cat(streams, dim=-1)
         if bool(((cls < 0) | (cls >= self.shapes)).any()) or cls.reshape(-1).shape[0] != points.shape[0]:
             raise ValueError(f"cls is {cls.tolist()}; expected {points.shape[0]} numbers from 0 to {self.shapes - 1}")
         code = self.shape_code(nn.functional.one_hot(cls.reshape(-1), self.shapes).to(x.dtype))
-        whole = torch.cat([x.amax(dim=1), x.mean(dim=1), code], dim=-1).unsqueeze(1)
-        local = self.propagate(torch.cat([points.to(x.dtype), interpolate(points, centres, x)], dim=-1))
+        every = x if self.version == 2 else torch.cat(tapped, dim=-1)
+        whole = torch.cat([every.amax(dim=1), x.mean(dim=1), code], dim=-1).unsqueeze(1)
+        near = interpolate(points, centres, x, k=3 if self.version == 2 else 1)
+        local = self.propagate(torch.cat([points.to(x.dtype), near], dim=-1))
         return self.head(torch.cat([local, whole.expand(-1, points.shape[1], -1)], dim=-1)).transpose(1, 2)

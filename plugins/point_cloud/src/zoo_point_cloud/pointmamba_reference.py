@@ -1,22 +1,29 @@
-"""Reads LMD0311/PointMamba: PointMambaScan and Point_MAE_Mamba_serializationV2."""
+"""Reads LMD0311/PointMamba: PointMambaScan and Point_MAE_Mamba_serializationV2, and of its branch "old" PointMamba and
+the part network."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoo.reference import Golden, ReferenceAdapter
+from zoo.reference import Golden, ReferenceAdapter, unwrapped
 from zoo.rules import Rename, Rules, Squeeze, Stack
 
-from .pointmamba import PointMamba, PointMambaMAE
+from .pointmamba import PointMamba, PointMambaMAE, PointMambaSegmentation
 
 _CLS: dict[str, Any] = {
     "trans_dim": None, "encoder_dims": None, "depth": None, "cls_dim": None, "num_heads": None, "group_size": None,
     "num_group": None, "rms_norm": False, "drop_path": 0.0, "drop_out": 0.0, "use_cls_token": False, "max_head": False,
     "avg_head": False, "NAME": None,
+}  # fmt: skip
+#: of the branch "old"; ``num_group`` and ``group_size`` of its part network are constants
+_PARTS: dict[str, Any] = {
+    "cls_dim": 50, "trans_dim": 384, "encoder_dims": None, "depth": None, "group_size": 32, "num_group": 128,
+    "rms_norm": False, "drop_path": 0.1, "drop_path_rate": None, "drop_out": 0.0, "use_cls_token": False,
+    "fetch_idx": [3, 7, 11], "model": None,
 }  # fmt: skip
 _MAE: dict[str, Any] = {
     "group_size": None, "num_group": None, "loss": "cdl2", "rms_norm": False, "drop_path": 0.1, "drop_out": 0.0,
@@ -53,8 +60,14 @@ class PointMambaAdapter(ReferenceAdapter):
                 drop_path=inner["drop_path_rate"],  # ``drop_path`` and ``drop_out`` beside it are read by nothing there
             )
             return self.load(model, state)
-        theirs = _filled(config, _CLS)
+        state = unwrapped(state)
+        if "fetch_idx" in config or "convs1.weight" in state:
+            return self.load(_parts(config), state)
+        first = config.get("NAME") == "PointMamba" or "norm.weight" in state
+        theirs = _filled(config, _CLS | ({"drop_out_in_block": 0.0, "avg_head": True} if first else {}))
         _same_width(theirs)
+        if first and (theirs["use_cls_token"] or theirs.get("drop_out_in_block")):
+            raise ValueError("use_cls_token and drop_out_in_block are not built for the first version")
         pool = [name for name, flag in (("mean", "avg_head"), ("max", "max_head")) if theirs[flag]]
         if theirs["use_cls_token"]:
             if len(pool) == 2:
@@ -72,6 +85,7 @@ class PointMambaAdapter(ReferenceAdapter):
             rms_norm=theirs["rms_norm"],
             drop_path=theirs["drop_path"],
             drop_rate=theirs["drop_out"],
+            version=1 if first else 2,
         )
         return self.load(model, state)
 
@@ -85,6 +99,9 @@ class PointMambaAdapter(ReferenceAdapter):
             order = call.get("order") if isinstance(call, Mapping) else None
             found = model(inputs["pts"], inputs.get("mask"), order, record)
             return {**found, "gt": mids.pop("mid/gt"), **mids}
+        if isinstance(model, PointMambaSegmentation):  # points (B, 3, N), kinds one-hot
+            logits = model(inputs["pts"].transpose(1, 2), inputs["cls_label"].flatten(1).argmax(dim=1))
+            return {"log_probs": logits.log_softmax(dim=1).transpose(1, 2)}
         assert isinstance(model, PointMamba)
         logits = model.head(model.forward_features(inputs["pts"], record))
         return {"logits": logits, "loss": logits.float().pow(2).mean(), **mids}
@@ -109,7 +126,42 @@ class PointMambaAdapter(ReferenceAdapter):
                 Rename("increase_dim.0.weight", "rebuild.weight", Squeeze(-1)),
                 Rename("increase_dim.0.bias", "rebuild.bias"),
             )
+        if isinstance(model, PointMambaSegmentation) or any(k.startswith(("convs1.", "propagate.")) for k in state):
+            return Rules(trunk, *_part_rules())
         return Rules(trunk, Rename("cls_head_finetune.{rest:*}", "head.{rest:*}"))
+
+
+def _part_rules() -> Iterator[Rename]:
+    """The head of the branch's part network: convolutions of kernel 1 there, and their norms."""
+    convolutions = {
+        "label_conv.0": "shape_code.net.0", "propagation_0.mlp_convs.0": "propagate.0",
+        "propagation_0.mlp_convs.1": "propagate.3", "convs1": "head.0", "convs2": "head.4.0", "convs3": "head.6",
+    }  # fmt: skip
+    norms = {
+        "label_conv.1": "shape_code.net.1", "propagation_0.mlp_bns.0": "propagate.1",
+        "propagation_0.mlp_bns.1": "propagate.4", "bns1": "head.1", "bns2": "head.4.1",
+    }  # fmt: skip
+    for theirs, ours in convolutions.items():
+        yield Rename(f"{theirs}.weight", f"{ours}.weight", Squeeze(-1))
+        yield Rename(f"{theirs}.bias", f"{ours}.bias")
+    for theirs, ours in norms.items():
+        yield Rename(f"{theirs}.{{leaf}}", f"{ours}.{{leaf}}")
+
+
+def _parts(config: Mapping[str, Any]) -> PointMambaSegmentation:
+    theirs = _filled(config, _PARTS)
+    _same_width(theirs)
+    return PointMambaSegmentation(
+        theirs["cls_dim"],
+        taps=theirs["fetch_idx"],
+        embed_dim=theirs["trans_dim"],
+        depth=theirs["depth"],
+        num_groups=theirs["num_group"],
+        group_size=theirs["group_size"],
+        rms_norm=theirs["rms_norm"],
+        drop_path=theirs["drop_path"],
+        version=1,
+    )
 
 
 def _filled(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
