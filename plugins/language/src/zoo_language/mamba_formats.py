@@ -364,7 +364,7 @@ def _record(model: MambaLM, found: dict[str, Tensor]) -> list[Any]:
 def _calls(call: Any) -> tuple[int | None, tuple[int, int] | None]:
     """(prompt tokens before teacher forcing, (prompt tokens, total length) of the greedy run) from the file's words."""
     text = json.dumps(call) if not isinstance(call, str) else call
-    step = re.search(r"prefill the first (\d+) tokens", text)
+    step = re.search(r"prefill (?:the first )?(\d+) tokens", text)
     greedy = re.search(r"input_ids\[:, :(\d+)\], max_length=(\d+)", text) or re.search(
         r"from the first (\d+) tokens to total length (\d+)", text
     )
