@@ -421,9 +421,9 @@ class PointMambaSegmentation(PointMambaTrunk):
 
     The second version's code has no part segmentation; here is Point-MAE's part head (arXiv 2203.06604) on its trunk:
     streams after a third, two thirds and all of the layers (mean of the two orders), their maximum and mean, a code of
-    the kind of object, and the streams interpolated from the patch centres onto the points. With ``version=1`` it is the
-    original's (branch "old"): every centre stands in the sequence three times, so the three nearest of a point are its
-    nearest centre's, and the maximum is over all three orders.
+    the kind of object, and the streams interpolated from the patch centres onto the points. With ``version=1`` it is
+    the original's (branch "old"): every centre stands in the sequence three times, so the three nearest of a point are
+    its nearest centre's, and the maximum is over all three orders.
     Arguments: ``shapes`` kinds of objects, ``taps``: numbers of the three layers, others as in :class:`PointMamba`.
     """
 
