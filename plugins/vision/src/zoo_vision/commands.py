@@ -1,4 +1,4 @@
-"""The vision plugin's verbs of the command line: ``zoo classify``, ``zoo embed-images``."""
+"""The vision plugin's verbs of the command line: ``zoo classify``, ``zoo embed-images``, ``zoo segment-images``."""
 
 from __future__ import annotations
 
@@ -101,4 +101,55 @@ def embed_images(
         click.echo(f"{len(results) - len(failed)} images, {width} features each -> {path}")
         for failure in failed:
             click.echo(str(failure), err=True)
+    return 1 if failed else 0
+
+
+@click.command()
+@click.argument("name")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option(
+    "--out", required=True, type=click.Path(file_okay=False), help="Folder for one .png of class numbers each."
+)
+@click.option("--save-picture", "pictures", type=click.Path(file_okay=False), help="Draw the answers into this folder.")
+@click.option("--short-side", type=click.IntRange(min=1), help="Pixels of the resized picture's shorter side.")
+@click.option("--keep-going", is_flag=True, help="Go on after a file that cannot be read.")
+@output.loading_options
+@output.as_json
+def segment_images(
+    name: str,
+    inputs: tuple[str, ...],
+    out: str,
+    pictures: str | None,
+    short_side: int | None,
+    keep_going: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Give every pixel of INPUTS (image files, folders, patterns) a class, with the model NAME.
+
+    \b
+        zoo segment-images mambavision_tiny_upernet.ade20k photos/ --out classes --save-picture drawn
+    """
+    import zoo
+    from zoo.cli.predict import picture_name
+    from zoo.pipelines import Failure
+
+    arguments = output.loading(options) | ({} if short_side is None else {"short_side": short_side})
+    pipe = zoo.pipeline(name, "semantic-segmentation", **arguments)
+    rows, failed = [], False
+    for i, result in enumerate(pipe.stream(list(inputs), keep_going=keep_going)):
+        row, shown = result.to_dict(), str(result)
+        if isinstance(result, Failure):
+            failed = True
+        else:
+            file = picture_name(result.source, i)
+            row["file"] = str(result.save(Path(out) / file))  # type: ignore[attr-defined]
+            if pictures is not None:
+                row["picture"] = str(result.save_picture(Path(pictures) / file))
+            shown += f"  -> {row['file']}"
+        rows.append(row)
+        if not as_json:
+            click.echo(shown)
+    if as_json:
+        output.emit(rows)
     return 1 if failed else 0

@@ -17,6 +17,7 @@ from zoo.rules import Rename, Reshape, Rules
 
 from ._base import check_reference_config, takes
 from .efficientvim import _DEFAULTS, _SWALLOWED, EfficientViM, arguments
+from .segmentation import ConvNormAct
 
 EXTRA = (False, "on_input", "on_lateral", "on_output")
 
@@ -164,7 +165,7 @@ class FPNHead(nn.Module):
         for i in range(maps):
             layers: list[nn.Module] = []
             for k in range(max(1, i)):
-                layers.append(_ConvNormAct(in_chans if k == 0 else channels, channels))
+                layers.append(ConvNormAct(in_chans if k == 0 else channels, channels, 3))
                 if i > 0:
                     layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
             heads.append(nn.Sequential(*layers))
@@ -178,16 +179,6 @@ class FPNHead(nn.Module):
         for head, x in zip(list(self.scale_heads)[1:], maps[1:], strict=True):
             total = total + F.interpolate(head(x), size=total.shape[2:], mode="bilinear", align_corners=False)
         return self.conv_seg(self.dropout(total))
-
-
-class _ConvNormAct(nn.Module):
-    def __init__(self, in_chans: int, out_chans: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_chans, out_chans, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(out_chans)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
 
 
 class SemanticFPN(EfficientViMFPN):

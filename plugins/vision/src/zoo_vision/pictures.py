@@ -74,6 +74,27 @@ def answer_card(
     return canvas
 
 
+def legend_card(
+    image: Image.Image, painted: Image.Image, rows: Sequence[tuple[str, tuple[int, int, int]]], *, title: str = ""
+) -> Image.Image:
+    """The image, ``painted`` beside it, and what each colour means: ``rows`` of (words, colour)."""
+    side, font, small = SIDE + SIDE // 2, ImageFont.load_default(16), ImageFont.load_default(13)
+    shown, beside = fit(image, side), fit(painted, side)
+    margin, panel, line, head = 16, 220, 24, 30 if title else 0
+    height = margin * 2 + head + max(shown.height, line * len(rows))
+    canvas = Image.new("RGB", (margin * 4 + shown.width + beside.width + panel, height), _BACK)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((margin, margin - 4), title, _INK, font)
+    canvas.paste(shown, (margin, margin + head))
+    canvas.paste(beside, (margin * 2 + shown.width, margin + head))
+    left = margin * 3 + shown.width + beside.width
+    for i, (words, colour) in enumerate(rows):
+        y = margin + head + line * i
+        draw.rectangle((left, y + 2, left + 16, y + 16), fill=colour)
+        draw.text((left + 24, y), _cut(words, panel - 24, small), _INK, small)
+    return canvas
+
+
 def _cut(text: str, width: float, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
     """``text`` shortened to ``width`` pixels."""
     if font.getlength(text) <= width:

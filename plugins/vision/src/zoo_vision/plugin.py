@@ -24,6 +24,7 @@ def zoo_adapters() -> Mapping[str, str]:
         "res_vmamba": "zoo_vision.res_vmamba:ResVMambaAdapter",
         "a2mamba": "zoo_vision.a2mamba:A2MambaAdapter",
         "mambavision": "zoo_vision.mambavision:MambaVisionAdapter",
+        "upernet": "zoo_vision.segmentation:UPerNetAdapter",
     }
 
 
@@ -32,6 +33,7 @@ def zoo_pipelines() -> Mapping[str, str]:
     return {
         "image-classification": "zoo_vision.pipelines:ImageClassification",
         "image-embedding": "zoo_vision.pipelines:ImageEmbedding",
+        "semantic-segmentation": "zoo_vision.scenes:SemanticSegmentation",
     }
 
 
@@ -45,6 +47,7 @@ def zoo_commands() -> Mapping[str, str]:
     return {
         "classify": "zoo_vision.commands:classify",
         "embed-images": "zoo_vision.commands:embed_images",
+        "segment-images": "zoo_vision.commands:segment_images",
     }
 
 
@@ -55,4 +58,5 @@ def zoo_demos() -> Iterable[Mapping[str, str]]:
         {"model": "vim_micro.digits", "file": "demo/samples/digit_5.png"},
         {"model": "vim_micro.digits", "file": "demo/samples/digit_8.png"},
         {"model": "vmamba_micro.digits", "file": "demo/samples/digit_8.png"},
+        {"model": "vmamba_micro_upernet.shapes", "file": "demo/samples/scene_0.jpg", "picture": "yes"},
     ]
