@@ -6,6 +6,7 @@ import torch
 import zoo
 from zoo.layers import Mamba
 from zoo_graph.graph_mamba import BUCKETS, ORDERS, GPSLayer, GPSLayers, OrderedMamba, order_named
+from zoo_graph.local_models import GAT, GINE, GENConv, GraphAttention
 from zoo_graph.models import GraphMamba
 from zoo_graph.segments import degree, graph_of, lexsort, segment_max, segment_mean, segment_sum, starts
 
@@ -143,10 +144,58 @@ def test_one_draw_in_training_and_five_outside():
 def test_bad_layers():
     with pytest.raises(ValueError, match="layer_norm and batch_norm are both set"):
         GPSLayer(16, layer_norm=True, batch_norm=True)
-    with pytest.raises(ValueError, match="local_gnn_type is 'GINE'"):
-        GPSLayer(16, local_gnn_type="GINE")
+    with pytest.raises(ValueError, match="local_gnn_type is 'PNA'"):
+        GPSLayer(16, local_gnn_type="PNA")
+    with pytest.raises(ValueError, match="'GAT' has no such form"):
+        GPSLayer(16, local_gnn_type="GAT", equivstable_pe=True)
+    with pytest.raises(ValueError, match="num_heads is 3"):
+        GPSLayer(16, global_model_type="Transformer", num_heads=3)
     with pytest.raises(ValueError, match="both 'None'"):
         GPSLayer(16, local_gnn_type="None", global_model_type="None")
+
+
+def test_attention_stays_inside_a_graph():
+    torch.manual_seed(0)
+    attention = GraphAttention(16, 4, 0.0).eval()
+    x, graph = features(), graph_of(SIZES, NODES)
+    found = attention(x, graph, 3)
+    for i in range(3):
+        own = x[graph == i][None]
+        alone = torch.nn.MultiheadAttention.forward(attention, own, own, own)[0][0]
+        torch.testing.assert_close(found[graph == i], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_local_models_by_their_sums():
+    """Each node's new value from its neighbours one by one."""
+    torch.manual_seed(0)
+    edge_index, x = edges(), features()
+    e = torch.randn(edge_index.shape[1], 16)
+    gine, gen, gat = GINE(16), GENConv(16).eval(), GAT(16, 2)
+    torch.nn.init.normal_(gat.bias)
+    outputs = [model(x, edge_index, e) for model in (gine, gen, gat)]
+    node = 5
+    into = (edge_index[1] == node).nonzero()[:, 0]
+    message = (x[edge_index[0, into]] + e[into]).relu()
+    torch.testing.assert_close(outputs[0][node], gine.nn(x[node] + message.sum(0)))
+    share = message.softmax(0)
+    torch.testing.assert_close(
+        outputs[1][node], gen.mlp((x[node] + (share * message).sum(0))[None])[0], atol=1e-5, rtol=1e-4
+    )
+    into = into[edge_index[0, into] != node]
+    sources = torch.cat([edge_index[0, into], torch.tensor([node])])
+    own = torch.cat([e[into], e[into].mean(0, keepdim=True)])
+    h, edge = gat.lin(x).unflatten(1, (2, 8)), gat.lin_edge(own).unflatten(1, (2, 8))
+    score = (h * gat.att_src).sum(-1)[sources] + (h * gat.att_dst).sum(-1)[node] + (edge * gat.att_edge).sum(-1)
+    share = torch.nn.functional.leaky_relu(score, 0.2).softmax(0)
+    expected = (share[..., None] * h[sources]).sum(0).flatten() + gat.bias
+    torch.testing.assert_close(outputs[2][node], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_other_layer_types_make_models():
+    for own in ({"local_gnn_type": "GAT"}, {"local_gnn_type": "GINE", "global_model_type": "Transformer"}):
+        model = GraphMamba(node_dim=3, out_dim=2, dim_h=16, layers=1, **own)
+        model(torch.randn(NODES, 3), edges(), None, SIZES).sum().backward()
+        assert model.unused_parameters == ()
 
 
 def test_adapter_and_other_configurations():
@@ -158,22 +207,28 @@ def test_adapter_and_other_configurations():
         {"global_model_type": "Mamba_Degree"},
         {"local_gnn_type": "None"},
         {"global_model_type": "None"},
+        {"global_model_type": "Transformer"},
+        {"local_gnn_type": "GINE"},
+        {"local_gnn_type": "GENConv"},
+        {"local_gnn_type": "GAT", "num_heads": 2},
+        {"equivstable_pe": True},
     ):
         own = {"local_gnn_type": "CustomGatedGCN", "global_model_type": "Mamba", **more}
         model = GPSLayers(2, 16, **own)
         state = adapter.to_reference(model.state_dict(), model=model)
         assert all(key[0] in "01" for key in state)
-        again = adapter.build({"layers": 2, "dim_h": 16, **own, "num_heads": 4}, state)
+        again = adapter.build({"layers": 2, "dim_h": 16, "num_heads": 4, **own}, state)
         inputs = {
             "x": features(),
             "edge_index": edges(),
             "edge_attr": torch.randn(84, 16),
             "batch": graph_of(SIZES, 20),
+            "pe_EquivStableLapPE": torch.randn(20, 4),
         }
         found = adapter.run(again, inputs, call={"split": "val"})
         assert torch.isfinite(found["x"]).all()
-    with pytest.raises(ValueError, match="equivstable_pe"):
-        adapter.build({"dim_h": 16, "equivstable_pe": True}, {})
+    with pytest.raises(ValueError, match="weights edges by positional encodings"):
+        GPSLayers(1, 16, equivstable_pe=True)(features(), edges(), torch.randn(84, 16), SIZES)
     with pytest.raises(ValueError, match="no argument 'width'"):
         adapter.build({"dim_h": 16, "width": 3}, {})
 

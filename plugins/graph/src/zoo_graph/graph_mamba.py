@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from zoo.layers import Linear, Mamba
 from zoo_kernels import causal_conv1d, selective_scan
 
+from .local_models import GAT, GINE, GENConv, GraphAttention, distance_gate, squared_distance
 from .segments import degree, graph_of, lexsort, segment_mean, segment_sum, starts
 
 BUCKETS, DRAWS = 3, 5
+#: Message passing beside the scan, by the original's names.
+LOCAL = ("CustomGatedGCN", "GINE", "GENConv", "GAT", "None")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ def order_named(name: str) -> Order:
         reason = "; it needs data of every node (centralities, clusters) that this library does not make"
     elif name.startswith("Mamba") and name.rpartition("_")[2] in ("2", "4", "Multi", "SmallConv", "SmallState"):
         reason = "; the original's forward raises for every such suffix"
-    raise ValueError(f"global_model_type is {name!r}; expected one of {', '.join(ORDERS)}, or 'None'{reason}")
+    raise ValueError(
+        f"global_model_type is {name!r}; expected one of {', '.join(ORDERS)}, 'Transformer' or 'None'{reason}"
+    )
 
 
 class OrderedMamba(Mamba):
@@ -98,21 +103,28 @@ class GatedGCN(nn.Module):
     """Message passing with gates on edges and a residual: new node and edge features (arXiv 1711.07553).
 
     ``e_ij = D x_i + E x_j + C e``, ``x_i' = x_i + relu(BN(A x_i + sum_j s(e_ij) B x_j / (sum_j s(e_ij) + 1e-6)))``,
-    ``e' = e + relu(BN(e_ij))``, i = edge_index[1], j = edge_index[0].
+    ``e' = e + relu(BN(e_ij))``, i = edge_index[1], j = edge_index[0]. ``stable``: s(e_ij) times
+    :func:`zoo_graph.local_models.distance_gate` of the nodes' encodings ``pe``.
     """
 
-    def __init__(self, dim: int, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, dropout: float = 0.0, stable: bool = False) -> None:
         super().__init__()
+        self.mlp_r_ij = distance_gate(dim) if stable else None
         self.A, self.B, self.C, self.D, self.E = (Linear(dim, dim) for _ in range(5))
         self.bn_node_x = nn.BatchNorm1d(dim)
         self.bn_edge_e = nn.BatchNorm1d(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, edge_index: Tensor, edge_attr: Tensor, pe: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (nodes, D), edge_attr (edges, D): new ones of both."""
         source, target = edge_index[0], edge_index[1]
         gate = self.D(x)[target] + self.E(x)[source] + self.C(edge_attr)
         share = gate.sigmoid()
+        if self.mlp_r_ij is not None:
+            assert pe is not None
+            share = share * self.mlp_r_ij(squared_distance(pe, edge_index))
         # Numerator and denominator side by side: one pass over the edges.
         both = segment_sum(torch.cat([share * self.B(x)[source], share], dim=1), target, x.shape[0])
         total, weight = both.chunk(2, dim=1)
@@ -140,11 +152,13 @@ class GraphNorm(nn.Module):
 class GPSLayer(nn.Module):
     """One layer: message passing and a scan side by side, then a feed-forward.
 
-    Arguments (the original's): ``dim_h`` D, ``local_gnn_type`` ("CustomGatedGCN" or "None"), ``global_model_type`` (a
-    name of :data:`ORDERS` or "None"), ``dropout``, ``layer_norm`` (GraphNorm) or ``batch_norm`` (or neither).
+    Arguments (the original's): ``dim_h`` D, ``local_gnn_type`` ("CustomGatedGCN", "GINE", "GENConv", "GAT" or "None"),
+    ``global_model_type`` (a name of :data:`ORDERS`, "Transformer" or "None"), ``num_heads`` (of GAT and attention),
+    ``dropout``, ``attn_dropout``, ``layer_norm`` (GraphNorm) or ``batch_norm`` (or neither), ``equivstable_pe`` (of the
+    first local type: edges are weighted by the distance of their ends' encodings ``pe``).
     forward: x (nodes, D), edge_index (2, edges), edge_attr (edges, D), graph (nodes,) sorted, graphs, train (one draw
     of the order instead of the mean over five; None: as the module's mode). noise, bucket: what replaces the random
-    numbers, (draws, nodes) each. Returns (x, edge_attr).
+    numbers, (draws, nodes) each. pe: (nodes, features). Returns (x, edge_attr).
     """
 
     def __init__(
@@ -155,17 +169,37 @@ class GPSLayer(nn.Module):
         dropout: float = 0.0,
         layer_norm: bool = False,
         batch_norm: bool = True,
+        num_heads: int = 4,
+        attn_dropout: float = 0.0,
+        equivstable_pe: bool = False,
     ) -> None:
         super().__init__()
-        if local_gnn_type not in ("CustomGatedGCN", "None"):
-            raise ValueError(f"local_gnn_type is {local_gnn_type!r}; expected 'CustomGatedGCN' or 'None'")
+        if local_gnn_type not in LOCAL:
+            raise ValueError(f"local_gnn_type is {local_gnn_type!r}; expected one of {', '.join(LOCAL)}")
+        if equivstable_pe and local_gnn_type != "CustomGatedGCN":
+            raise ValueError(
+                f"equivstable_pe is set; local_gnn_type {local_gnn_type!r} has no such form (the original's GINE fails)"
+            )
         if layer_norm and batch_norm:
             raise ValueError("layer_norm and batch_norm are both set; a layer has one kind of norm, or none")
-        self.order = None if global_model_type == "None" else order_named(global_model_type)
-        if local_gnn_type == "None" and self.order is None:
+        self.order = None if global_model_type in ("None", "Transformer") else order_named(global_model_type)
+        if local_gnn_type == "None" and global_model_type == "None":
             raise ValueError("local_gnn_type and global_model_type are both 'None'; a layer needs one of them")
-        self.local_model = GatedGCN(dim_h, dropout) if local_gnn_type != "None" else None
-        self.self_attn = OrderedMamba(dim_h, d_state=16, d_conv=4, expand=1) if self.order is not None else None
+        self.equivstable_pe = equivstable_pe
+        self.local_model: nn.Module | None = None
+        if local_gnn_type == "CustomGatedGCN":
+            self.local_model = GatedGCN(dim_h, dropout, equivstable_pe)
+        elif local_gnn_type == "GINE":
+            self.local_model = GINE(dim_h)
+        elif local_gnn_type == "GENConv":
+            self.local_model = GENConv(dim_h)
+        elif local_gnn_type == "GAT":
+            self.local_model = GAT(dim_h, num_heads)
+        self.self_attn: nn.Module | None = None
+        if self.order is not None:
+            self.self_attn = OrderedMamba(dim_h, d_state=16, d_conv=4, expand=1)
+        elif global_model_type == "Transformer":
+            self.self_attn = GraphAttention(dim_h, num_heads, attn_dropout)
 
         def norm(used: bool) -> nn.Module | None:
             if not used:
@@ -215,16 +249,25 @@ class GPSLayer(nn.Module):
         train: bool | None = None,
         noise: Tensor | None = None,
         bucket: Tensor | None = None,
+        pe: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         train = self.training if train is None else train
-        parts = []
-        if self.local_model is not None:
-            local, edge_attr = self.local_model(x, edge_index, edge_attr)
+        if self.equivstable_pe and pe is None:
+            raise ValueError("this layer weights edges by positional encodings; give pe, (nodes, features)")
+        parts, old = [], edge_attr
+        if isinstance(self.local_model, GatedGCN):  # has its own residual and dropout
+            local, edge_attr = self.local_model(x, edge_index, old, pe)
             parts.append(_normed(self.norm1_local, local, graph, graphs))
-        if self.self_attn is not None and self.order is not None:
-            draws = 1 if train else self.order.draws
-            order, resets = self.draw(edge_index, graph, draws, noise, bucket)
-            mixed = self.dropout(self.self_attn(x, order, resets))
+        elif self.local_model is not None:
+            local = x + self.dropout(self.local_model(x, edge_index, old))
+            parts.append(_normed(self.norm1_local, local, graph, graphs))
+        if self.self_attn is not None:
+            if self.order is None:
+                mixed = self.self_attn(x, graph, graphs)
+            else:
+                draws = 1 if train else self.order.draws
+                mixed = self.self_attn(x, *self.draw(edge_index, graph, draws, noise, bucket))
+            mixed = self.dropout(mixed)
             parts.append(_normed(self.norm1_attn, x + mixed, graph, graphs))
         h = sum(parts[1:], parts[0])
         h = h + self.dropout(self.ff_linear2(self.dropout(self.ff_linear1(h).relu())))
@@ -260,11 +303,12 @@ class GPSLayers(nn.Module):
         train: bool | None = None,
         noise: Tensor | None = None,
         bucket: Tensor | None = None,
+        pe: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         nodes = x.shape[0]
         graphs = 1 if sizes is None else sizes.shape[0]
         graph = edge_index.new_zeros(nodes) if sizes is None else graph_of(sizes, nodes)
         for i, layer in enumerate(self.layers):
             own = {"noise": None if noise is None else noise[i], "bucket": None if bucket is None else bucket[i]}
-            x, edge_attr = layer(x, edge_index, edge_attr, graph, graphs, train=train, **own)
+            x, edge_attr = layer(x, edge_index, edge_attr, graph, graphs, train=train, pe=pe, **own)
         return x, edge_attr

@@ -14,10 +14,13 @@ from zoo.rules import Rename, Rules
 from .graph_mamba import ORDERS, GPSLayers
 from .segments import degree, graph_of, lexsort
 
-_TAKEN = ("local_gnn_type", "global_model_type", "dropout", "layer_norm", "batch_norm")
-#: Arguments of other mixers (attention), without effect on a Mamba.
-_INERT = {"num_heads", "attn_dropout", "pna_degrees", "bigbird_cfg"}
-_KNOWN = {"layers", "dim_h", "equivstable_pe", *_TAKEN, *_INERT}
+_TAKEN = (
+    "local_gnn_type", "global_model_type", "dropout", "layer_norm", "batch_norm", "num_heads", "attn_dropout",
+    "equivstable_pe",
+)  # fmt: skip
+#: Arguments of mixers that are not built here.
+_INERT = {"pna_degrees", "bigbird_cfg"}
+_KNOWN = {"layers", "dim_h", *_TAKEN, *_INERT}
 
 
 class GraphMambaAdapter(ReferenceAdapter):
@@ -30,8 +33,6 @@ class GraphMambaAdapter(ReferenceAdapter):
         unknown = sorted(set(config) - _KNOWN)
         if unknown:
             raise ValueError(f"Graph-Mamba has no argument {', '.join(map(repr, unknown))}; known: {sorted(_KNOWN)}")
-        if config.get("equivstable_pe"):
-            raise ValueError("equivstable_pe is set; no configuration with a Mamba uses it, and it is not built here")
         if "dim_h" not in config:
             raise ValueError("dim_h is missing; expected the width of the layers")
         arguments = {k: config[k] for k in _TAKEN if k in config}
@@ -56,6 +57,7 @@ class GraphMambaAdapter(ReferenceAdapter):
         noise, bucket = (
             None if key not in inputs else inputs[key].reshape(layers, -1, x.shape[0]) for key in ("noise", "bucket")
         )
+        pe = inputs.get("pe_EquivStableLapPE")
         found: dict[str, Tensor] = {}
         key = degree(edge_index, x.shape[0])
         found["mid/degree"] = key
@@ -66,7 +68,7 @@ class GraphMambaAdapter(ReferenceAdapter):
                 "noise": None if noise is None else noise[i].to(x.dtype),
                 "bucket": None if bucket is None else bucket[i].long(),
             }
-            x, edge_attr = layer(x, edge_index, edge_attr, graph, count, train=train, **own)
+            x, edge_attr = layer(x, edge_index, edge_attr, graph, count, train=train, pe=pe, **own)
             found[f"mid/layer{i}_x"] = x
         model.train(was)
         return found | {"x": x, "edge_attr": edge_attr, "loss": x.square().mean()}

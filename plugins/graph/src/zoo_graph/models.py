@@ -18,7 +18,7 @@ class GraphMamba(nn.Module):
     ``edge_categories`` likewise (0: none), ``pe_dim`` columns of positional or structural encodings, ``out_dim``,
     ``level`` ("node", "graph", "link"), ``kind`` ("classification", "multilabel", "regression": the loss and what
     pipelines print), ``pooling`` of graphs; ``local_gnn_type``, ``global_model_type``, ``dropout``, ``layer_norm``,
-    ``batch_norm`` as in :class:`zoo_graph.graph_mamba.GPSLayer`.
+    ``batch_norm``, ``num_heads`` as in :class:`zoo_graph.graph_mamba.GPSLayer`.
 
     forward: x (nodes, features), edge_index (2, edges) int64 (both directions of an undirected edge), edge_attr (edges,
     features), sizes (graphs,) nodes of each graph (None: one graph), pe (nodes, pe_dim), links (2, links) of link
@@ -45,6 +45,7 @@ class GraphMamba(nn.Module):
         dropout: float = 0.0,
         layer_norm: bool = False,
         batch_norm: bool = True,
+        num_heads: int = 4,
     ) -> None:
         super().__init__()
         check_kind(kind)
@@ -60,10 +61,12 @@ class GraphMamba(nn.Module):
             dropout=dropout,
             layer_norm=layer_norm,
             batch_norm=batch_norm,
+            num_heads=num_heads,
         )
         self.head = Head(dim_h, out_dim, level, pooling)
         # The last layer's edge features go nowhere, as in the original.
-        self.unused_parameters = (f"backbone.layers.{layers - 1}.local_model.bn_edge_e",) if self.edge_encoder else ()
+        last = f"backbone.layers.{layers - 1}.local_model.bn_edge_e"
+        self.unused_parameters = (last,) if local_gnn_type == "CustomGatedGCN" else ()
 
     def forward(
         self,
