@@ -88,6 +88,20 @@ def test_reference_keys_go_both_ways(semantic):
     assert all(torch.equal(back[k], v) for k, v in semantic.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "stem", ["changemamba__bcd", "changemamba__bda", "mamba_fcs__scd_second", "rsmamba__shuffle_gate", "morpmamba__uh"]
+)
+def test_runs_hold_the_intermediates_of_the_recorded_files(stem):
+    golden = read_golden(GOLDEN / f"{stem}.safetensors")
+    adapter = zoo.reference(golden.system)
+    model = adapter.build(golden.config, golden.state)
+    with torch.no_grad():
+        found = adapter.run(model, golden.inputs, call=golden.call)
+    assert golden.mids
+    for name, expected in golden.mids.items():
+        torch.testing.assert_close(found[f"mid/{name}"], expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("stem", ["changemamba__bda", "mamba_fcs__scd_second", "rsmamba__forward_cls_head"])
 def test_checkpoints_of_parallel_training_show_what_they_are(stem):
     golden = read_golden(GOLDEN / f"{stem}.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -64,6 +64,12 @@ class ChangeMambaAdapter(PathAdapter):
 
     system = "changemamba"
     loss_output = "bcd_total"
+    mids: ClassVar[Mapping[str, str]] = {
+        "encoder": "encoder", "patch_embed": "encoder.patch_embed", "p1": "decoder", "bcd": "decoder_bcd",
+        "t1": "decoder_T1", "t2": "decoder_T2", "damage": "decoder_damage", "building": "decoder_building",
+        **{f"st{i}{j}": f"decoder.st_block_{i}{j}" for i in range(1, 5) for j in range(1, 4)},
+        **{f"fuse{i}": f"decoder.fuse_layer_{i}" for i in range(1, 5)},
+    }  # fmt: skip
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
         if "lovasz" in source or (not state and "ignore_index" in config):
@@ -104,7 +110,7 @@ class ChangeMambaAdapter(PathAdapter):
             rules.append(Rename("main_clf.{leaf}", "head.{leaf}"))
         return Rules(*rules)
 
-    def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
+    def outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Images to ``change_logits``, ``semantic_t1``, ``semantic_t2``, ``building_logits``, ``damage_logits``,
         whichever the model has; labels and logits to the losses."""
         if isinstance(model, Losses):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from .encoder import block_rules, encoder_rules, translate
 from .losses import SeKLoss, fcs_loss
 from .mamba_fcs import MambaFCS, MambaFCSBinary
 
+#: settings of the loss alone, which tell its files where nothing names the class
+_LOSS = {"non_change_class", "beta", "gamma", "eps"}
 _DECODERS = {"decoder": "change", "decoder_bcd": "change", "decoder_T1": "before", "decoder_T2": "after"}
 _HEADS = {"main_clf_cd": "change_head", "aux_clf": "semantic_head", "main_clf": "head"}
 
@@ -45,9 +47,14 @@ class MambaFCSAdapter(PathAdapter):
 
     system = "mamba_fcs"
     loss_output = "sek_first_call"
+    mids: ClassVar[Mapping[str, str]] = {
+        "encoder": "encoder", "patch_embed": "encoder.patch_embed", "bcd": "decoder_bcd", "t1": "decoder_T1",
+        "t2": "decoder_T2", **{f"fuse{i}": f"decoder_bcd.fuse_layer_{i}" for i in range(1, 5)},
+        **{f"down{i}": f"decoder_bcd.down_sample_{i}" for i in range(1, 4)},
+    }  # fmt: skip
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
-        if "SeK_Loss" in source or (not state and "beta" in config):
+        if "SeK_Loss" in source or (not state and not _LOSS.isdisjoint(config)):
             return Losses(config).eval()
         state = unwrapped(state)  # what is built depends on its keys
         options = translate("Mamba-FCS", config, ("output_cd", "output_clf"))
@@ -71,7 +78,7 @@ class MambaFCSAdapter(PathAdapter):
             *(Rename(f"{name}.{{rest:*}}", f"{_HEADS[name]}.{{rest:*}}") for name in heads),
         )
 
-    def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
+    def outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Images to ``change_logits`` (and ``semantic_t1``, ``semantic_t2``); logits and labels to the SeK losses."""
         if isinstance(model, Losses):
             return _run_losses(model.settings, inputs)

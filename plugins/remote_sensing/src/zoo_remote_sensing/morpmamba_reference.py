@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,10 @@ class MorpMambaAdapter(PathAdapter):
     """``SSMambaModel``; input ``patch`` (batch, W, W, bands), output ``probabilities``."""
 
     system = "morpmamba"
+    mids: ClassVar[Mapping[str, str]] = {
+        "token_generation": "token_generation", "feature_enhancement": "feature_enhancement",
+        "attention": "multi_head_attention", "state": "state_space_model",
+    }  # fmt: skip
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
         for key, value in config.items():
@@ -123,7 +127,7 @@ class MorpMambaAdapter(PathAdapter):
             *(Rename(f"{theirs}.bias", f"{ours}.bias") for theirs, ours in _DENSE.items()),
         )
 
-    def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
+    def outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"probabilities": model(inputs["patch"]).softmax(-1)}
 
     def place(self, model: nn.Module, path: str) -> Place:

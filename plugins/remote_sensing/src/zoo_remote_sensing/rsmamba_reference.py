@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,9 @@ class RSMambaAdapter(PathAdapter):
     """``RSMamba`` with ``LinearClsHead``; input ``image``, and the shuffles as ``perm_<layer>`` or ``perm_key``."""
 
     system = "rsmamba"
+    mids: ClassVar[Mapping[str, str]] = {
+        "patch_embed": "backbone.patch_embed", "layer0": "backbone.layers.0", "gate0": "backbone.gate_layers.0",
+    }  # fmt: skip
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> nn.Module:
         state = unwrapped(state)  # what is built depends on its keys
@@ -113,7 +116,7 @@ class RSMambaAdapter(PathAdapter):
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
         return _RULES
 
-    def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
+    def outputs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``feature`` (or ``feature0``, ``feature1``, ...) and, of feature vectors, ``logits``.
 
         The permutation of layer i is ``perm_i``, or the stable argsort of row i of ``perm_key``; without either they
