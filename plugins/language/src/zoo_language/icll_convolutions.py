@@ -2,7 +2,7 @@
 
 Paper: Akyürek et al., "In-Context Language Learning: Architectures and Algorithms", arXiv 2401.12973. Original:
 berlino/seq_icl @ 9b9223d, Apache-2.0 (``ssm/s4d.py``, ``h3.py``, ``ssm/ss_kernel*.py``, ``hyena.py``). Parameter names
-are the original's. Kernels are in float32 whatever the weights are.
+are the original's. Kernels are in float32 at least, whatever the weights are.
 """
 
 from __future__ import annotations
@@ -29,8 +29,13 @@ def activation_of(name: str | None) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Complex numbers and long powers have no half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class _Nested(nn.Module):
-    """Parameters below ``kernel.kernel``, where the original's checkpoints have them."""
+    """Parameters below ``kernel.kernel``, where the original's checkpoints have them; read in float32 at least."""
 
     def __init__(self, **parameters: Tensor) -> None:
         super().__init__()
@@ -39,7 +44,7 @@ class _Nested(nn.Module):
             self.kernel.register_parameter(name, nn.Parameter(value))
 
     def __getitem__(self, name: str) -> Tensor:
-        return getattr(self.kernel, name)
+        return at_least_float32(getattr(self.kernel, name))
 
 
 def _complex(pairs: Tensor) -> Tensor:

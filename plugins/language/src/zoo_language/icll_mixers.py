@@ -21,7 +21,7 @@ from zoo.layers import Mamba as MambaMixer
 from zoo_kernels import causal_conv1d, linear_attention, linear_scan
 
 from .attention import rotary
-from .icll_convolutions import H3, S4D, Hyena
+from .icll_convolutions import H3, S4D, Hyena, at_least_float32
 
 
 def ngram_weights(ids: Tensor, n: int, shift: int = 1) -> Tensor:
@@ -162,9 +162,9 @@ class Retention(nn.Module):
         mask = torch.exp(distance * decay[:, None, None]).masked_fill(distance < 0, 0)
         mask = mask / mask.sum(-1, keepdim=True).sqrt()
         # Decays and normalisers in float32, whatever the weights are.
-        weight = torch.einsum("blhd,bshd->bhls", self._turn(q.float()), self._turn(k.float())) * mask
+        weight = torch.einsum("blhd,bshd->bhls", self._turn(at_least_float32(q)), self._turn(at_least_float32(k))) * mask
         weight = weight / weight.detach().sum(-1, keepdim=True).abs().clamp(min=1)
-        out = torch.einsum("bhls,bshd->blhd", weight, v.float()).to(x.dtype)
+        out = torch.einsum("bhls,bshd->blhd", weight, at_least_float32(v)).to(x.dtype)
         out = F.layer_norm(out, (out.shape[-1],)).flatten(-2)
         return self.out_proj(F.silu(g) * out)
 
@@ -278,8 +278,9 @@ class LRU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         v, o = self.in_proj(x).chunk(2, dim=-1)
-        value = torch.complex(*(part.float() for part in v.chunk(2, dim=-1))) * self.gamma_log.exp()
-        decay = torch.exp(torch.complex(-self.nu_log.exp(), self.theta_log.exp()))
+        nu, theta, gamma = (at_least_float32(p).exp() for p in (self.nu_log, self.theta_log, self.gamma_log))
+        value = torch.complex(*at_least_float32(v).chunk(2, dim=-1)) * gamma
+        decay = torch.exp(torch.complex(-nu, theta))
         h, _ = linear_scan(value, decay)
         mixed = torch.cat([h.real, h.imag], dim=-1).to(x.dtype) * F.silu(o)
         return self.out_proj(self.layer_norm(self.dropout(mixed)))
