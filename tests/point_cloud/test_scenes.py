@@ -140,7 +140,7 @@ def test_block_options(rooms):
     for wrong in ("many", 1000.5):
         with pytest.raises(zoo.errors.BadArgument, match=f"block_points is '?{wrong}'?; expected (int|a whole)"):
             zoo.pipeline(rooms, block_points=wrong)
-    with pytest.raises(zoo.errors.BadArgument, match="overlap is 'wide'; expected (float|a share)"):
+    with pytest.raises(zoo.errors.BadArgument, match=r"overlap is 'wide'; expected (float|a share)"):
         zoo.pipeline(rooms, overlap="wide")
     with pytest.raises(zoo.errors.BadArgument, match="overlap is 3"):
         zoo.pipeline(rooms, overlap=3)
