@@ -161,10 +161,11 @@ class Retention(nn.Module):
         distance = step[:, None] - step[None]
         mask = torch.exp(distance * decay[:, None, None]).masked_fill(distance < 0, 0)
         mask = mask / mask.sum(-1, keepdim=True).sqrt()
-        # Decays and normalisers in float32, whatever the weights are.
-        weight = torch.einsum("blhd,bshd->bhls", self._turn(at_least_float32(q)), self._turn(at_least_float32(k))) * mask
+        # Decays and normalisers in float32 at least, whatever the weights are.
+        q, k, v = (at_least_float32(t) for t in (q, k, v))
+        weight = torch.einsum("blhd,bshd->bhls", self._turn(q), self._turn(k)) * mask
         weight = weight / weight.detach().sum(-1, keepdim=True).abs().clamp(min=1)
-        out = torch.einsum("bhls,bshd->blhd", weight, at_least_float32(v)).to(x.dtype)
+        out = torch.einsum("bhls,bshd->blhd", weight, v).to(x.dtype)
         out = F.layer_norm(out, (out.shape[-1],)).flatten(-2)
         return self.out_proj(F.silu(g) * out)
 
