@@ -1,6 +1,5 @@
 """The demo draws what it is asked for, and its card's figures hold on other seeds; the documentation runs."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -11,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from recipes import recipe
 
 import zoo
 import zoo_generation
@@ -23,12 +23,7 @@ NAME = "dimsum_micro.shapes"
 
 @pytest.fixture(scope="module")
 def shapes():
-    spec = importlib.util.spec_from_file_location(
-        "drawn_shapes", ROOT / "plugins" / "generation" / "recipes" / "drawn_shapes.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return recipe("generation", "drawn_shapes")
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +68,8 @@ def test_the_loss_is_lower_with_labels(shapes, tmp_path):
 
 
 def test_the_recipe_runs(capsys, monkeypatch):
-    recipes = ROOT / "plugins" / "generation" / "recipes"
-    monkeypatch.syspath_prepend(str(recipes))
-    spec = importlib.util.spec_from_file_location("train_shapes", recipes / "train_shapes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", ["train_shapes", "--images", "64", "--steps", "2", "--dry-run", "--samples", "2"])
-    module.main()
+    recipe("generation", "train_shapes").main()
     said = capsys.readouterr().out
     assert '"pixel normals"' in said
     assert "'step': 2" in said

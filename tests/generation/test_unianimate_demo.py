@@ -1,9 +1,7 @@
 """UniAnimate's demo answers from files, on the command line too; training and measuring on folders of clips."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from recipes import recipe
 
 import zoo
 from zoo.cli.predict import predict as predict_command
@@ -36,16 +35,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def figures():
-    return recipe("stick_figures")
-
-
-def recipe(name):
-    path = ROOT / "plugins" / "generation" / "recipes" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its data classes look for it there, and so does the other recipe
-    spec.loader.exec_module(module)
-    return module
+    return recipe("generation", "stick_figures")
 
 
 def test_the_figure_moves(figures):
@@ -196,6 +186,9 @@ def test_commands(tmp_path, figures, monkeypatch):
         train_animation, ["unianimate_micro", "clips", "--out", "tuned", *options], catch_exceptions=False
     )
     assert "saved to tuned" in run.output
+    facts = json.loads(Path("tuned/config.json").read_text())["pretrained_cfg"]
+    assert "preprocess" in facts
+    assert not {"metrics", "tag"} & set(facts)  # those of what it started from
     found = zoo.validate("./tuned", "clips", steps=2, limit=1)
     assert found.samples == 1
     assert set(found.metrics) == {"psnr", "psnr_copied"}
@@ -244,7 +237,7 @@ def test_the_snippets_run(page, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_cards_figures_hold(figures):
     """The recipe's unseen clips are generated from a seed, so its figures can be taken again."""
-    own = recipe("train_unianimate")
+    own = recipe("generation", "train_unianimate")
     found = own.measure(zoo.pipeline(MODEL, aligned=False), own.unseen_clips(16))
     for metric in zoo.info(MODEL).weights.metrics:
         assert found[metric.name] == pytest.approx(metric.value, abs=0.05)

@@ -1,7 +1,6 @@
 """The demo answers from files, on the command line too; training from a folder; the card's figures."""
 
 import csv
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from recipes import recipe
 
 import zoo
 import zoo_graph
@@ -21,16 +21,12 @@ from zoo_graph.training import fit, loss_of, score
 from zoo_graph.validation import numbered
 
 SAMPLE = Path(zoo_graph.__file__).parent / "demo" / "sample"
-RECIPES = Path(__file__).parents[2] / "plugins" / "graph" / "recipes"
 MODEL = "graphmamba_micro.broadcast"
 
 
 @pytest.fixture(scope="module")
 def broadcast():
-    spec = importlib.util.spec_from_file_location("broadcast", RECIPES / "broadcast.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return recipe("graph", "broadcast")
 
 
 def truth():
@@ -179,12 +175,8 @@ def test_labels_become_numbers():
 
 
 @pytest.mark.slow
-def test_the_cards_figures_hold(monkeypatch):
+def test_the_cards_figures_hold():
     """The recipe's test graphs are generated from a seed, so its figures can be taken again."""
-    monkeypatch.syspath_prepend(str(RECIPES))
-    spec = importlib.util.spec_from_file_location("graph_train_demo", RECIPES / "train_demo.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    found = recipe.figures(zoo.load(MODEL))
+    found = recipe("graph", "train_demo").figures(zoo.load(MODEL))
     for metric in zoo.info(MODEL).weights.metrics:
         assert found[metric.name] == pytest.approx(metric.value, abs=0.002)

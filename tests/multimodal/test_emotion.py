@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from recipes import recipe
 
 import zoo
 import zoo_multimodal
@@ -18,18 +19,13 @@ from zoo_multimodal.dialogues import LABELS, Dialogue, class_names, join, read_d
 from zoo_multimodal.emotion import EmotionRecognition
 from zoo_multimodal.emotion_training import Settings, alone, fit, measure, scores, solve_head
 
-ROOT = Path(__file__).parents[2]
 SAMPLE = Path(zoo_multimodal.__file__).parent / "demo" / "moods.npz"
 MODEL = "broad_mamba_micro.moods"
 
 
 @pytest.fixture(scope="module")
 def moods():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "plugins" / "multimodal" / "recipes"))
-        import moods
-
-        yield moods
+    return recipe("multimodal", "moods")
 
 
 def written(form, tmp_path):
@@ -272,9 +268,7 @@ def test_exact_inference_of_the_recipe(moods):
 
 
 @pytest.mark.slow
-def test_the_cards_figures_hold(moods, monkeypatch):
-    import train_moods
-
-    found = train_moods.figures(zoo.load(MODEL).float())
+def test_the_cards_figures_hold():
+    found = recipe("multimodal", "train_moods").figures(zoo.load(MODEL).float())
     for metric in zoo.info(MODEL).weights.metrics:
         assert found[metric.name] == pytest.approx(metric.value, abs=0.002)

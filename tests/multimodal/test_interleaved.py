@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from recipes import recipe
 
 import zoo
 import zoo_multimodal
@@ -29,18 +30,13 @@ from zoo_multimodal.interleaved import Interleaved
 from zoo_multimodal.mixture_lm import MixtureLM
 from zoo_multimodal.transfusion import TransfusionMamba
 
-ROOT = Path(__file__).parents[2]
 SAMPLE = Path(zoo_multimodal.__file__).parent / "demo" / "shapes" / "document.json"
 MODEL = "mixture_of_mamba_micro.shapes"
 
 
 @pytest.fixture(scope="module")
 def shapes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "plugins" / "multimodal" / "recipes"))
-        import picture_documents as shapes
-
-        yield shapes
+    return recipe("multimodal", "picture_documents")
 
 
 @pytest.fixture(scope="module")
@@ -300,9 +296,7 @@ def test_training_on_tokens_and_latents(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_cards_figures_hold(shapes):
-    import train_mixture
-
-    found = train_mixture.figures(zoo.load(MODEL).float())
+def test_the_cards_figures_hold():
+    found = recipe("multimodal", "train_mixture").figures(zoo.load(MODEL).float())
     for metric in zoo.info(MODEL).weights.metrics:
         assert found[metric.name] == pytest.approx(metric.value, abs=0.006), metric.name

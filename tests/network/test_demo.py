@@ -1,15 +1,14 @@
 """The demo classifier answers from a capture, on the command line too, and its card's figures hold."""
 
 import csv
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from recipes import recipe
 
 import zoo
 import zoo_network
@@ -22,7 +21,6 @@ from zoo_network.flows import FlowBytes, split_flows
 from .packet_writer import ethernet, ipv4, ipv6, pcap, udp
 
 SAMPLE = Path(zoo_network.__file__).parent / "demo" / "sample.pcap"
-RECIPES = Path(__file__).parents[2] / "plugins" / "network" / "recipes"
 MODEL = "netmamba_micro.generated"
 
 
@@ -33,10 +31,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def traffic():
-    spec = importlib.util.spec_from_file_location("traffic", RECIPES / "traffic.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return recipe("network", "traffic")
 
 
 def test_sample(pipe):
@@ -191,16 +186,12 @@ def test_unknown_protocols_are_not_in_the_generator(traffic):
 
 
 @pytest.mark.slow
-def test_the_cards_figures_hold(monkeypatch):
+def test_the_cards_figures_hold():
     """The recipe's test captures are generated from a seed, so its figures can be taken again."""
-    monkeypatch.syspath_prepend(str(RECIPES))
-    spec = importlib.util.spec_from_file_location("train_demo", RECIPES / "train_demo.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
     from zoo_network.training import predict, scores
 
-    test = recipe.flows_of(150, 3)
-    found, _ = scores(predict(zoo.load(MODEL), test.flows), test.labels, recipe.CLASSES)
+    train = recipe("network", "train_demo")
+    test = train.flows_of(150, 3)
+    found, _ = scores(predict(zoo.load(MODEL), test.flows), test.labels, train.CLASSES)
     for metric in zoo.info(MODEL).weights.metrics:
         assert found[metric.name] == pytest.approx(metric.value, abs=0.002)
-    sys.modules.pop("traffic", None)

@@ -1,7 +1,6 @@
 """The demo answers from a recording and draws EEG, on the command line too; its card's figures hold."""
 
 import csv
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from recipes import recipe
 
 import zoo
 import zoo_neuro
@@ -53,13 +53,7 @@ def test_other_inputs_are_refused(pipe):
 
 @pytest.fixture(scope="module")
 def eeg():
-    spec = importlib.util.spec_from_file_location("eeg", ROOT / "plugins" / "neuro" / "recipes" / "eeg.py")
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["eeg"] = module  # its dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module
+    return recipe("neuro", "eeg")
 
 
 def test_sample(pipe, eeg):

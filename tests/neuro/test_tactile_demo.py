@@ -1,6 +1,5 @@
 """The demo of touch answers from a recording, on the command line too, and its card's figures hold."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from recipes import recipe
 
 import zoo
 import zoo_neuro
@@ -20,15 +20,7 @@ from zoo_neuro.tactile.recordings import Layout, read_folder, read_recording, re
 DEMO = Path(zoo_neuro.__file__).parent / "demo"
 SAMPLE = DEMO / "whisker_sweep.npz"
 ROOT = Path(__file__).parents[2]
-RECIPES = ROOT / "plugins" / "neuro" / "recipes"
 MODEL = "tactile_micro.solids"
-
-
-def recipe(name):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +135,7 @@ def test_command_line(tmp_path):
 def test_training_from_folders(tmp_path, monkeypatch):
     """The commands: train without labels, from it with labels, predict and validate with what was saved."""
     monkeypatch.chdir(tmp_path)
-    recipe("whisking").write_folder("sweeps", 4, 7)
+    recipe("neuro", "whisking").write_folder("sweeps", 4, 7)
     small = ["--set", 'encoder={"name": "graph", "widths": [4, 6, 6], "hidden": 8}', "--set", "repr_dim=12",
              "--epochs", "2", "--batch-size", "8", "--optimiser", "adamw"]  # fmt: skip
     run = CliRunner().invoke(
@@ -213,12 +205,11 @@ def test_the_snippets_of_touch_run(page, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_cards_figures_hold(monkeypatch):
+def test_the_cards_figures_hold():
     """The recipe's test sweeps are generated from a seed, so its figures can be taken again."""
     from zoo_neuro.tactile.training import accuracy
 
-    monkeypatch.syspath_prepend(str(RECIPES))
-    train = recipe("train_touch")
+    train = recipe("neuro", "train_touch")
     test = train.recordings(*train.TEST)
     (metric,) = zoo.info(MODEL).weights.metrics
     assert accuracy(zoo.load(MODEL, dtype="float32"), test) == pytest.approx(metric.value, abs=0.003)

@@ -1,11 +1,11 @@
 """The demo forecaster answers from a real file, better than the baselines, and its card's figures hold."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from recipes import recipe
 
 import zoo
 import zoo_time_series
@@ -13,7 +13,6 @@ from zoo_time_series.baselines import last_value, seasonal_naive
 from zoo_time_series.tables import read_table
 
 SAMPLES = Path(zoo_time_series.__file__).parent / "demo" / "samples"
-RECIPES = Path(__file__).parents[2] / "plugins" / "time_series" / "recipes"
 
 
 def test_forecasts_a_sample():
@@ -34,15 +33,12 @@ def test_forecasts_a_sample():
     assert found < error(seasonal_naive(past, 48)[0])
 
 
-def test_the_cards_figures_hold(monkeypatch):
+def test_the_cards_figures_hold():
     """The recipe's series are generated from seeds, so its errors can be taken again: here of a part of them."""
-    monkeypatch.syspath_prepend(str(RECIPES))
-    spec = importlib.util.spec_from_file_location("train_series", RECIPES / "train_series.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
+    trained = recipe("time_series", "train_series")
     model = zoo.load("tsm2_micro.series").float()
-    train = torch.from_numpy(recipe.series.tables(40, recipe.LENGTH, recipe.COLUMNS, seed=1))
-    found = recipe.measure(model, train, count=60)
+    train = torch.from_numpy(trained.series.tables(40, trained.LENGTH, trained.COLUMNS, seed=1))
+    found = trained.measure(model, train, count=60)
     card = {metric.name: metric.value for metric in zoo.info("tsm2_micro.series").weights.metrics}
     together = found["model, four columns together"]
     assert together["mse"] < found["last season"]["mse"] < found["last value"]["mse"]

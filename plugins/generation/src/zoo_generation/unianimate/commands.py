@@ -117,9 +117,12 @@ def train_animation(
     \b
         zoo train-animation unianimate_micro clips/ --out tuned --start unianimate_micro.figures --steps 500
     """
+    from dataclasses import replace
+
     import torch
 
     import zoo
+    from zoo.building import describe
 
     from .data import Batches, read_clips
     from .pipeline import HumanAnimation
@@ -130,6 +133,7 @@ def train_animation(
     model = zoo.load(start) if start is not None else zoo.create(name, **output.pairs(choices, "--set"))
     if not isinstance(model, UNet):
         raise click.UsageError(f"{start or name} is a {type(model).__name__}; expected a UNet of UniAnimate")
+    describe(model, replace(model.zoo_info, tag=None))  # figures of what it starts from will not be its own
     model.float().to(device)
     pipe = HumanAnimation(model, autoencoder=autoencoder, clip=clip, **output.pairs(more, "--option"))
     clips = read_clips(folder, pipe.video_size(), frames)
