@@ -1,5 +1,6 @@
 """The command line, as a user types: in this process for speed, in real processes where that is the point."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -273,6 +274,11 @@ def test_plugins(cli):
     own = next(p for p in found["loaded"] if p["name"] == "toys")
     assert own["models"] == ["toy_small", "toy_large"]
     assert own["tasks"] == ["toy-counting"]
+    assert own["systems"] == ["toy"]
+    from zoo.cli.plugins import _systems
+
+    toys = next(p for p in manager().plugins if p.name == "toys")
+    assert _systems(dataclasses.replace(toys, adapters={})) == ["toy"]  # its models are still of a system
 
 
 def test_verbs_of_plugins(cli):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import click
 
@@ -41,7 +42,7 @@ def plugins(ctx: click.Context, as_json: bool) -> int:
                         "distribution": p.distribution,
                         "version": p.version,
                         "models": [card.name for card in p.models],
-                        "systems": sorted(p.adapters),
+                        "systems": _systems(p),
                         "tasks": sorted(p.pipelines),
                         "commands": sorted(p.commands),
                     }
@@ -59,7 +60,7 @@ def plugins(ctx: click.Context, as_json: bool) -> int:
         output.table(
             ("plugin", "distribution", "version", "models", "systems", "tasks"),
             [
-                (p.name, p.distribution, p.version, len(p.models), len(p.adapters), ", ".join(sorted(p.pipelines)))
+                (p.name, p.distribution, p.version, len(p.models), len(_systems(p)), ", ".join(sorted(p.pipelines)))
                 for p in found.plugins
             ],
             right=(3, 4),
@@ -71,6 +72,11 @@ def plugins(ctx: click.Context, as_json: bool) -> int:
         for kind, name, owners in found.conflicts():
             click.echo(f"conflict: the {kind} {name!r} is claimed by {owners[0]} and {owners[1]}")
     return 6 if found.broken or found.conflicts() else 0
+
+
+def _systems(plugin: Any) -> list[str]:
+    """Those that its adapters read, and those of its models whose originals published nothing to read."""
+    return sorted({*plugin.adapters, *(card.system for card in plugin.models if card.system)})
 
 
 @plugins.command()
