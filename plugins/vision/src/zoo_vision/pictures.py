@@ -95,6 +95,25 @@ def legend_card(
     return canvas
 
 
+def maps_card(image: Image.Image, maps: Sequence[tuple[str, np.ndarray]], *, title: str = "") -> Image.Image:
+    """The image and, beside it, ``maps`` (words, colours (h, w, 3)) in rows of four."""
+    shown, font, small = fit(image, SIDE), ImageFont.load_default(16), ImageFont.load_default(13)
+    margin, head, side = 16, 30 if title else 0, SIDE // 2 + 20
+    columns = min(4, len(maps))
+    lines = -(-len(maps) // columns)
+    height = margin * 2 + head + max(shown.height, lines * (side + 26))
+    canvas = Image.new("RGB", (margin * 2 + shown.width + columns * (side + margin), height), _BACK)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((margin, margin - 4), title, _INK, font)
+    canvas.paste(shown, (margin, margin + head))
+    for i, (words, values) in enumerate(maps):
+        x = margin * 2 + shown.width + i % columns * (side + margin)
+        y = margin + head + i // columns * (side + 26)
+        canvas.paste(fit(Image.fromarray(values), side), (x, y))
+        draw.text((x, y + side + 3), _cut(words, side, small), _INK, small)
+    return canvas
+
+
 def _cut(text: str, width: float, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
     """``text`` shortened to ``width`` pixels."""
     if font.getlength(text) <= width:

@@ -33,6 +33,7 @@ def zoo_pipelines() -> Mapping[str, str]:
     return {
         "image-classification": "zoo_vision.pipelines:ImageClassification",
         "image-embedding": "zoo_vision.pipelines:ImageEmbedding",
+        "image-backbone": "zoo_vision.features:ImageFeatures",
         "semantic-segmentation": "zoo_vision.scenes:SemanticSegmentation",
     }
 

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from zoo.images import EXTENSIONS, open_image
 from zoo.pipelines import Pipeline, Result
 from zoo_registry import errors
 
 from .pictures import legend_card
-from .pipelines import EXTENSIONS, open_image, transform_settings
+from .pipelines import transform_settings
 from .segmentation import resize
 
 #: numbers of full-size logits that are held at once
