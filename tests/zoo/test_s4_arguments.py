@@ -67,6 +67,21 @@ def test_free_taps_wrap_as_in_the_original(bidirectional, length, taps, rate):
     assert torch.allclose(nd(x, rate=rate), expected, atol=1e-5)
 
 
+def test_a_tap_lost_in_rounding_wraps_as_in_the_original():
+    """At half the step 17 positions are 8.5 steps, the kernel becomes 8 long, and 16 taps meet 17 positions."""
+    torch.manual_seed(0)
+    layer = FFTConv(3, d_state=4, bidirectional=True).eval()
+    x = torch.randn(1, 17, 3)
+    assert not layer.kernel.has_length(17, 0.5)
+    with torch.no_grad():
+        k, back = layer.kernel(17, 0.5)[0].chunk(2)
+        assert k.shape[-1] == 16
+        both = nn.functional.pad(k, (0, 17)) + nn.functional.pad(back.flip(-1), (17, 0))
+        f = torch.fft.rfft(x.transpose(1, 2), n=34) * torch.fft.rfft(both[0], n=34)
+        expected = torch.fft.irfft(f, n=34)[..., :17].transpose(1, 2) + x * layer.D
+        assert torch.allclose(layer(x, rate=0.5), expected, atol=1e-5)
+
+
 def test_s4nd_without_an_activation_has_a_plain_linear_output():
     config = block(linear=False, transposed=False)
     layer = S4ND(4, 4, mode="diag", init="diag-lin", linear=False)

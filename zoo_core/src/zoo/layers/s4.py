@@ -70,8 +70,10 @@ class S4Kernel(SSMKernel):
         return have, plan
 
     def has_length(self, length: int, rate: float = 1.0) -> bool:
+        if rate == 1.0:  # nothing to round, and l_kernel, which may lie on a device, need not be read
+            return True
         internal, _ = self.lengthen(round(rate * length))
-        return round(internal / rate) >= length  # rounding may lose a tap at other rates than 1
+        return round(internal / rate) >= length  # rounding may lose a tap
 
     def _times_powers(self, C: Tensor, plan: list[tuple[int, float]]) -> Tensor:
         """C (I + sign dA^l) for every (l, sign), in float64."""
