@@ -22,9 +22,10 @@ def rotary(x: Tensor, position: Tensor, dim: int, base: float = 10000.0, *, inte
     if dim == 0:
         return x
     frequency = base ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
-    angle = position[..., None].float() * frequency  # (batch, length, dim / 2)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    angle = position[..., None].to(wide) * frequency  # (batch, length, dim / 2)
     cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
-    turned, rest = x[..., :dim].float(), x[..., dim:]
+    turned, rest = x[..., :dim].to(wide), x[..., dim:]
     if interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
         out = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)

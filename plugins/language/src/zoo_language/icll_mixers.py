@@ -24,7 +24,7 @@ from .attention import rotary
 from .icll_convolutions import H3, S4D, Hyena, at_least_float32
 
 
-def ngram_weights(ids: Tensor, n: int, shift: int = 1) -> Tensor:
+def ngram_weights(ids: Tensor, n: int, shift: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
     """Where the last ``n`` symbols stood before: rows (batch, length, length) that average over what followed them.
 
     ``W[t, s] > 0`` iff the n symbols ending at s - ``shift`` equal the n symbols ending at t, and s < t; rows sum to 1,
@@ -36,7 +36,7 @@ def ngram_weights(ids: Tensor, n: int, shift: int = 1) -> Tensor:
     for _ in range(n - 1):
         match = F.pad(match, (1, 0, 1, 0))[:, :length, :length]  # one symbol further back on both sides
         whole = whole & match
-    after = F.pad(whole, (shift, 0))[:, :, :length].tril(-1).float()
+    after = F.pad(whole, (shift, 0))[:, :, :length].tril(-1).to(dtype)
     return after / after.sum(-1, keepdim=True).clamp(min=1)
 
 
@@ -51,7 +51,8 @@ class NGram(nn.Module):
         self.t0, self.t1 = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.t0(ngram_weights(ids, self.ngram).to(x.dtype) @ x) + self.t1(x)
+        weights = ngram_weights(ids, self.ngram, dtype=torch.promote_types(x.dtype, torch.float32))
+        return self.t0(weights.to(x.dtype) @ x) + self.t1(x)
 
 
 class Attention(nn.Module):
