@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from recipes import recipe
 from torch import nn
 
 import zoo
@@ -240,3 +241,14 @@ def test_command(tmp_path, capsys):
     assert Image.open(first["file"]).size == Image.open(tmp_path / "in" / "one.png").size
     assert Image.open(first["picture"]).size[0] > 480
     assert "not an image" in second["message"]
+
+
+def test_the_demo_checkpoint_is_what_its_card_says():
+    """The recipe's own scenes and measure, on a third of the held-out ones."""
+    scenes_of = recipe("vision", "train_segmentor")
+    pipe = zoo.pipeline("vmamba_micro_upernet.shapes")
+    card = pipe.model.zoo_info.weights
+    assert list(scenes_of.CLASSES) == pipe.names
+    measured = scenes_of.measure(pipe, 66)
+    assert abs(100 * measured["mIoU"] - card.metrics[0].value) < 5
+    assert abs(100 * measured["pixels"] - card.metrics[1].value) < 1

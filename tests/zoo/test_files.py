@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from zoo import errors
-from zoo.files import check_place, read_arrays, read_json, read_picture, read_text, whole
+from zoo.files import check_place, read_arrays, read_json, read_text, whole
+from zoo.images import read_picture
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import secrets
-import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +26,7 @@ def read_arrays(path: str | os.PathLike[str] | BinaryIO) -> dict[str, np.ndarray
     ``path``: or an open file of bytes, as ``io.BytesIO``. Raises BadFile for anything else, Python objects included:
     these are never unpickled.
     """
-    given = _file(path, "an .npz or .npy file") if isinstance(path, (str, os.PathLike)) else path
+    given = existing(path, "an .npz or .npy file") if isinstance(path, (str, os.PathLike)) else path
     path = given if isinstance(given, Path) else Path("the bytes")
     try:
         content = np.load(given, allow_pickle=False)
@@ -36,7 +35,7 @@ def read_arrays(path: str | os.PathLike[str] | BinaryIO) -> dict[str, np.ndarray
         with content:
             return {name: content[name] for name in content.files}
     except PermissionError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except Exception as error:  # zipfile, zlib and numpy each have their own, and numpy's offers to unpickle
         raise errors.BadFile(
             f"{path} is no .npz or .npy file of plain arrays: it is empty, cut short, of another format, or holds "
@@ -47,7 +46,7 @@ def read_arrays(path: str | os.PathLike[str] | BinaryIO) -> dict[str, np.ndarray
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """A text file in UTF-8, with or without a byte order mark. Raises BadFile."""
-    path = _file(path, "a text file")
+    path = existing(path, "a text file")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -56,7 +55,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
             path=str(path),
         ) from error
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -65,58 +64,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise errors.BadFile(f"{path} is no JSON: {error}", path=str(path)) from error
-
-
-def read_picture(source: Any) -> Any:
-    """A ``PIL.Image`` in RGB, upright, from a file, an image, or an array of bytes (height, width[, 3 or 4]).
-
-    Greys of 16 bits keep their shades (Pillow alone would make nearly all of them white). Raises BadFile for a file
-    that is no picture, and for one of more pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` allows; ValueError for other
-    objects.
-    """
-    from PIL import Image, ImageOps
-
-    if isinstance(source, Image.Image):
-        return _rgb(ImageOps.exif_transpose(source), "the picture")
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
-            raise ValueError(
-                f"a picture is an array of {source.dtype} and shape {source.shape}; expected uint8, (height, width) or "
-                "(height, width, 3 or 4)"
-            )
-        return Image.fromarray(source).convert("RGB")
-    if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(f"a picture is given as {type(source).__name__}; expected a file, a PIL image or an array")
-    path = _file(source, "a picture")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _rgb(ImageOps.exif_transpose(image), str(path))
-    except PermissionError as error:
-        raise _unreadable(path, error) from error
-    except Image.DecompressionBombError as error:
-        raise errors.BadFile(
-            f"{path} has too many pixels: {error} PIL.Image.MAX_IMAGE_PIXELS raises the limit", path=str(path)
-        ) from error
-    except (OSError, SyntaxError) as error:  # Pillow's own error is an OSError; broken PNG is a SyntaxError
-        raise errors.BadFile(
-            f"{path} is no picture that can be read ({error}); expected png, jpg, webp, bmp, tif ...", path=str(path)
-        ) from error
-
-
-def _rgb(image: Any, name: str) -> Any:
-    """RGB of 8 bits. Raises BadFile for greys whose range says nothing about what is white."""
-    from PIL import Image
-
-    if image.mode == "F":
-        raise errors.BadFile(f"{name} holds floating-point numbers; expected 8 or 16 bits a channel", path=name)
-    if image.mode.startswith("I"):  # 16 bits; older releases of Pillow read them as 32
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise errors.BadFile(f"{name} has values outside 0 to 65535; expected 8 or 16 bits a channel", path=name)
-        image = Image.fromarray((values.astype(np.float32) / 257).round().astype(np.uint8))
-    return image.convert("RGB")
 
 
 def check_ending(path: str | os.PathLike[str], endings: Collection[str] | None = None) -> None:
@@ -182,7 +129,8 @@ def check_place(path: str | os.PathLike[str]) -> None:
         raise unwritable(path, error) from error
 
 
-def _file(path: str | os.PathLike[str], what: str) -> Path:
+def existing(path: str | os.PathLike[str], what: str) -> Path:
+    """``path``, which is a file. Raises BadFile for a folder, LocalFileMissing for nothing."""
     path = Path(path)
     if path.is_dir():
         raise errors.BadFile(f"{path} is a folder; expected {what}", path=str(path))
@@ -191,5 +139,6 @@ def _file(path: str | os.PathLike[str], what: str) -> Path:
     return path
 
 
-def _unreadable(path: Path, error: OSError) -> errors.BadFile:
+def unreadable(path: Path, error: OSError) -> errors.BadFile:
+    """An error of the system's while reading ``path``, as one that says what happened."""
     return errors.BadFile(f"{path} cannot be read: {error.strerror or error}", path=str(path))

@@ -1,13 +1,21 @@
-"""Pictures from the files that people have: any format, upright, grey or colour."""
+"""Pictures from the files that people have: any format, upright, grey or colour.
+
+Two readings, which differ in greys of more than 8 bits: :func:`open_image` for networks that say what is to be seen
+stretches them to their own range; :func:`read_picture`, for those that work on the picture itself, keeps their shades.
+"""
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from zoo_registry import errors, optional
+
+from .files import existing, unreadable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,8 +30,7 @@ def open_image(source: Any, channels: int) -> Image.Image:
     their own range; transparent parts become white. Raises BadArgument for what is no picture, MissingExtra without
     Pillow.
     """
-    Image: Any = optional("PIL.Image", "reading a picture", "pillow")
-    ImageOps: Any = optional("PIL.ImageOps", "reading a picture", "pillow")
+    Image, ImageOps = _pillow()
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3):
             raise errors.BadArgument(
@@ -39,7 +46,7 @@ def open_image(source: Any, channels: int) -> Image.Image:
         try:
             image = Image.open(source)
             image.load()
-        except OSError as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise errors.BadArgument(
                 f"{source} is not an image that can be read ({error}); expected {', '.join(EXTENSIONS)}",
                 argument="inputs",
@@ -61,3 +68,59 @@ def open_image(source: Any, channels: int) -> Image.Image:
         solid.alpha_composite(image.convert("RGBA"))
         image = solid
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def read_picture(source: Any) -> Any:
+    """A ``PIL.Image`` in RGB, upright, from a file, an image, or an array of bytes (height, width[, 3 or 4]).
+
+    Greys of 16 bits keep their shades (Pillow alone would make nearly all of them white). Raises BadFile for a file
+    that is no picture, and for one of more pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` allows; ValueError for other
+    objects.
+    """
+    Image, ImageOps = _pillow()
+    if isinstance(source, Image.Image):
+        return _rgb(ImageOps.exif_transpose(source), "the picture")
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
+            raise ValueError(
+                f"a picture is an array of {source.dtype} and shape {source.shape}; expected uint8, (height, width) or "
+                "(height, width, 3 or 4)"
+            )
+        return Image.fromarray(source).convert("RGB")
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"a picture is given as {type(source).__name__}; expected a file, a PIL image or an array")
+    path = existing(source, "a picture")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _rgb(ImageOps.exif_transpose(image), str(path))
+    except PermissionError as error:
+        raise unreadable(path, error) from error
+    except Image.DecompressionBombError as error:
+        raise errors.BadFile(
+            f"{path} has too many pixels: {error} PIL.Image.MAX_IMAGE_PIXELS raises the limit", path=str(path)
+        ) from error
+    except (OSError, SyntaxError) as error:  # Pillow's own error is an OSError; broken PNG is a SyntaxError
+        raise errors.BadFile(
+            f"{path} is no picture that can be read ({error}); expected png, jpg, webp, bmp, tif ...", path=str(path)
+        ) from error
+
+
+def _rgb(image: Any, name: str) -> Any:
+    """RGB of 8 bits. Raises BadFile for greys whose range says nothing about what is white."""
+    Image, _ = _pillow()
+    if image.mode == "F":
+        raise errors.BadFile(f"{name} holds floating-point numbers; expected 8 or 16 bits a channel", path=name)
+    if image.mode.startswith("I"):  # 16 bits; older releases of Pillow read them as 32
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise errors.BadFile(f"{name} has values outside 0 to 65535; expected 8 or 16 bits a channel", path=name)
+        image = Image.fromarray((values.astype(np.float32) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _pillow() -> tuple[Any, Any]:
+    """PIL's modules Image and ImageOps."""
+    what = "reading a picture"
+    return optional("PIL.Image", what, "pillow"), optional("PIL.ImageOps", what, "pillow")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo import files
+from zoo import files, images
 
 from .mixture_lm import MixtureLM
 
@@ -82,7 +82,7 @@ def load_picture(source: Any, size: int) -> Tensor:
     """A file, PIL image or (height, width, 3) array of bytes to colours (3, size, size), 0 to 1."""
     from PIL import Image
 
-    image = files.read_picture(source)
+    image = images.read_picture(source)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255

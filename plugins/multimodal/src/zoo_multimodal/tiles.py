@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo import files
+from zoo import images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -46,7 +46,7 @@ def grid_for(width: int, height: int, *, min_tiles: int = 1, max_tiles: int = 12
 
 def open_picture(source: Any) -> Any:
     """A ``PIL.Image`` in RGB from a file, an image or an array (height, width, 3) of bytes."""
-    return files.read_picture(Path(source).expanduser() if isinstance(source, (str, Path)) else source)
+    return images.read_picture(Path(source).expanduser() if isinstance(source, (str, Path)) else source)
 
 
 def cut(picture: Any, *, size: int = 448, min_tiles: int = 1, max_tiles: int = 12, thumbnail: bool = True) -> list[Any]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zoo import files
+from zoo import images as pictures
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -43,7 +43,7 @@ class ImageSet:
 
 def read_picture(path: Path, side: int, channels: int) -> Tensor:
     """The middle square of a picture at ``side`` pixels, (channels, side, side) in [-1, 1]; grey or RGB."""
-    image = files.read_picture(path)
+    image = pictures.read_picture(path)
     image = image.convert("L") if channels == 1 else image
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from zoo import files
+from zoo import files, images
 from zoo_registry import optional
 
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
@@ -20,7 +20,7 @@ POSE_OF_REFERENCE = "ref_pose.jpg"  #: its name among the drawn poses that the o
 
 def read_picture(source: Any) -> Image.Image:
     """A path, a PIL picture or an array (H, W, 3) uint8, in RGB. Raises ValueError for what is none."""
-    return files.read_picture(source)
+    return images.read_picture(source)
 
 
 def read_frames(path: str | Path) -> list[Image.Image]:
