@@ -10,7 +10,6 @@ from zoo_point_cloud.geometry import (
     farthest_point_sample,
     interpolate,
     nearest_neighbours,
-    neighbourhoods,
     serialise_each,
     squared_distances,
 )
@@ -129,32 +128,6 @@ def test_nearest_neighbours(kind, n):
     expected = neighbours_by_definition(query, points, 12)
     assert torch.equal(found[1], expected[1])
     assert torch.equal(found[0], expected[0])
-
-
-@pytest.mark.parametrize("kind", ["random", "grid", "duplicates"])
-@pytest.mark.parametrize("n", [100, 400])  # all pairs, and the tree
-@pytest.mark.parametrize("threads", [1, 2])
-def test_neighbourhoods_are_samples_and_their_neighbours(kind, n, threads):
-    points = cloud(kind, n, batch=3)
-    points[:, 5:20] *= 0.01
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for skip in (False, True):
-            sampled = farthest_point_sample(points, 30, skip_origin=skip)
-            for ascending, kept in ((False, sampled), (True, sampled.sort(dim=1).values)):
-                found = neighbourhoods(points, 30, 9, ascending=ascending, skip_origin=skip)
-                assert torch.equal(found[0], kept)
-                centres = geometry.gather(points, kept)
-                assert torch.equal(found[1], nearest_neighbours(centres, points, 9)[1])
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(("count", "k", "words"), [(0, 3, "0 points are to be"), (5, 101, "101 nearest neighbours")])
-def test_neighbourhoods_refuse_what_its_parts_refuse(count, k, words):
-    with pytest.raises(ValueError, match=words):
-        neighbourhoods(cloud("random", 100), count, k)
 
 
 def test_nearest_neighbours_float64_far_from_the_origin():

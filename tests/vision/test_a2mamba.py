@@ -16,7 +16,8 @@ from zoo.layers.neighborhood import (
     neighborhood_replan,
 )
 from zoo.reference import read_golden
-from zoo_vision.a2mamba import A2MambaAdapter, a2mamba
+from zoo_vision.a2mamba import a2mamba
+from zoo_vision.a2mamba_reference import A2MambaAdapter
 
 TESTS = Path(__file__).parents[1]
 GOLDEN = sorted((TESTS / "golden").glob("a2mamba__*.safetensors*"))

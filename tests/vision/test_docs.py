@@ -16,8 +16,8 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) fo
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
-    (tmp_path / "examples").mkdir()
-    shutil.copytree(ROOT / "examples/digits", tmp_path / "examples/digits")
+    for folder in ("digits", "scenes"):
+        shutil.copytree(ROOT / "examples" / folder, tmp_path / "examples" / folder)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -32,7 +32,7 @@ def test_snippets_run(index: int, checkout: Path) -> None:
         assert (checkout / "digits.onnx").exists()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "_micro." in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "_micro" in c])
 def test_commands_run(command: str, checkout: Path) -> None:
     words = shlex.split(command)
     assert words[0] == "zoo"

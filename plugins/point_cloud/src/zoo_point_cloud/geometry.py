@@ -12,10 +12,9 @@ from __future__ import annotations
 import functools
 import importlib
 import platform
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +83,9 @@ def farthest_point_sample(points: Tensor, count: int, *, skip_origin: bool = Fal
     No gradient. Raises ValueError for another shape or unless 0 < count <= N.
     Source: Eldar et al. 1997; Qi et al., "PointNet++", arXiv 1706.02413, section 3.2.
     """
-    _check_count(points, count)
+    check_points(points)
+    if not 0 < count <= points.shape[1]:
+        raise ValueError(f"{count} points are to be sampled from {points.shape[1]}; expected 1 to {points.shape[1]}")
     xyz = _exact(points.detach())
     if xyz.device.type == "cpu":
         return torch.from_numpy(np.stack([_sample_cloud(cloud.numpy(), count, skip_origin) for cloud in xyz]))
@@ -93,12 +94,6 @@ def farthest_point_sample(points: Tensor, count: int, *, skip_origin: bool = Fal
         if is_farthest_sequence(xyz, found):
             return found
     return _sample_batch(xyz, count, skip_origin)
-
-
-def _check_count(points: Tensor, count: int) -> None:
-    check_points(points)
-    if not 0 < count <= points.shape[1]:
-        raise ValueError(f"{count} points are to be sampled from {points.shape[1]}; expected 1 to {points.shape[1]}")
 
 
 def _sample_cloud(cloud: np.ndarray, count: int, skip_origin: bool) -> np.ndarray:
@@ -232,26 +227,17 @@ def nearest_neighbours(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, T
     """
     check_points(query, "query points")
     check_points(points)
-    _check_neighbours(points, k)
-    a, b = _exact(query.detach()), _exact(points.detach())
-    if a.dtype != b.dtype:
-        a, b = a.double(), b.double()
-    if _has_tree(b, k):
-        return _tree_search(a, b, k)
-    return _search(a, b, k)
-
-
-def _check_neighbours(points: Tensor, k: int) -> None:
     if not 0 < k <= points.shape[1]:
         raise ValueError(
             f"{k} nearest neighbours are asked of {points.shape[1]} points; expected 1 to {points.shape[1]}: "
             "give a larger cloud or a model with fewer neighbours"
         )
-
-
-def _has_tree(points: Tensor, k: int) -> bool:
-    """Whether a k-d tree is worth its while."""
-    return points.device.type == "cpu" and points.shape[1] >= _TREE_FROM and k + 8 <= points.shape[1] // 4
+    a, b = _exact(query.detach()), _exact(points.detach())
+    if a.dtype != b.dtype:
+        a, b = a.double(), b.double()
+    if b.device.type == "cpu" and b.shape[1] >= _TREE_FROM and k + 8 <= b.shape[1] // 4:
+        return _tree_search(a, b, k)
+    return _search(a, b, k)
 
 
 def _search(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -274,49 +260,34 @@ def _smallest(distance: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _tree_search(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """With scipy's k-d tree, one a cloud."""
-    answers = _each_cloud(lambda i: _ask_tree(points[i].numpy(), query[i].numpy(), k, len(points)), len(points))
-    index = _settled(answers, query, points, k)
+    """With scipy's k-d tree, one a cloud, the clouds on torch's number of threads.
+
+    The tree finds one neighbour more than needed, in double precision. Where their distances lie clearly apart, their
+    order is the definition's. Elsewhere (equal distances, duplicate points) it is asked for more, and where that does
+    not settle which are the nearest, all points are compared.
+    """
+    from scipy.spatial import cKDTree
+
+    clouds, threads = [cloud.numpy() for cloud in points], torch.get_num_threads()
+
+    def ask(cloud: int) -> tuple[Any, np.ndarray, np.ndarray]:
+        tree = cKDTree(clouds[cloud])
+        wide, index = tree.query(query[cloud].numpy(), k=k + 1, workers=threads if len(clouds) == 1 else 1)
+        return tree, index[:, :k], (wide[:, 1:] <= wide[:, :-1] * (1 + 1e-6)).any(axis=1)
+
+    if min(threads, len(clouds)) > 1:
+        with ThreadPoolExecutor(min(threads, len(clouds))) as pool:
+            answers = list(pool.map(ask, range(len(clouds))))
+    else:
+        answers = [ask(cloud) for cloud in range(len(clouds))]
+    index = torch.from_numpy(np.stack([found for _, found, _ in answers]).astype(np.int64, copy=False))
+    for cloud, (tree, _, unclear) in enumerate(answers):
+        if unclear.any():
+            rows = torch.from_numpy(unclear.nonzero()[0])
+            index[cloud, rows] = _settle(tree, query[cloud][rows], points[cloud], k)
     d = query[:, :, None, :] - gather(points, index)
     d = d * d
     return (d[..., 0] + d[..., 1]) + d[..., 2], index
-
-
-def _each_cloud(function: Callable[[int], Any], count: int) -> list[Any]:
-    """``function`` of the clouds' numbers, on as many threads as torch has."""
-    if (threads := min(torch.get_num_threads(), count)) < 2:
-        return [function(cloud) for cloud in range(count)]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, range(count)))
-
-
-class _Answer(NamedTuple):
-    tree: Any
-    nearest: np.ndarray  #: (M, k)
-    unclear: np.ndarray  #: (M,): whether the order of these is not the definition's for sure
-
-
-def _ask_tree(cloud: np.ndarray, query: np.ndarray, k: int, clouds: int) -> _Answer:
-    """The k nearest of a cloud's points (N, 3) to each query (M, 3), in double precision.
-
-    One neighbour more than needed is found. Where their distances lie clearly apart, their order is the definition's.
-    """
-    from scipy.spatial import cKDTree  # takes a while, and not every use of the plugin needs it
-
-    tree = cKDTree(cloud)
-    wide, index = tree.query(query, k=k + 1, workers=torch.get_num_threads() if clouds == 1 else 1)
-    return _Answer(tree, index[:, :k], (wide[:, 1:] <= wide[:, :-1] * (1 + 1e-6)).any(axis=1))
-
-
-def _settled(answers: list[_Answer], query: Tensor, points: Tensor, k: int) -> Tensor:
-    """What the trees answered (batch, M, k). Where that is unclear (equal distances, duplicate points) they are asked
-    for more, and where this does not settle which are the nearest, all points are compared."""
-    index = torch.from_numpy(np.stack([answer.nearest for answer in answers]).astype(np.int64, copy=False))
-    for cloud, answer in enumerate(answers):
-        if answer.unclear.any():
-            rows = torch.from_numpy(answer.unclear.nonzero()[0])
-            index[cloud, rows] = _settle(answer.tree, query[cloud][rows], points[cloud], k)
-    return index
 
 
 def _settle(tree: Any, query: Tensor, points: Tensor, k: int) -> Tensor:
@@ -335,35 +306,6 @@ def _settle(tree: Any, query: Tensor, points: Tensor, k: int) -> Tensor:
         if bool(open_.any()):
             index[open_] = _search(query[open_][None], points[None], k)[1][0]
     return index
-
-
-def neighbourhoods(
-    points: Tensor, count: int, k: int, *, ascending: bool = False, skip_origin: bool = False
-) -> tuple[Tensor, Tensor]:
-    """``count`` farthest points of each cloud (batch, N, 3) and the k points nearest to each of them: indices
-    (batch, count), in the order of sampling or ``ascending``, and (batch, count, k).
-
-    What :func:`farthest_point_sample` and :func:`nearest_neighbours` give one after the other, on a CPU in less time:
-    sampling keeps the interpreter to itself, searching does not, so that one cloud is searched while the next is
-    sampled. Raises ValueError as these do.
-    """
-    _check_count(points, count)
-    _check_neighbours(points, k)
-    xyz = _exact(points.detach())
-    if not _has_tree(xyz, k):
-        kept = farthest_point_sample(points, count, skip_origin=skip_origin)
-        kept = kept.sort(dim=1).values if ascending else kept
-        return kept, nearest_neighbours(gather(xyz, kept), xyz, k)[1]
-
-    def sample_and_ask(i: int) -> tuple[np.ndarray, _Answer]:
-        cloud = xyz[i].numpy()
-        kept = _sample_cloud(cloud, count, skip_origin)
-        kept = np.sort(kept) if ascending else kept
-        return kept, _ask_tree(cloud, cloud[kept], k, len(xyz))
-
-    found = _each_cloud(sample_and_ask, len(xyz))
-    kept = torch.from_numpy(np.stack([chosen for chosen, _ in found]))
-    return kept, _settled([answer for _, answer in found], gather(xyz, kept), xyz, k)
 
 
 def interpolate(target: Tensor, source: Tensor, features: Tensor, k: int = 3) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zoo.layers.inference import results_only, untouched
 from zoo.layers.linear import linear
 
-from .geometry import gather, nearest_neighbours, neighbourhoods
+from .geometry import farthest_point_sample, gather, nearest_neighbours
 from .layers import ConvNormAct, ResidualStack, activate, conv_norm, folded, folds, rowwise, stack_rows
 
 #: Numbers (rows of groups times their widest features) that are worked on at once, and the fewest rows.
@@ -79,15 +79,13 @@ class Grouper(nn.Module):
         count = n // self.reducer
         if count < 1:
             raise ValueError(f"{n} points cannot be reduced {self.reducer} times; give more points")
+        kept = farthest_point_sample(p, count).sort(dim=1).values if count < n else None
+        centre_p = p if kept is None else gather(p, kept)
+        index = nearest_neighbours(centre_p, p, self.k)[1][..., :: self.stride]
         points = centres = torch.cat([x, p.to(x.dtype)], dim=-1) if self.use_xyz else x
-        kept = None
-        if count < n:
-            kept, index = neighbourhoods(p, count, self.k, ascending=True)
-            p, centres = gather(p, kept), gather(points, kept)
-            residual = None if residual is None else gather(residual, kept)
-        else:
-            index = nearest_neighbours(p, p, self.k)[1]
-        return p, Groups(points, centres, index[..., :: self.stride], kept), residual
+        if kept is not None:
+            centres, residual = gather(points, kept), None if residual is None else gather(residual, kept)
+        return centre_p, Groups(points, centres, index, kept), residual
 
     def rows(self, groups: Groups, scale: Tensor | None = None) -> Tensor:
         """The groups' rows: (B, S, k, out_channels). ``scale`` (B): of their differences, where it is known."""

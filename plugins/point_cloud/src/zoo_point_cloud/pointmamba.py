@@ -24,9 +24,10 @@ from zoo_kernels import paths
 
 from .geometry import (
     check_points,
+    farthest_point_sample,
     gather,
     interpolate,
-    neighbourhoods,
+    nearest_neighbours,
     serialise_each,
     squared_distances,
 )
@@ -211,8 +212,8 @@ class PointMambaTrunk(nn.Module):
                 f"the cloud has {n} points; the model makes {self.num_groups} patches of {self.group_size} points and "
                 f"needs at least {max(self.num_groups, self.group_size)}"
             )
-        kept, index = neighbourhoods(points, self.num_groups, self.group_size, skip_origin=self.skip_origin)
-        centres = gather(points, kept)
+        centres = gather(points, farthest_point_sample(points, self.num_groups, skip_origin=self.skip_origin))
+        index = nearest_neighbours(centres, points, self.group_size)[1]
         return gather(points, index) - centres.unsqueeze(2), centres
 
     def order(self, centres: Tensor, name: str) -> Tensor:

@@ -22,7 +22,7 @@ def zoo_adapters() -> Mapping[str, str]:
         "efficientvim": "zoo_vision.efficientvim:EfficientViMAdapter",
         "vmamba": "zoo_vision.vmamba:VMambaAdapter",
         "res_vmamba": "zoo_vision.res_vmamba:ResVMambaAdapter",
-        "a2mamba": "zoo_vision.a2mamba:A2MambaAdapter",
+        "a2mamba": "zoo_vision.a2mamba_reference:A2MambaAdapter",
         "mambavision": "zoo_vision.mambavision:MambaVisionAdapter",
         "upernet": "zoo_vision.segmentation:UPerNetAdapter",
     }
