@@ -93,6 +93,38 @@ class Result:
 
 
 @dataclass(kw_only=True)
+class RankedClasses(Result):
+    """The likeliest classes of one input, best first."""
+
+    labels: list[str]
+    indices: list[int]
+    probabilities: list[float]
+
+    @property
+    def label(self) -> str:
+        return self.labels[0]
+
+    @property
+    def confidence(self) -> float:
+        return self.probabilities[0]
+
+    def summary(self) -> str:
+        return self.labels[0]
+
+    def __str__(self) -> str:
+        rows = ", ".join(f"{n} {p:.1%}" for n, p in zip(self.labels, self.probabilities, strict=True))
+        return f"{self.source}: {rows}"
+
+
+def ranked(logits: Tensor, names: Sequence[str] | None, top_k: int) -> dict[str, Any]:
+    """The fields of :class:`RankedClasses` of one input's logits (classes,); a class without a name is "class i"."""
+    probabilities, indices = logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))
+    found = indices.tolist()
+    labels = [names[i] if names is not None and i < len(names) else f"class {i}" for i in found]
+    return {"labels": labels, "indices": found, "probabilities": probabilities.tolist()}
+
+
+@dataclass(kw_only=True)
 class Failure(Result):
     """An input that could not be answered, in runs that go on after errors."""
 

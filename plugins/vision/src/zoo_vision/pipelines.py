@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from zoo.images import EXTENSIONS, open_image
-from zoo.pipelines import Failure, Pipeline, Result
+from zoo.pipelines import Failure, Pipeline, RankedClasses, Result, ranked
 from zoo_registry import errors, optional
 
 #: settings that timm's transforms take from a weights card
@@ -22,29 +22,11 @@ _SETTINGS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mod
 
 
 @dataclass(kw_only=True)
-class Classification(Result):
+class Classification(RankedClasses):
     """The likeliest classes of one image, best first."""
 
-    labels: list[str]
-    indices: list[int]
-    probabilities: list[float]
     image: Image.Image | None = field(default=None, repr=False)
     contributions: Any = field(default=None, repr=False)  #: :class:`~zoo_vision.contributions.Contributions`
-
-    @property
-    def label(self) -> str:
-        return self.labels[0]
-
-    @property
-    def confidence(self) -> float:
-        return self.probabilities[0]
-
-    def summary(self) -> str:
-        return self.labels[0]
-
-    def __str__(self) -> str:
-        rows = ", ".join(f"{n} {p:.1%}" for n, p in zip(self.labels, self.probabilities, strict=True))
-        return f"{self.source}: {rows}"
 
     def row(self) -> dict[str, Any]:
         """Flat: one column a value, for tables."""
@@ -124,17 +106,13 @@ class ImageClassification(Pipeline):
                 argument="model",
                 accepted=[],
             )
-        probabilities, indices = output.float().softmax(-1).topk(min(self.top_k, output.shape[-1]))
-        found = indices.tolist()
         parts = None
         if self.contributions:
             from .contributions import scan_contributions
 
             parts = scan_contributions(self.model, self._to_model(self.prepare(sample))[None])
         return Classification(
-            labels=[self.names[i] if self.names is not None and i < len(self.names) else f"class {i}" for i in found],
-            indices=found,
-            probabilities=probabilities.tolist(),
+            **ranked(output, self.names, self.top_k),
             image=None if isinstance(sample, Tensor) else sample,
             contributions=parts,
         )

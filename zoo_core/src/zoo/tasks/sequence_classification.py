@@ -16,35 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from zoo import images
-from zoo.pipelines import Pipeline, Result, describe_source
+from zoo.pipelines import Pipeline, RankedClasses, describe_source, ranked
 from zoo_registry import errors, optional, package_path
 
 from . import sequence_files
 
 
 @dataclass(kw_only=True)
-class SequenceClass(Result):
-    """The likeliest classes of one sequence, best first; ``length``: positions that the model read."""
+class SequenceClass(RankedClasses):
+    """The likeliest classes of one sequence, best first."""
 
-    labels: list[str]
-    indices: list[int]
-    probabilities: list[float]
-    length: int
-
-    @property
-    def label(self) -> str:
-        return self.labels[0]
-
-    @property
-    def confidence(self) -> float:
-        return self.probabilities[0]
-
-    def summary(self) -> str:
-        return self.labels[0]
-
-    def __str__(self) -> str:
-        rows = ", ".join(f"{n} {p:.1%}" for n, p in zip(self.labels, self.probabilities, strict=True))
-        return f"{self.source}: {rows}"
+    length: int  #: positions that the model read
 
 
 class SequenceClassification(Pipeline):
@@ -169,13 +151,9 @@ class SequenceClassification(Pipeline):
     def finish(self, output: Any, sample: Any) -> SequenceClass:
         if not isinstance(output, Tensor) or output.dim() != 1:
             raise errors.BadArgument(f"{self.name} gives no vector of logits", argument="model", accepted=[])
-        probabilities, indices = output.float().softmax(-1).topk(min(self.top_k, output.shape[-1]))
-        found = indices.tolist()
         height, width = self.image_size or (0, 0)
         return SequenceClass(
-            labels=[self.names[i] if self.names is not None and i < len(self.names) else f"class {i}" for i in found],
-            indices=found,
-            probabilities=probabilities.tolist(),
+            **ranked(output, self.names, self.top_k),
             length=len(sample) if isinstance(sample, np.ndarray) else height * width,
         )
 
