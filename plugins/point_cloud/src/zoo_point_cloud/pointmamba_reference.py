@@ -48,15 +48,11 @@ class PointMambaAdapter(ReferenceAdapter):
             inner = _filled(theirs["mamba_config"], _MAE_INNER)
             _same_width(inner)
             model: nn.Module = PointMambaMAE(
-                embed_dim=inner["trans_dim"],
-                depth=inner["depth"],
                 decoder_depth=inner["decoder_depth"],
-                num_groups=theirs["num_group"],
-                group_size=theirs["group_size"],
                 mask_ratio=inner["mask_ratio"],
                 mask_type="rand" if inner["mask_type"] == "rand" else "block",
                 loss=theirs["loss"],
-                rms_norm=theirs["rms_norm"],
+                **_trunk({**theirs, **inner}),
                 drop_path=inner["drop_path_rate"],  # ``drop_path`` and ``drop_out`` beside it are read by nothing there
             )
             return self.load(model, state)
@@ -78,14 +74,10 @@ class PointMambaAdapter(ReferenceAdapter):
         model = PointMamba(
             theirs["cls_dim"],
             pool=pool,
-            embed_dim=theirs["trans_dim"],
-            depth=theirs["depth"],
-            num_groups=theirs["num_group"],
-            group_size=theirs["group_size"],
-            rms_norm=theirs["rms_norm"],
             drop_path=theirs["drop_path"],
             drop_rate=theirs["drop_out"],
             version=1 if first else 2,
+            **_trunk(theirs),
         )
         return self.load(model, state)
 
@@ -154,14 +146,17 @@ def _parts(config: Mapping[str, Any]) -> PointMambaSegmentation:
     return PointMambaSegmentation(
         theirs["cls_dim"],
         taps=theirs["fetch_idx"],
-        embed_dim=theirs["trans_dim"],
-        depth=theirs["depth"],
-        num_groups=theirs["num_group"],
-        group_size=theirs["group_size"],
-        rms_norm=theirs["rms_norm"],
         drop_path=theirs["drop_path"],
         version=1,
+        **_trunk(theirs),
     )
+
+
+def _trunk(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """What all three networks name alike."""
+    names = {"embed_dim": "trans_dim", "depth": "depth", "num_groups": "num_group", "group_size": "group_size",
+             "rms_norm": "rms_norm"}  # fmt: skip
+    return {ours: theirs[key] for ours, key in names.items()}
 
 
 def _filled(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
