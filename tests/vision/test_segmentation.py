@@ -178,7 +178,7 @@ def test_every_pixel_gets_its_class(tmp_path):
     assert np.array_equal(np.asarray(saved), found.classes)
     assert found.picture().size[0] > 480
     assert json.dumps(found.to_dict())
-    with pytest.raises(errors.BadArgument, match=r"written as \.png"):
+    with pytest.raises(errors.BadArgument, match=r"expected \.png"):
         found.save(tmp_path / "three.jpg")
 
 

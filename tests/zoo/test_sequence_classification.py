@@ -179,8 +179,12 @@ def test_mistakes(signals, photo, tmp_path):
     with pytest.raises(errors.BadArgument, match="is empty; expected a table"):
         pipe(tmp_path / "void.csv")
     (tmp_path / "no.npy").write_bytes(b"123")
-    with pytest.raises(errors.BadArgument, match=r"no .npy file"):
+    with pytest.raises(errors.BadFile, match=r"no \.npz or \.npy file"):
         pipe(tmp_path / "no.npy")
+    np.savez(tmp_path / "two.npz", a=np.zeros(3), b=np.zeros(3))
+    (tmp_path / "two.npz").rename(tmp_path / "two.npy")
+    with pytest.raises(errors.BadArgument, match=r"archive of arrays \(a, b\)"):
+        pipe(tmp_path / "two.npy")
     with pytest.raises(errors.BadArgument, match=r"50 positions; .* 32 x 32 pixels, so 1024"):
         zoo.pipeline(tiny("s4_scifar"))(signals)
     with pytest.raises(errors.BadArgument, match="top_k is 0"):

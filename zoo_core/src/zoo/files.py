@@ -89,7 +89,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     StoreError where nothing can be written, DiskFull where the disk is full.
     """
     path = Path(path)
-    work = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    work = path.with_name(f".{secrets.token_hex(4)}.{path.name}")  # all endings stay: .nii.gz
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from zoo import errors
+from zoo.files import whole
 from zoo.pipelines import Result
 
 from .mambamim import STRIDE
@@ -55,13 +56,12 @@ class RebuiltVolume(Result):
             raise ValueError(f"what is {what!r}; expected one of {', '.join(VOLUMES)}")
         if not str(path).endswith(NIFTI):
             raise ValueError(f"{path}: a volume is written as .nii or .nii.gz")
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         voxels = getattr(self, what)
         written = nibabel.Nifti1Image(voxels.astype(np.uint8) if what == "hidden" else voxels, self.affine)
         written.header.set_xyzt_units("mm")
-        nibabel.save(written, str(path))
-        return path
+        with whole(path) as work:
+            nibabel.save(written, str(work))
+        return Path(path)
 
     def picture(self, slices: int = 4) -> Image.Image:
         """Axial slices, each three times side by side: the volume, what the model saw, what it made of that."""

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from zoo.files import whole
 from zoo.pipelines import Result
 from zoo_registry import errors
 
@@ -76,9 +77,9 @@ class RebuiltTraffic(Result):
         path = Path(path)
         if path.suffix != ".npz":
             raise ValueError(f"{path}: rebuilt bytes are written as .npz, not as {path.suffix or 'nothing'!r}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         found = {name: [getattr(flow, name) for flow in self.flows] for name in ("bytes", "rebuilt", "hidden")}
-        np.savez_compressed(path, **{name: np.array(rows) for name, rows in found.items()})  # type: ignore[arg-type]
+        with whole(path) as work:
+            np.savez_compressed(work, **{name: np.array(rows) for name, rows in found.items()})  # type: ignore[arg-type]
         return path
 
     def picture(self, flows: int = 6) -> Image.Image:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from zoo.files import check_ending, whole
 from zoo.images import EXTENSIONS, open_image
 from zoo.pipelines import Pipeline, Result
 from zoo_registry import errors
@@ -48,17 +49,13 @@ class Scene(Result):
 
     def save(self, path: str | Path) -> Path:
         """The class numbers as a PNG: indexed colours (grey values of 16 bits beyond 256 classes)."""
-        path = Path(path)
-        if path.suffix.lower() != ".png":
-            raise errors.BadArgument(
-                f"{path.name}: class numbers are written as .png, which loses nothing", argument="path", accepted=[]
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_ending(path, [".png"])  # which loses nothing
         image = Image.fromarray(self.classes)
         if self.classes.dtype == np.uint8:
             image.putpalette([channel for colour in palette(len(self.names)) for channel in colour])
-        image.save(path)
-        return path
+        with whole(path) as work:
+            image.save(work)
+        return Path(path)
 
     def picture(self) -> Image.Image | None:
         """The picture under its classes in colour, and which colour is what."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zoo.files import read_text
 from zoo.models.s4 import S4LanguageModel
 from zoo.pipelines import Pipeline, Result, describe_source
 from zoo_registry import errors
@@ -111,12 +112,7 @@ class LanguageModelling(Pipeline):
                 argument="vocabulary",
                 accepted=[],
             )
-        text = source
-        if isinstance(source, Path):
-            try:
-                text = source.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{source} is no UTF-8 text: {error}") from error
+        text = read_text(source) if isinstance(source, Path) else source
         ids, missing = self.vocabulary.encode(str(text))
         if not ids:
             raise ValueError(f"{describe_source(source)!r} holds no word; give at least one")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from zoo.files import read_arrays, read_text
 from zoo_registry import errors
 
 TABLES = (".csv", ".tsv", ".txt")
@@ -20,7 +21,7 @@ def read_sequence(source: Any, columns: Sequence[str | int] | None = None) -> np
 
     Tables: one position a line, one channel a column, with or without a line of names; separated by commas, semicolons
     (numbers may then have decimal commas), tabs or blanks. ``columns``: which of them, by name or number from 0.
-    Raises BadArgument for files that hold no such thing; missing values are NaN here.
+    Raises BadFile or BadArgument for files that hold no such thing; missing values are NaN here.
     """
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
@@ -28,10 +29,12 @@ def read_sequence(source: Any, columns: Sequence[str | int] | None = None) -> np
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.suffix.lower() == ".npy":
-            try:
-                values = np.load(path, allow_pickle=False)
-            except (ValueError, EOFError, OSError) as error:
-                raise _wrong(f"{path} is no .npy file of numbers ({error})") from error
+            found = read_arrays(path)
+            if "" not in found:
+                raise _wrong(
+                    f"{path} is an archive of arrays ({', '.join(found)}); expected one array, as np.save writes"
+                )
+            values = found[""]
         else:
             values, names = read_table(path)
     else:
@@ -47,10 +50,7 @@ def read_sequence(source: Any, columns: Sequence[str | int] | None = None) -> np
 
 def read_table(path: Path) -> tuple[np.ndarray, list[str]]:
     """(numbers (rows, columns) float64 with NaN for empty cells, names of the columns or [])."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise _wrong(f"{path} is no text in UTF-8 ({error}); expected a table of numbers") from error
+    lines = read_text(path).splitlines()
     rows = [(i, line) for i, line in enumerate(lines, start=1) if line.strip() and not line.lstrip().startswith("#")]
     if not rows:
         raise _wrong(f"{path} is empty; expected a table, one position a line")
