@@ -118,6 +118,8 @@ def test_published_format(tmp_path, body):
         torch.testing.assert_close(loaded(x), expected)
     with pytest.raises(ValueError, match="MM_VSSM or MM_mamba_vision"):
         adapter.build({**config, "backbone": {"type": "ResNet"}}, theirs)
+    with pytest.raises(ValueError, match=r"auxiliary_head map 1 by 2 convolutions; .* map 2 by 1"):
+        adapter.build({**config, "auxiliary_head": {"in_index": 1, "num_convs": 2}}, theirs)
     with pytest.raises(ValueError, match=r"no argument 'chanels'.*channels"):
         adapter.build({**config, "decode_head": {"chanels": 3}}, theirs)
 

@@ -263,7 +263,11 @@ class UPerNetAdapter(ReferenceAdapter):
         auxiliary = _head(config.get("auxiliary_head", {}), {"in_channels": None, "in_index": 2, "channels": 256,
             "num_convs": 1, "concat_input": False})  # fmt: skip
         if tuple(head["in_index"]) != (0, 1, 2, 3) or (auxiliary["in_index"], auxiliary["num_convs"]) != (2, 1):
-            raise ValueError("heads on other maps, or more convolutions, than the published segmentors have")
+            raise ValueError(
+                f"decode_head reads the maps {tuple(head['in_index'])}, auxiliary_head map {auxiliary['in_index']} by "
+                f"{auxiliary['num_convs']} convolutions; the published segmentors, which are built here, have "
+                "(0, 1, 2, 3), and map 2 by 1"
+            )
         if auxiliary["concat_input"]:
             raise ValueError("auxiliary_head.concat_input is true; the published segmentors have it false")
         inside = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
