@@ -13,6 +13,7 @@ import util
 
 import zoo_kernels as zk
 from zoo_kernels import _backends, _native, _ops, build
+from zoo_kernels import _status as status
 
 ARGS = {"x": torch.ones(1, 4, 3), "weight": torch.ones(3, 2)}
 
@@ -232,3 +233,21 @@ def test_a_profile_shows_operators_by_their_names():
         zk.rms_norm(x, torch.ones(3))
     names = {event.key for event in found.key_averages()}
     assert {"zoo_kernels::selective_scan", "zoo_kernels::rms_norm"} <= names
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_tensors_without_numbers_give_shapes(grad) -> None:
+    status._load_all()
+    for name, op in _ops.OPERATORS.items():
+        if op.cases is None:
+            continue
+        for args in op.cases(torch.device("cpu"), torch.float32):
+            there = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+            meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+            for i in op.differentiable if grad else ():
+                if meta[i] is not None:
+                    meta[i].requires_grad_()
+            expected, found = op(*there), op(*meta)
+            for a, b in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (expected, found)), strict=True):
+                assert b.is_meta, name
+                assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), name

@@ -62,11 +62,13 @@ OPERATORS: dict[str, Operator] = {}
 
 
 def results_only(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a call with these may go past torch's dispatcher, which takes 40 microseconds: plain tensors in eager
-    mode that no gradient, trace, profiler, dispatch mode or transform of functions looks at."""
+    """Whether a call with these may go past torch's dispatcher, which takes 40 microseconds: plain tensors of numbers
+    in eager mode that no gradient, trace, profiler, dispatch mode or transform of functions looks at."""
     grad = torch.is_grad_enabled()
     for x in tensors:
-        if x is not None and ((type(x) is not Tensor and type(x) is not Parameter) or (grad and x.requires_grad)):
+        if x is None:
+            continue
+        if (type(x) is not Tensor and type(x) is not Parameter) or x.is_meta or (grad and x.requires_grad):
             return False
     return not (
         torch.compiler.is_compiling()

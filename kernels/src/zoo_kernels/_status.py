@@ -95,7 +95,16 @@ def _check(op: Operator, name: str, device: torch.device, dtype: torch.dtype) ->
 
 
 def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    """A tensor of numbers in double precision, everything else as it is."""
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return value
+    return value.to(torch.promote_types(value.dtype, torch.float64))
+
+
+def _weighted(value: Tensor) -> Tensor:
+    """A number of all of a result's, each with a weight of its own, complex ones as two."""
+    value = _double(torch.view_as_real(value) if value.is_complex() else value).flatten()
+    return (value * torch.linspace(-1, 1, value.numel(), device=value.device, dtype=torch.float64)).sum()
 
 
 def _results(op: Operator, args: list[Any], name: str) -> list[Tensor]:
@@ -109,11 +118,7 @@ def _results(op: Operator, args: list[Any], name: str) -> list[Tensor]:
     moved = (args[op.arguments.index(name)] for name in op.mutates)
     results = [o.detach() for o in outputs] + [t for t in moved if t is not None]
     if op.differentiable:
-        total = sum(
-            (o.double() * torch.linspace(-1, 1, o.numel(), device=o.device, dtype=torch.float64).view(o.shape)).sum()
-            for o in outputs
-            if o.numel()
-        )
+        total = sum(_weighted(o) for o in outputs if o.numel())
         leaves = [args[i] for i in op.differentiable if args[i] is not None]
         results += torch.autograd.grad(total, leaves)
     return results

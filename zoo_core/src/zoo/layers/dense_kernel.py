@@ -102,13 +102,12 @@ class DenseKernel(ConvolutionKernel):
 
     def step(self, u: Tensor, state: Tensor) -> Tensor:
         """u: (batch, d_model); ``state`` is updated in place. Returns (batch, channels, d_model)."""
-        dA, dB, C = self.kept("step", self.discrete)
+        dA, dB, C = self.kept("step", self.discrete, watch=False)
         state.copy_(torch.einsum("hmn,bhn->bhm", dA, state) + dB * u[..., None])
         return torch.einsum("chn,bhn->bch", C, state).real
 
-    def final_state(self, u: Tensor, state: Tensor) -> Tensor:
-        """The state after u (batch, length, d_model) from ``state``."""
-        dA, dB, _ = self.discrete()
+    def final_state(self, u: Tensor, state: Tensor, rate: float = 1.0) -> Tensor:
+        dA, dB, _ = self.kept("step", self.discrete)
         state = state.to(dA.dtype)
         for t in range(u.shape[1]):
             state = torch.einsum("hmn,bhn->bhm", dA, state) + dB * u[:, t, :, None]

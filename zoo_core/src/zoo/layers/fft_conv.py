@@ -179,13 +179,10 @@ class FFTConv(nn.Module):
         """
         length = x.shape[1]
         taps = length if self.l_max is None else min(length, round(self.l_max / rate))
-        y: Tensor | None = None
-        extra = None
         if state is not None:
-            if self.bidirectional:
-                raise ValueError("a bidirectional layer has no state to continue from; state must be None")
-            k, extra = self.kernel(taps, rate, state["ssm"])
-        elif not self.kernel.has_length(taps, rate):
+            return self._continued(x, state, rate, taps)
+        y: Tensor | None = None
+        if not self.kernel.has_length(taps, rate):
             y = self._wrapped(x, self.drop_kernel(self.kernel(taps, rate)[0]), taps)
         elif isinstance(self.drop_kernel, nn.Identity):
             # The transform of a kernel that does not change is kept, too.
@@ -198,15 +195,35 @@ class FFTConv(nn.Module):
                 y, _ = long_conv(x, k, self.D, back_kernel=back)
             else:
                 y, _ = long_conv(x, k, self.D)
-        if state is not None:
-            y = y + torch.movedim(extra, -1, 1).to(y.dtype)
-            state["ssm"] = self.kernel.final_state(x, state["ssm"]).detach()
+        return self._finished(y)
+
+    def _continued(self, x: Tensor, state: State, rate: float, taps: int) -> Tensor:
+        """:meth:`forward` from a carried state."""
+        length, before = x.shape[1], state["ssm"]
+        if self.bidirectional:
+            raise ValueError("a bidirectional layer has no state to continue from; state must be None")
+        if taps < length:
+            raise ValueError(
+                f"x has {length} positions and the kernel {taps} (l_max {self.l_max}, rate {rate:g}); pieces that "
+                f"continue from a state may have at most {taps}"
+            )
+        if self.kernel.remembers():
+            k = self.kernel.kept((length, rate), lambda: self._spectrum(taps, rate, length))
+            extra = self.kernel.response(before, taps, rate)
+        else:  # both at once
+            k, extra = self.kernel(taps, rate, before)
+        y, _ = long_conv(x, k, self.D)
+        state["ssm"] = self.kernel.final_state(x, before, rate).detach()
+        return self._finished(y + torch.movedim(extra, -1, 1).to(y.dtype))
+
+    def _finished(self, y: Tensor) -> Tensor:
+        """(batch, length, channels, d_model) to the output."""
         y = y.transpose(-1, -2) if self.swap_channels else y
         return self.act(self.drop(y.flatten(2)))
 
     def _spectrum(self, taps: int, rate: float, length: int) -> Any:
         k = self.kernel(taps, rate)[0]
-        if self.kernel.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self.kernel.remembers():
             return k
         k, back = k.chunk(2) if self.bidirectional else (k, None)
         return kernel_spectrum(k, length, back_kernel=back)

@@ -45,6 +45,8 @@ class S4Kernel(SSMKernel):
     def internal_length(self) -> int:
         """``l_kernel`` as a number. A graph that is being traced holds it as a constant, known since the last forward
         or change between training and evaluation."""
+        if self.l_kernel.is_meta:  # shapes are all that is asked for, and they do not depend on it
+            return self._length or 0
         if self._length is None or not torch.compiler.is_compiling():
             self._length = int(self.l_kernel)
         return self._length
@@ -93,23 +95,32 @@ class S4Kernel(SSMKernel):
         self._length = length
 
     def forward(self, length: int, rate: float = 1.0, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        K = self._convolutions(length, rate, state, own=True)
+        return K[-1], None if state is None else K[:-1]
+
+    def response(self, state: Tensor, length: int, rate: float = 1.0) -> Tensor:
+        return self._convolutions(length, rate, state, own=False)
+
+    def _convolutions(self, length: int, rate: float, state: Tensor | None, own: bool) -> Tensor:
+        """(rows, channels, d_model, length): what each state of the batch adds to the output, and last, if ``own``, the
+        convolution kernel."""
         internal, plan = self.lengthen(round(rate * length))
         write = bool(plan) and self.training and not torch.compiler.is_compiling()
         if write:
             self._write_length(internal, plan)
         points = round(internal / rate)
         if points == 0:
-            empty = self.C.new_zeros(self.channels, self.d_model, 0)
-            return empty, None if state is None else empty.expand(state.shape[0], -1, -1, -1)
+            return self.C.new_zeros((0 if state is None else state.shape[0]) + own, self.channels, self.d_model, 0)
         dt, A, B, C = self.system(rate)
         if plan and not write:
-            C = self.band(self._times_powers(as_complex(self.C), plan), dt / rate, A)
+            longer = self.kept(("C", internal), lambda: self._times_powers(as_complex(self.C), plan))
+            C = self.band(longer, dt / rate, A)
         P = self.low_rank()
         if state is not None:
             PQs = torch.einsum("bhm,rhm->bhr", state, P.conj())
             PQs = 2 * PQs.real  # the conjugate half adds the conjugate
             As = state * A - torch.einsum("bhr,rhn->bhn", PQs.to(P.dtype), P)
-            B = torch.cat([state / dt + As / 2, B])
+            B = torch.cat([state / dt + As / 2, B]) if own else state / dt + As / 2
         rows, columns = torch.cat([B, P]), torch.cat([C, P.conj()])
         v = rows[:, None] * columns[None] * dt  # (rows, columns, H, N)
         p, q = unit_roots(points, dtype=v.dtype, device=v.device)
@@ -124,14 +135,13 @@ class S4Kernel(SSMKernel):
             inner = (half * r11).permute(2, 3, 0, 1) + torch.eye(k, dtype=r.dtype, device=r.device)
             solved = torch.linalg.solve(inner, r10.permute(2, 3, 0, 1))  # (H, nodes, k, columns)
             f = r00 - half * torch.einsum("ijhn,hnjl->ilhn", r01, solved)
-        K = torch.fft.irfft(f, n=points)[..., :length]
-        return K[-1], None if state is None else K[:-1]
+        return torch.fft.irfft(f, n=points)[..., :length]
 
     # -- the recurrence --------------------------------------------------------------------------------------------
 
-    def dense(self) -> tuple[Tensor, Tensor]:
+    def dense(self, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """The discrete system on [Re s, Im s] in float64: dA (H, 2N, 2N), dB (H, 2N)."""
-        dt, A, B, _ = self.system()
+        dt, A, B, _ = self.system(rate)
         dt, A = dt.double().expand(A.shape), A.to(torch.complex128)
         P = self.low_rank().to(torch.complex128)
         X = torch.diag_embed(A) - torch.einsum("rhm,rhn->hmn", P, P.conj())
@@ -179,7 +189,7 @@ class S4Kernel(SSMKernel):
     def step(self, u: Tensor, state: Tensor) -> Tensor:
         """u: (batch, d_model); ``state`` is updated in place. Returns (batch, channels, d_model)."""
         with torch.no_grad():
-            constants = self.kept(("step", self.step_mode), getattr(self, f"_prepare_{self.step_mode}"))
+            constants = self.kept(("step", self.step_mode), getattr(self, f"_prepare_{self.step_mode}"), watch=False)
         return getattr(self, f"_step_{self.step_mode}")(u, state, *constants)
 
     def _prepare_linear(self) -> tuple[Tensor, ...]:
@@ -234,20 +244,28 @@ class S4Kernel(SSMKernel):
         return torch.einsum("chn,bhn->bch", row, state).real
 
     @torch.no_grad()
-    def final_state(self, u: Tensor, state: Tensor, block: int = 64) -> Tensor:
-        """The state after u (batch, length, d_model) from ``state`` (batch, d_model, N)."""
-        dA, dB = self.dense()
-        powers = [dB]
-        for _ in range(min(block, u.shape[1]) - 1):
-            powers.append(torch.einsum("hmn,hn->hm", dA, powers[-1]))
-        krylov = torch.stack(powers, -1)  # (H, 2N, block): dA^j dB
-        s = torch.cat([state.real, state.imag], -1).double()
-        leap = torch.linalg.matrix_power(dA, block)
-        first = u.shape[1] % block
-        for start, stop in [(0, first), *((i, i + block) for i in range(first, u.shape[1], block))]:
-            if stop > start:
-                jump = leap if stop - start == block else torch.linalg.matrix_power(dA, stop - start)
-                piece = u[:, start:stop].flip(1).double()
-                s = torch.einsum("hmn,bhn->bhm", jump, s)
-                s = s + torch.einsum("hmj,bjh->bhm", krylov[..., : stop - start], piece)
+    def final_state(self, u: Tensor, state: Tensor, rate: float = 1.0, block: int = 64) -> Tensor:
+        """The state after u (batch, length, d_model), sampled at ``rate``, from ``state`` (batch, d_model, N)."""
+        length = u.shape[1]
+        block = max(min(block, length), 1)
+        first = length % block
+        jumps = self.kept(("state", block, first, rate), lambda: self._jumps(block, first, rate))
+        start, leap, krylov = jumps
+        s = torch.cat([state.real, state.imag], -1).to(krylov.dtype)
+        for begin, stop in [(0, first), *((i, i + block) for i in range(first, length, block))]:
+            if stop > begin:
+                s = torch.einsum("hmn,bhn->bhm", start if stop - begin < block else leap, s)
+                piece = u[:, begin:stop].flip(1).to(s.dtype)
+                s = s + torch.einsum("hmj,bjh->bhm", krylov[..., : stop - begin], piece)
         return torch.complex(*s.chunk(2, dim=-1)).to(state.dtype)
+
+    def _jumps(self, block: int, first: int, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        """dA^first and dA^block (H, 2N, 2N), dA^j dB for j < block (H, 2N, block); in the precision of the state, for
+        they are many numbers to remember."""
+        dA, dB = self.dense(rate)
+        powers = [dB]
+        for _ in range(block - 1):
+            powers.append(torch.einsum("hmn,hn->hm", dA, powers[-1]))
+        work = torch.promote_types(self.inv_dt.dtype, torch.float32)
+        start, leap = (torch.linalg.matrix_power(dA, n).to(work) for n in (first, block))
+        return start, leap, torch.stack(powers, -1).to(work)

@@ -16,20 +16,27 @@ from .linear import Linear
 from .ssm_kernel import SSMKernel, as_complex, exact, wide
 
 
-def vandermonde_state(u: Tensor, log_decay: Tensor, kind: torch.dtype) -> Tensor:
-    """``sum_l u[..., l] exp((L - 1 - l) * log_decay)``: (batch, channels, L), (channels, N) to (batch, channels, N).
+def vandermonde_powers(log_decay: Tensor, length: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What :func:`vandermonde_state` needs of ``log_decay`` (channels, N) for ``length`` steps.
 
-    ``kind`` is the dtype of the result; powers are formed in that of ``log_decay`` or better.
+    Powers (channels, inner, N) and (channels, outer, N) of dtype ``kind``, formed in double precision where the device
+    has it.
     """
-    length = u.shape[-1]
     inner = max(1, 1 << (max(length, 1).bit_length() // 2))
-    u = F.pad(u, (-length % inner, 0)).unflatten(-1, (-1, inner))  # zeros in front change nothing
-    outer = u.shape[-2]
+    outer = -(-length // inner)
     log_decay = exact(log_decay)
-    steps = torch.arange(max(inner, outer), device=u.device, dtype=log_decay.real.dtype)
-    fine = torch.exp(log_decay[:, None] * steps[:inner, None].flip(0)).to(kind)  # (channels, inner, N)
+    steps = torch.arange(max(inner, outer), device=log_decay.device, dtype=log_decay.real.dtype)
+    fine = torch.exp(log_decay[:, None] * steps[:inner, None].flip(0)).to(kind)
     coarse = torch.exp(log_decay[:, None] * (inner * steps[:outer, None].flip(0))).to(kind)
-    part = torch.matmul(u.to(kind), fine)  # (batch, channels, outer, N)
+    return fine, coarse
+
+
+def vandermonde_state(u: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
+    """``sum_l u[..., l] exp((L - 1 - l) * log_decay)``: (batch, channels, L) to (batch, channels, N); ``fine``,
+    ``coarse``: of :func:`vandermonde_powers`."""
+    inner = fine.shape[1]
+    u = F.pad(u, (-u.shape[-1] % inner, 0)).unflatten(-1, (-1, inner))  # zeros in front change nothing
+    part = torch.matmul(u.to(fine.dtype), fine)  # (batch, channels, outer, N)
     return (part * coarse).sum(-2)
 
 
@@ -70,16 +77,26 @@ class S4DKernel(SSMKernel):
         K = vandermonde_kernel(dB * C, log_dA, length)
         if state is None:
             return K, None
-        ahead = (
-            state[:, None] * torch.exp(log_dA).to(C.dtype) * C
-        )  # (batch, channels, H, N): the next step already decays it
-        return K, vandermonde_kernel(ahead, log_dA, length)
+        return K, self.response(state, length, rate)
 
-    def final_state(self, u: Tensor, state: Tensor) -> Tensor:
-        """The state after u (batch, length, d_model) from ``state``."""
-        log_dA, dB, _ = self.discrete()
-        carried = torch.exp(log_dA * u.shape[1]).to(dB.dtype) * state
-        return carried + dB * vandermonde_state(u.transpose(1, 2), log_dA, dB.dtype)
+    def response(self, state: Tensor, length: int, rate: float = 1.0) -> Tensor:
+        log_dA, ahead = self.kept(("ahead", rate), lambda: self._ahead(rate))
+        return vandermonde_kernel(state[:, None] * ahead, log_dA, length)
+
+    def _ahead(self, rate: float) -> tuple[Tensor, Tensor]:
+        """log dA, and C dA (channels, H, N): the next step already decays the state."""
+        log_dA, _, C = self.discrete(rate)
+        return log_dA, torch.exp(log_dA).to(C.dtype) * C
+
+    def final_state(self, u: Tensor, state: Tensor, rate: float = 1.0) -> Tensor:
+        length = u.shape[1]
+
+        def prepare():
+            log_dA, dB, _ = self.discrete(rate)
+            return torch.exp(log_dA * length).to(dB.dtype), dB, *vandermonde_powers(log_dA, length, dB.dtype)
+
+        decay, dB, fine, coarse = self.kept(("state", length, rate), prepare)
+        return decay * state + dB * vandermonde_state(u.transpose(1, 2), fine, coarse)
 
     def step(self, u: Tensor, state: Tensor) -> Tensor:
         """u: (batch, d_model); ``state`` is updated in place. Returns (batch, channels, d_model)."""
@@ -88,7 +105,7 @@ class S4DKernel(SSMKernel):
             log_dA, dB, C = self.discrete()
             return torch.exp(log_dA).to(C.dtype), dB, C
 
-        dA, dB, C = self.kept("step", prepare)
+        dA, dB, C = self.kept("step", prepare, watch=False)
         state.mul_(dA).add_(dB * u[..., None])
         y = torch.einsum("chn,bhn->bch", C, state)
         return 2 * (y.real if y.is_complex() else y)
@@ -136,7 +153,9 @@ class S4D(nn.Module):
             dtA, C = self.discrete()
             old = state["ssm"]
             y = y + vandermonde_kernel(old * torch.exp(dtA) * C, dtA, u.shape[1]).transpose(1, 2).to(y.dtype)
-            new = torch.exp(dtA * u.shape[1]) * old + vandermonde_state(u.transpose(1, 2), dtA, C.dtype)
+            new = torch.exp(dtA * u.shape[1]) * old + vandermonde_state(
+                u.transpose(1, 2), *vandermonde_powers(dtA, u.shape[1], C.dtype)
+            )
             state["ssm"] = new.detach()
         return self.output(y)
 

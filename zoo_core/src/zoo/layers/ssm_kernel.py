@@ -61,8 +61,27 @@ def exact(x: Tensor) -> Tensor:
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
+def _plain(t: Tensor) -> bool:
+    """Whether a tensor is one of numbers in memory: not traced, not without storage, not of a library's own kind."""
+    return (
+        type(t) in (Tensor, nn.Parameter)
+        and not t.is_meta
+        and not t.is_inference()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)  # type: ignore[attr-defined]
+    )
+
+
 def _stamp(tensors: list[Tensor]) -> tuple[Any, ...]:
     return tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
+
+
+def _equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Whether all numbers are the same; asks a device once."""
+    if not ours or ours[0].device.type == "cpu":
+        return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    if ours[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return True  # a graph that is being recorded cannot ask, and holds what it was recorded with anyway
+    return not bool(torch.stack([(a != b).any() for a, b in zip(ours, theirs, strict=True)]).any())
 
 
 class Kept(nn.Module):
@@ -70,33 +89,58 @@ class Kept(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: dict[Any, tuple[Any, Any]] = {}
+        self._kept: dict[Any, Any] = {}
+        self._made_of: tuple[tuple[Any, ...], list[Tensor]] | None = None
 
-    def kept(self, key: Any, make: Any) -> Any:
-        """``make()``, remembered in eval mode without gradients until a parameter is written to or replaced."""
+    def remembers(self) -> bool:
+        """Whether :meth:`kept` remembers now: in eval mode without gradients, outside compilation and tracing."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if torch._C._len_torch_dispatch_stack() > 0:  # FakeTensorMode, make_fx: results of theirs are no numbers
+            return False
+        return all(map(_plain, self._own()))
+
+    def _own(self) -> list[Tensor]:
+        return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+
+    def kept(self, key: Any, make: Any, *, watch: bool = True) -> Any:
+        """``make()``, remembered (see :meth:`remembers`) until a parameter is written to or replaced.
+
+        ``watch``: compare the parameters' numbers, too, which shows what is written through ``.data``; without it (for
+        what is asked for at every step) only replaced tensors and counted writes are seen.
+        """
+        if not self.remembers():
             return make()
-        tensors = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
-        if any(t.is_inference() for t in tensors):
-            return make()
-        found = self._kept.get(key)
-        if found is None or found[0] != _stamp(tensors):
-            made = make()  # may write to a parameter (S4 lengthens its kernel), so the stamp is taken after it
+        self.forget_changed(watch)
+        found = self._kept.pop(key, None)  # and to the end: the one that was not used for longest goes first
+        if found is None:
+            found = make()
             while len(self._kept) >= 4:
-                self._kept.pop(next(iter(self._kept)))
-            tensors = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
-            found = self._kept[key] = (_stamp(tensors), made)
-        return found[1]
+                self._kept.pop(next(iter(self._kept), None), None)
+        self._kept[key] = found
+        return found
+
+    def forget_changed(self, watch: bool = True) -> None:
+        """Forget everything if a parameter has changed since it was remembered; ``watch`` as for :meth:`kept`."""
+        tensors = self._own()
+        stamp = _stamp(tensors)
+        if self._made_of is None or self._made_of[0] != stamp or (watch and not _equal(self._made_of[1], tensors)):
+            self._kept.clear()
+            self._made_of = stamp, [t.detach().clone() for t in tensors]
+
+    def _forget(self) -> None:
+        self._kept.clear()
+        self._made_of = None
 
     def train(self, mode: bool = True) -> Kept:
-        self._kept.clear()
+        self._forget()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}
+        return {**self.__dict__, "_kept": {}, "_made_of": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._kept.clear()
+        self._forget()
         return super()._apply(fn, recurse)
 
 
@@ -104,8 +148,9 @@ class ConvolutionKernel(Kept):
     """Makes the kernels of a long convolution: ``(channels, d_model, length)``.
 
     Subclasses implement :meth:`forward`; those with a recurrence also :meth:`init_state`, :meth:`step` and
-    :meth:`final_state`. ``lr`` is as in the original: a number, or a mapping from {"dt", "A", "B", "C", "P", "K"};
-    0 makes a buffer of the parameter, another number is left for an optimiser in the parameter's ``_optim``.
+    :meth:`final_state`, and :meth:`response` where that alone costs less than both. ``lr`` is as in the original: a
+    number, or a mapping from {"dt", "A", "B", "C", "P", "K"}; 0 makes a buffer of the parameter, another number is left
+    for an optimiser in the parameter's ``_optim``.
     """
 
     recurrent = False
@@ -142,7 +187,15 @@ class ConvolutionKernel(Kept):
     def step(self, u: Tensor, state: Tensor) -> Tensor:
         raise ValueError(f"{type(self).__name__} has no recurrent form; it cannot step")
 
-    def final_state(self, u: Tensor, state: Tensor) -> Tensor:
+    def response(self, state: Tensor, length: int, rate: float = 1.0) -> Tensor:
+        """What ``state`` alone adds to the output: (batch, channels, d_model, length)."""
+        found = self(length, rate, state)[1]
+        if found is None:
+            raise ValueError(f"{type(self).__name__} has no recurrent form; it cannot carry a state")
+        return found
+
+    def final_state(self, u: Tensor, state: Tensor, rate: float = 1.0) -> Tensor:
+        """The state after u (batch, length, d_model), sampled at ``rate``, from ``state``."""
         raise ValueError(f"{type(self).__name__} has no recurrent form; it cannot carry a state")
 
 
@@ -239,6 +292,8 @@ class SSMKernel(ConvolutionKernel):
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> Tensor:
         """(batch, d_model, modes) zeros, complex unless the system is real."""
+        if self.remembers():  # steps do not watch their constants: here is the last chance to see that they changed
+            self.forget_changed()
         real = torch.promote_types(self.inv_dt.dtype if dtype is None else dtype, torch.float32)
         kind = real if self.is_real else real.to_complex()
         return torch.zeros(
