@@ -93,6 +93,15 @@ def test_state_dicts_return_to_the_original(path):
         adapter.build(golden.config, broken, source=golden.source)
 
 
+def test_a_state_dict_without_its_kernels_lengths_is_refused():
+    # as by the original: C is transformed or it is not, and nothing but l_kernel says which
+    golden = read_golden(ROOT / "golden" / "s4__dplr_legs.safetensors")
+    parameters = {k: v for k, v in golden.state.items() if not k.endswith("l_kernel")}
+    with pytest.raises(zoo.errors.KeysDoNotMatch, match=r"missing: layer.kernel.l_kernel\n.*whole state dict") as error:
+        S4Adapter().build(golden.config, parameters, source=golden.source)
+    assert error.value.missing == ("layer.kernel.l_kernel",)
+
+
 def test_version_3_checkpoints():
     golden = read_golden(ROOT / "golden" / "s4__sequence_model_ff_pool.safetensors")
     old = {}
