@@ -263,11 +263,11 @@ def fill(
 
 def _said_by_modules(model: nn.Module, missing: list[str]) -> str | None:
     """What the modules that own the missing keys say of them (``missing_hints``), if each says something."""
-    hints = []
+    hints: list[str | None] = []
     for key in missing:
         owner, _, name = key.rpartition(".")
         hints.append(getattr(model.get_submodule(owner), "missing_hints", {}).get(name))
-    return "; ".join(dict.fromkeys(hints)) if all(hints) else None
+    return "; ".join(dict.fromkeys(str(hint) for hint in hints)) if all(hints) else None
 
 
 def _share(state: dict[str, Tensor], group: list[str], what: str) -> None:

@@ -30,8 +30,8 @@ class S4Kernel(SSMKernel):
     #: A file without the buffer cannot be read, by the original either: C could be the one or the other.
     missing_hints: ClassVar[dict[str, str]] = {
         "l_kernel": "the file holds parameters without buffers, and l_kernel says for which length C was transformed; "
-        "save the whole state dict, or add l_kernel: 0 for kernels that never ran in training, else the length of their "
-        "training sequences"
+        "save the whole state dict, or add l_kernel: 0 for kernels that never ran in training, else the length of the "
+        "sequences that they were trained on"
     }
 
     def __init__(self, d_model: int, channels: int = 1, l_max: int | None = None, lr=None, **system: Any) -> None:
