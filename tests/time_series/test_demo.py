@@ -10,7 +10,7 @@ from recipes import recipe
 import zoo
 import zoo_time_series
 from zoo_time_series.baselines import last_value, seasonal_naive
-from zoo_time_series.tables import read_table
+from zoo_time_series.reading import read_table
 
 SAMPLES = Path(zoo_time_series.__file__).parent / "demo" / "samples"
 

@@ -160,3 +160,35 @@ def test_the_command(tmp_path, monkeypatch):
     done = CliRunner().invoke(forecast, ["./model", "t.csv", "--json", "--out", "x/y.csv"], catch_exceptions=False)
     assert json.loads(done.output)["file"] == "x/y.csv"
     assert (tmp_path / "x" / "y.png").exists()
+
+
+def test_dates_follow_all_of_the_table(tmp_path):
+    """The rows that are read may be even in another way than the table is: Monday to Friday, and then not Saturday."""
+    days = np.busday_offset("2024-01-01", np.arange(20)).astype("datetime64[ns]")
+    model = LastValues()
+    model.any_length = True
+    result = Forecasting(model, history=5)({"date": days, "a": np.arange(20.0)})
+    assert result.dates == ["2024-01-29", "2024-01-30", "2024-01-31"]
+
+
+def test_digits_of_a_small_change_on_a_large_level(tmp_path):
+    result = Forecasting(LastValues())(np.arange(40.0) / 100 + 1e9)
+    rows = list(csv.reader(result.to_csv(tmp_path / "f.csv").open()))
+    assert float(rows[1][1]) == pytest.approx(1e9 + 0.39, abs=1e-4)
+
+
+def test_nothing_is_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = table(tmp_path / "t.csv", rows=200).read_text()
+    for options in (["--out", "t.csv"], ["--out", "x.png"], ["--picture", "t.csv"]):
+        done = CliRunner().invoke(forecast, ["tsm2_micro.series", "t.csv", *options])
+        assert done.exit_code == 2
+        assert "would take the place of" in done.output
+    assert CliRunner().invoke(forecast, ["tsm2_micro.series", str(tmp_path)]).exit_code == 2
+    assert (tmp_path / "t.csv").read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_no_columns_are_refused():
+    with pytest.raises(ValueError, match="columns is empty"):
+        Forecasting(LastValues(), columns=[])

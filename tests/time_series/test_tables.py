@@ -8,7 +8,8 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from zoo_time_series.tables import Table, continued, duration, moments, read_table, step_of
+from zoo_time_series.reading import read_table
+from zoo_time_series.tables import Table, continued, duration, moments, step_of
 
 HOURS = "date,load,wind\n2024-01-01 00:00:00,1,2\n2024-01-01 01:00:00,3,4\n2024-01-01 02:00:00,5,6\n"
 
@@ -118,7 +119,9 @@ def test_dates_out_of_order_and_twice(tmp_path):
     with pytest.raises(ValueError, match="date is missing in row 2 of 2"):
         read_table(written(tmp_path, "date,x\n2024-01-02,2\n,1\n"))
     with pytest.raises(ValueError, match="cannot be read as dates"):
-        read_table(written(tmp_path, "date,x\n01/13/2024,2\n01/14/2024,1\n"))
+        read_table(written(tmp_path, "date,x\nmonday,2\ntuesday,1\n"))
+    with pytest.raises(ValueError, match="both fit"):
+        read_table(written(tmp_path, "date,x\n01/02/2024,2\n02/02/2024,1\n"))
     with pytest.raises(ValueError, match="not a table"):
         read_table(written(tmp_path, "date,x\n2024-01-01,1,3\n"))
 

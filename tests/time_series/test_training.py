@@ -155,7 +155,7 @@ def test_from_table_to_folder_to_figures(tmp_path, monkeypatch, model, more):
     assert zoo.validate("./run/model", values, limit=7).samples == 7
     pipe = zoo.pipeline("./run/model")
     assert pipe.horizon == 6
-    _, mean, _ = pipe.read(values)
+    mean = pipe.read(values).mean
     assert np.allclose(mean, seasons()[:210].mean(0), atol=1e-4)  # the training rows', not the history's
     done = CliRunner().invoke(forecast, ["./run/model", "t.csv"], catch_exceptions=False)
     assert "6 steps to 2024-01-13 17:00" in done.output
@@ -167,3 +167,24 @@ def test_validation_of_short_tables(tmp_path):
         zoo.validate(str(tmp_path / "model"), written(tmp_path / "t.csv", seasons(20)))
     everything = zoo.validate(str(tmp_path / "model"), written(tmp_path / "t.csv", seasons(40)), split="all")
     assert everything.samples == 40 - 30 + 1
+
+
+def test_a_place_that_cannot_be_written_is_found_out_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "t.csv", seasons())
+    (tmp_path / "spacetime-t").write_text("a file where the default folder would be")
+    done = CliRunner().invoke(train_forecaster, ["spacetime", "t.csv", "--lag", "24", "--horizon", "6"])
+    assert done.exit_code == 2
+    assert "'spacetime-t' is a file" in done.output
+    done = CliRunner().invoke(train_forecaster, ["vim_tiny", "t.csv"])
+    assert "expected a forecaster" in str(done.exception)
+
+
+def test_training_leaves_the_callers_random_numbers():
+    network = TSM2(**TINY)
+    parts, _ = protocol.prepare(Table(seasons(), ["a", "b"]), 24, 6)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    training.fit(network, parts["train"], parts["val"], training.Settings(epochs=1, steps=1))
+    assert torch.equal(torch.rand(3), expected)

@@ -129,6 +129,17 @@ def check_place(path: str | os.PathLike[str]) -> None:
         raise unwritable(path, error) from error
 
 
+@contextlib.contextmanager
+def refused(path: object) -> Iterator[None]:
+    """ValueErrors raised within, whose sentences name the file themselves, become BadFile: the file is at fault."""
+    try:
+        yield
+    except errors.ZooError:
+        raise
+    except ValueError as error:
+        raise errors.BadFile(str(error), path=str(path)) from error
+
+
 def existing(path: str | os.PathLike[str], what: str) -> Path:
     """``path``, which is a file. Raises BadFile for a folder, LocalFileMissing for nothing."""
     path = Path(path)

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import zoo
+from zoo.files import whole
 from zoo_registry import WeightsCard
 
 from ._base import Forecaster
@@ -42,8 +43,7 @@ def save(
     ]
     zoo.save(model, folder / "model", metrics=metrics)
     for name, content in (("history.json", asdict(history)), ("results.json", dict(scores))):
-        part = folder / f"{name}.part"
-        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        part.replace(folder / name)
+        with whole(folder / name) as work:
+            work.write_text(json.dumps(content, indent=1), encoding="utf-8")
     plot(history, folder / "curve.png")
     return folder

@@ -15,7 +15,7 @@ from .tables import IRREGULAR, MISSING
 
 @click.command()
 @click.argument("name")
-@click.argument("table", type=click.Path(path_type=Path))
+@click.argument("table", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--horizon", type=click.IntRange(min=1), help="Steps to forecast (default: the model's).")
 @click.option("--column", "columns", multiple=True, help="A column to forecast; repeatable (default: all).")
 @click.option("--date", help="The date column (default: found by name or type).")
@@ -49,14 +49,20 @@ def forecast(
     Writes the forecast as a CSV file and a picture of it. NAME may be a folder of `zoo train-forecaster` (its model/).
     """
     import zoo
+    from zoo.files import check_ending
 
+    out = out or Path(f"{table.stem}_forecast.csv")
+    picture = picture or out.with_suffix(".png")
+    for option, place, other in (("--out", out, table), ("--picture", picture, table), ("--picture", picture, out)):
+        if place.absolute() == other.absolute():
+            raise click.UsageError(f"{option} would take the place of {other}; give another name")
+    check_ending(picture)
     pipe = zoo.pipeline(
         name, "forecasting", horizon=horizon, columns=list(columns) or None, date=date, history=history,
         missing=missing, irregular=irregular, **output.loading(options),
     )  # fmt: skip
     result = pipe(table)
-    written = result.to_csv(out or Path(f"{table.stem}_forecast.csv"))
-    drawn = result.save_picture(picture or written.with_suffix(".png"))
+    written, drawn = result.to_csv(out), result.save_picture(picture)
     if as_json:
         output.emit(result.to_dict() | {"file": str(written), "picture": str(drawn)})
         return
@@ -70,7 +76,7 @@ SYSTEMS = {"spacetime": "spacetime_ett_720", "tsm2": "tsm2_96"}
 
 @click.command("train-forecaster")
 @click.argument("model")
-@click.argument("table", type=click.Path(path_type=Path))
+@click.argument("table", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--lag", type=click.IntRange(min=2), help="Rows of history (default: the model's).")
 @click.option("--horizon", type=click.IntRange(min=1), help="Steps of the forecast (default: the model's).")
 @click.option("--column", "columns", multiple=True, help="A column to learn; repeatable (default: all).")
@@ -123,24 +129,32 @@ def train_forecaster(
     import torch
     from rich.console import Console
 
+    from zoo.files import check_place, refused
+
     from . import protocol, training
     from .artifact import save
-    from .tables import read_table
+    from .reading import read_table
 
+    out = out or Path(f"{model}-{table.stem}")
+    if out.is_file():
+        raise click.UsageError(f"{str(out)!r} is a file; expected a folder, new or not: give --out")
+    check_place(out)
     console = Console(stderr=True)
     name = SYSTEMS.get(model, model)
-    read = read_table(table, date)
-    chosen = (read.choose(columns) if columns else read).regular(missing, irregular)
+    wanted = training.Settings(
+        epochs, batch_size, lr, weight_decay, patience, steps, None if open_loop_epochs < 0 else open_loop_epochs, seed
+    )
+    with refused(table):
+        read = read_table(table, date)
+        chosen = (read.choose(columns) if columns else read).regular(missing, irregular)
     torch.manual_seed(seed)
     network = create(name, lag, horizon, len(chosen.columns), output.pairs(settings, "--set"))
-    parts, scaler = protocol.prepare(chosen, network.lag, network.horizon, split=split, apart=network.columns == 1)
+    with refused(table):
+        parts, scaler = protocol.prepare(chosen, network.lag, network.horizon, split=split, apart=network.columns == 1)
     for note in chosen.notes:
         console.print(note, markup=False, soft_wrap=True)
     counts = ", ".join(f"{len(parts[part])} {part}" for part in protocol.PARTS)
     console.print(f"{len(chosen)} rows, {len(chosen.columns)} columns; windows: {counts}", soft_wrap=True)
-    wanted = training.Settings(
-        epochs, batch_size, lr, weight_decay, patience, steps, None if open_loop_epochs < 0 else open_loop_epochs, seed
-    )
 
     def on_epoch(row: dict[str, float]) -> None:
         console.print(
@@ -151,7 +165,7 @@ def train_forecaster(
 
     history = training.fit(network.to(device), parts["train"], parts["val"], wanted, on_epoch=on_epoch)
     scores = {"model": training.evaluate(network, parts["test"]), **training.baselines(parts["test"])}
-    folder = save(out or Path(f"{model}-{table.stem}"), network.cpu(), scaler, history, scores, table.name)
+    folder = save(out, network.cpu(), scaler, history, scores, table.name)
     if as_json:
         output.emit({"test": scores, "best_epoch": history.best_epoch, "folder": str(folder)})
         return
@@ -162,13 +176,19 @@ def train_forecaster(
 
 
 def create(name: str, lag: int | None, horizon: int | None, columns: int, arguments: dict[str, Any]) -> Any:
-    """A forecaster with random weights; ``lag`` and ``horizon`` under the names that its builder has for them."""
+    """A forecaster with random weights; ``lag`` and ``horizon`` under the names that its builder has for them.
+
+    Raises BadArgument for a model of another task.
+    """
     import inspect
 
     import zoo
+    from zoo import errors
     from zoo.catalog import find, import_object
 
     card, _ = find(name)
+    if card.task != "forecasting":
+        raise errors.BadArgument(f"{name} is for {card.task}; expected a forecaster", argument="model", accepted=[])
     accepted = inspect.signature(import_object(card.builder)).parameters
     for value, names in ((lag, ("lag", "seq_len")), (horizon, ("horizon", "pred_len"))):
         if value is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from zoo import errors
+from zoo.files import refused, whole
 from zoo.pipelines import Pipeline, Result
 
 from ._base import Forecaster
-from .tables import EXTENSIONS, IRREGULAR, MISSING, Table, check_choice, continued, moments, read_table
+from .reading import EXTENSIONS, read_table
+from .tables import IRREGULAR, MISSING, Table, check_choice, continued, moments
 
 
 @dataclass(kw_only=True)
@@ -31,6 +33,7 @@ class Forecast(Result):
     values: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     notes: list[str] = field(default_factory=list)
     history: Table | None = field(default=None, repr=False)
+    ahead: np.ndarray | None = field(default=None, repr=False)  #: ``dates`` as datetime64[ns], None: no dates
 
     def summary(self) -> str:
         shown = ", ".join(f"{n} {v:.4g}" for n, v in zip(self.columns[:3], self.values[-1], strict=False))
@@ -41,14 +44,22 @@ class Forecast(Result):
     def to_csv(self, path: str | Path) -> Path:
         """Write one row a step: the date (or the step's number) and the columns."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        first = "date" if self.history is not None and self.history.dates is not None else "step"
-        with path.open("w", newline="", encoding="utf-8") as file:
+        first = "date" if self.ahead is not None else "step"
+        digits = self._digits()
+        with whole(path) as work, work.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([first, *self.columns])
             for date, row in zip(self.dates, self.values, strict=True):
-                writer.writerow([date, *(f"{v:.8g}" for v in row)])
+                writer.writerow([date, *(f"{v:.{n}g}" for v, n in zip(row, digits, strict=True))])
         return path
+
+    def _digits(self) -> list[int]:
+        """How many digits each column's values need: eight, and those before its history begins to differ."""
+        if self.history is None:
+            return [17] * len(self.columns)
+        largest, spread = np.abs(self.history.values).max(axis=0), np.ptp(self.history.values, axis=0)
+        ratio = np.divide(largest, spread, out=np.ones_like(spread), where=spread > 0)
+        return [int(np.clip(7 + np.ceil(np.log10(max(r, 10.0))), 8, 17)) for r in ratio]
 
     def picture(self) -> Image.Image | None:
         """The last of the history and the forecast, one panel a column (at most eight)."""
@@ -63,8 +74,8 @@ class Forecast(Result):
         figure = Figure(figsize=(9, 1.0 + 1.9 * len(names)), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
-        if past.dates is not None:
-            before, after = past.dates, continued(past.dates, len(self.values))
+        if past.dates is not None and self.ahead is not None:
+            before, after = past.dates, self.ahead
         else:
             before, after = np.arange(1 - len(past), 1), np.arange(1, len(self.values) + 1)
         for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
@@ -87,6 +98,15 @@ class Forecast(Result):
         figure.savefig(held, format="png", dpi=110)
         held.seek(0)
         return Image.open(held).convert("RGB")
+
+
+class Sample(NamedTuple):
+    """What is read of a table: its newest rows, each column's mean and deviation, and the dates to come, or None."""
+
+    table: Table
+    mean: np.ndarray
+    std: np.ndarray
+    ahead: np.ndarray | None
 
 
 class Forecasting(Pipeline):
@@ -122,13 +142,21 @@ class Forecasting(Pipeline):
             model.float()  # half precision saves space on disk; a CPU gains nothing from computing in it
         self.forecaster: Forecaster = model
         if horizon is not None and horizon < 1:
-            raise ValueError(f"horizon is {horizon}; expected at least 1")
+            raise errors.BadArgument(f"horizon is {horizon}; expected at least 1", argument="horizon", accepted=[])
         if history is not None and history != model.lag and not model.any_length:
-            raise ValueError(f"history is {history}; {self.name} reads {model.lag} rows, no more and no fewer")
+            raise errors.BadArgument(
+                f"history is {history}; {self.name} reads {model.lag} rows, no more and no fewer",
+                argument="history",
+                accepted=[],
+            )
         if history is not None and history < 2:
-            raise ValueError(f"history is {history}; expected at least 2 rows")
+            raise errors.BadArgument(f"history is {history}; expected at least 2 rows", argument="history", accepted=[])
         check_choice("missing", missing, MISSING)
         check_choice("irregular", irregular, IRREGULAR)
+        if columns is not None and not len(columns):
+            raise errors.BadArgument(
+                "columns is empty; expected names, or None for all that hold numbers", argument="columns", accepted=[]
+            )
         self.horizon = horizon or model.horizon
         self.columns = [columns] if isinstance(columns, str) else None if columns is None else list(columns)
         self.date, self.history = date, history or model.lag
@@ -136,25 +164,30 @@ class Forecasting(Pipeline):
 
     # -- the steps of a pipeline
 
-    def read(self, source: Any) -> tuple[Table, np.ndarray, np.ndarray]:
-        """The rows that are read, with the mean and deviation that they are standardised by."""
+    def read(self, source: Any) -> Sample:
+        """The rows that are read, what they are standardised by, and the dates of the steps to come."""
+        with refused(source):
+            return self._read(source)
+
+    def _read(self, source: Any) -> Sample:
         table = read_table(source, self.date)
         if self.columns is not None:
             table = table.choose(self.columns)
         self.check_columns(table)
         # Uneven dates are resampled before rows are counted; what lies further back need not be without gaps.
-        table = table.regular_dates(self.irregular)
+        table = table.regular_dates(self.irregular, self.missing)
         if len(table) < (self.history if not self.forecaster.any_length else 2):
             raise ValueError(
                 f"{table.source} has {len(table)} rows; {self.name} needs at least "
                 f"{2 if self.forecaster.any_length else self.history}"
             )
+        # By all dates: a few may be even in more than one way (five working days, two ends of months).
+        ahead = None if table.dates is None else continued(table.dates, self.horizon)
         table = table.last(self.history).filled(self.missing)
         if len(table) < self.history:
             note = f"{len(table)} rows of history; {self.name} was made for {self.history}"
-            table = Table(table.values, table.columns, table.dates, table.source, [*table.notes, note])
-        mean, std = self.scaling(table)
-        return table, mean, std
+            table = replace(table, notes=[*table.notes, note])
+        return Sample(table, *self.scaling(table), ahead)
 
     def check_columns(self, table: Table) -> None:
         """Raises ValueError where the model takes another number of columns together."""
@@ -174,9 +207,8 @@ class Forecasting(Pipeline):
         std = table.values.std(axis=0)
         return table.values.mean(axis=0), np.where(std > 0, std, 1.0)
 
-    def prepare(self, sample: tuple[Table, np.ndarray, np.ndarray]) -> Tensor:
-        table, mean, std = sample
-        scaled = torch.from_numpy(((table.values - mean) / std).astype(np.float32))
+    def prepare(self, sample: Sample) -> Tensor:
+        scaled = torch.from_numpy(((sample.table.values - sample.mean) / sample.std).astype(np.float32))
         return scaled.T[..., None].contiguous() if self.forecaster.columns == 1 else scaled[None]
 
     def forward(self, batch: Tensor) -> Tensor:
@@ -184,8 +216,8 @@ class Forecasting(Pipeline):
         found = roll_forward(self.forecaster, batch.flatten(0, 1), self.horizon)
         return found.unflatten(0, batch.shape[:2])
 
-    def finish(self, output: Tensor, sample: tuple[Table, np.ndarray, np.ndarray]) -> Forecast:
-        table, mean, std = sample
+    def finish(self, output: Tensor, sample: Sample) -> Forecast:
+        table, mean, std, ahead = sample
         values = output.double().numpy()
         values = values[..., 0].T if self.forecaster.columns == 1 else values[0]
         values = values * std + mean
@@ -198,11 +230,10 @@ class Forecasting(Pipeline):
         own = self.forecaster.horizon
         if self.horizon > own and not self.forecaster.any_horizon:
             notes.append(f"beyond {own} steps the forecast reads its own forecast")
-        if table.dates is None:
-            dates = [str(i) for i in range(1, len(values) + 1)]
-        else:
-            dates = moments(continued(table.dates, len(values)))
-        return Forecast(columns=list(table.columns), dates=dates, values=values, notes=notes, history=table)
+        dates = [str(i) for i in range(1, len(values) + 1)] if ahead is None else moments(ahead)
+        return Forecast(
+            columns=list(table.columns), dates=dates, values=values, notes=notes, history=table, ahead=ahead
+        )
 
 
 def roll_forward(model: Forecaster, series: Tensor, horizon: int) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tables import Table
+from .tables import Table, check_choice
 
 #: Rows of training, validation and test of the ETT files: 12, 4 and 4 months of 30 days.
 ETT_HOURS = (12 * 30 * 24, 4 * 30 * 24, 4 * 30 * 24)
@@ -48,8 +48,7 @@ def borders(rows: int, lag: int, split: str = "ratio", source: str = "") -> dict
     months of hours or quarters of an hour from the first row, later rows unused; "auto": by the name of the file
     (ETTh*, ETTm*), else "ratio". Raises ValueError for a table that is too short for an ETT split.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+    check_choice("split", split, SPLITS)
     name = source.rpartition("/")[2].lower()
     if split == "auto":
         split = "ett-hour" if name.startswith("etth") else "ett-minute" if name.startswith("ettm") else "ratio"

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zoo import errors
+
 from ._base import Forecaster
 from .baselines import last_value, seasonal_naive
 from .protocol import Windows
@@ -37,9 +39,11 @@ class Settings:
         for name in ("epochs", "batch_size", "patience", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; expected more than 0")
+                raise errors.BadArgument(f"{name} is {value}; expected at least 1", argument=name, accepted=[])
+        for name, least in (("learning_rate", "more than 0"), ("weight_decay", "0 or more")):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (value == 0 and name == "learning_rate"):
+                raise errors.BadArgument(f"{name} is {value}; expected {least}", argument=name, accepted=[])
 
 
 @dataclass
@@ -69,15 +73,15 @@ class Errors:
 
 def evaluate(model: Forecaster, windows: Windows, batch_size: int = 200) -> dict[str, float]:
     """MSE, MAE and RMSE over every step of every window, on the standardised scale."""
-    was_training, errors = model.training, Errors()
+    was_training, gaps = model.training, Errors()
     device = next(model.parameters()).device
     model.eval()
     with torch.inference_mode():
         for series, target in windows.batches(batch_size):
             made = model(series.to(device), **({"horizon": windows.horizon} if model.any_horizon else {}))
-            errors.add(made.float().cpu(), target)
+            gaps.add(made.float().cpu(), target)
     model.train(was_training)
-    return errors.result()
+    return gaps.result()
 
 
 def baselines(windows: Windows, batch_size: int = 200) -> dict[str, dict[str, float]]:
@@ -86,7 +90,7 @@ def baselines(windows: Windows, batch_size: int = 200) -> dict[str, dict[str, fl
     for series, target in windows.batches(batch_size):
         found["last value"].add(last_value(series, windows.horizon), target)
         found["last season"].add(seasonal_naive(series, windows.horizon), target)
-    return {name: errors.result() for name, errors in found.items()}
+    return {name: gaps.result() for name, gaps in found.items()}
 
 
 def fit(
@@ -101,10 +105,23 @@ def fit(
     """Train until the validation RMSE stops falling; ``model`` ends in eval mode with the best epoch's weights.
 
     An interruption (KeyboardInterrupt) ends the run with the best epoch so far, if there is one. Raises
-    FloatingPointError when the loss is not a number.
+    FloatingPointError when the loss is not a number. Random numbers of the caller's are left as they are.
     """
-    torch.manual_seed(settings.seed)
     device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        return _fit(model, train, val, settings, device, on_epoch, on_batch)
+
+
+def _fit(
+    model: Forecaster,
+    train: Windows,
+    val: Windows,
+    settings: Settings,
+    device: torch.device,
+    on_epoch: Callable[[dict[str, float]], None] | None,
+    on_batch: Callable[[int, int], None] | None,
+) -> History:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     history, best = History(), copy.deepcopy(model.state_dict())
     try:

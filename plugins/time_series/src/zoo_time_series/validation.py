@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from zoo import errors
+from zoo.files import refused
 from zoo.pipelines import progress_bar
 from zoo.validation import Measured
 
 from .pipelines import Forecasting, roll_forward
-from .protocol import Scaler, Windows, borders
-from .tables import read_table
+from .protocol import SPLITS, Scaler, Windows, borders
+from .reading import read_table
+from .tables import check_choice
 from .training import Errors, baselines
 
 
@@ -41,12 +44,14 @@ def validate_table(
     names with commas between them. Every window of the test rows counts (stride 1; ``limit``: at most so many, evenly
     spaced). Columns are standardised by the training rows of the split, or by what the weights were trained on.
     """
+    check_choice("split", split, (*SPLITS, "all"))
     names = None if columns is None else [name.strip() for name in columns.split(",")]
     pipe = Forecasting(model, horizon=horizon, columns=names, date=date, missing=missing, irregular=irregular)
     forecaster = pipe.forecaster
-    table = read_table(data, date)
-    table = (table if names is None else table.choose(names)).regular(missing, irregular)
-    pipe.check_columns(table)
+    with refused(data):
+        table = read_table(data, date)
+        table = (table if names is None else table.choose(names)).regular(missing, irregular)
+        pipe.check_columns(table)
     lag, steps = forecaster.lag, pipe.horizon
     first, end, fitted = 0, len(table), len(table)
     if split != "all":
@@ -60,20 +65,21 @@ def validate_table(
     scaled = torch.from_numpy(scaler(table.values[max(first, 0) : end]).astype(np.float32))
     windows = Windows(scaled, lag, steps, apart=forecaster.columns == 1)
     if not len(windows):
-        raise ValueError(
+        raise errors.BadFile(
             f"{table.source}: {len(scaled)} rows are test rows or the history before them; a history of {lag} and a "
-            f"horizon of {steps} need {lag + steps}"
+            f"horizon of {steps} need {lag + steps}",
+            path=str(data),
         )
     if limit is not None and limit < len(windows):
         windows = replace(windows, chosen=torch.linspace(0, len(windows) - 1, limit).round().long())
-    errors, began = Errors(), time.perf_counter()
+    gaps, began = Errors(), time.perf_counter()
     with progress_bar(progress and sys.stderr.isatty(), len(windows), pipe.name) as advance, torch.inference_mode():
         for series, target in windows.batches(batch_size):
-            errors.add(roll_forward(forecaster, series.to(pipe.device, pipe.dtype), steps).float().cpu(), target)
+            gaps.add(roll_forward(forecaster, series.to(pipe.device, pipe.dtype), steps).float().cpu(), target)
             for _ in series:
                 advance()
     seconds = time.perf_counter() - began
-    metrics: dict[str, float | None] = dict(errors.result())
+    metrics: dict[str, float | None] = dict(gaps.result())
     for name, found in baselines(windows, batch_size).items():
         metrics |= {f"{key} of the {name}": found[key] for key in ("mse", "mae")}
     notes = "; ".join(table.notes)
