@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,16 @@ def test_predict(cli, tmp_path):
     assert "class" in cli("predict", "toy_small", str(SAMPLE), "--set", "num_classes=2")[1]
 
 
+def test_json_has_no_numbers_that_json_does_not_have(capsys):
+    from zoo.cli import output
+
+    output.emit({"a": [math.nan, 1.5, (math.inf, "NaN")], "b": True})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": [None, 1.5, [None, "NaN"]],
+        "b": True,
+    }
+
+
 def test_predict_mistakes(cli, tmp_path):
     (tmp_path / "bad.txt").write_text("x")
     code, _, err = cli("predict", "toy_small", "bad.txt")
@@ -167,6 +178,11 @@ def test_predict_mistakes(cli, tmp_path):
     code, out, _ = cli("predict", "toy_small", "bad.txt", str(SAMPLE), "--keep-going")
     assert code == 1
     assert out.count("\n") == 2
+    code, out, _ = cli("predict", "toy_small", str(SAMPLE), "bad.txt")
+    assert (code, out.startswith(f"{SAMPLE}: ")) == (1, True)  # what was answered before is shown
+    code, out, err = cli("predict", "toy_small", str(SAMPLE), "--pictures", "bad.txt/pictures")
+    assert (code, out) == (3, "")
+    assert "bad.txt is a file" in err
     assert cli("predict", "toy_small", "missing.txt")[0] == 3
     assert cli("predict", "toy_small", str(SAMPLE), "--set", "num_classes")[0] == 2
     assert cli("predict", "toy_small", str(SAMPLE), "--dtype", "float31")[0] == 2

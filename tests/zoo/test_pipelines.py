@@ -193,6 +193,29 @@ def test_several_files_a_sample(tmp_path):
         pipe([tmp_path / "a.txt"])
 
 
+def test_answers_before_an_input_that_cannot_be_read_are_not_lost(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    for batch_size in (1, 3):
+        answers = Echo().stream(["a", "b", tmp_path / "bad.txt", "c"], batch_size=batch_size)
+        assert [next(answers).text, next(answers).text] == ["a", "b"]
+        with pytest.raises(UnicodeDecodeError) as caught:
+            next(answers)
+        assert "bad.txt" in caught.value.__notes__[0]
+
+
+def test_a_full_batch_is_answered_before_the_next_input_is_read(tmp_path):
+    read = []
+
+    class Noting(Echo):
+        def read(self, source):
+            read.append(source)
+            return super().read(source)
+
+    answers = Noting().stream(["a", "b", "c"], batch_size=1)
+    assert next(answers).text == "a"
+    assert read == ["a"]
+
+
 def test_plain_values():
     assert plain({"a": torch.ones(2), 1: (torch.tensor(3), {"b"}), "p": __import__("pathlib").Path("x")}) == {
         "a": [1.0, 1.0],

@@ -348,18 +348,21 @@ class Pipeline(ABC):
                     sample.raw = self.read(source)
                     sample.ready = self.prepare(sample.raw)
                 except Exception as error:
+                    yield from self._flush(batch, keep_going, advance)  # the answers before it are not lost
+                    batch = []
                     if not keep_going:
                         error.add_note(f"while reading {sample.name} for {self.name}")
                         raise
-                    yield from self._flush(batch, keep_going, advance)
-                    batch = []
                     advance()
                     yield Failure(source=sample.name, model=self.name, error=error)
                     continue
-                if batch and (len(batch) >= batch_size or _signature(sample.ready) != _signature(batch[0].ready)):
+                if batch and _signature(sample.ready) != _signature(batch[0].ready):
                     yield from self._flush(batch, keep_going, advance)
                     batch = []
                 batch.append(sample)
+                if len(batch) == batch_size:  # now, not when the next one has been read
+                    yield from self._flush(batch, keep_going, advance)
+                    batch = []
             yield from self._flush(batch, keep_going, advance)
 
     def _flush(self, batch: list[_Sample], keep_going: bool, advance: Any) -> Iterator[Result]:

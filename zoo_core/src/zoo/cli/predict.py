@@ -38,24 +38,31 @@ def predict(
         zoo predict vim_tiny.in1k photos/ --batch-size 8 -o top_k=3 --json
     """
     import zoo
+    from zoo.files import check_place
     from zoo.pipelines import Failure
 
+    folder = None if pictures is None else Path(pictures)
+    if folder is not None:
+        check_place(folder)
     arguments = output.loading(options) | output.pairs(choices, "--option")
     pipe = zoo.pipeline(name, task, **arguments)
-    results = pipe([pipe.argument(text) for text in inputs], batch_size=batch_size, keep_going=keep_going)
-    folder = None if pictures is None else Path(pictures)
-    saved: list[str | None] = []
-    for i, result in enumerate(results):
-        drawn = folder is not None and result.has_picture
-        saved.append(str(result.save_picture(folder / picture_name(result.source, i))) if drawn and folder else None)
+    rows, failed, seen = [], False, False
+    for i, result in enumerate(
+        pipe.stream([pipe.argument(text) for text in inputs], batch_size=batch_size, keep_going=keep_going)
+    ):
+        row = result.to_dict()
+        failed, seen = failed or isinstance(result, Failure), seen or result.has_picture
+        if folder is not None and result.has_picture:
+            row["picture"] = str(result.save_picture(folder / picture_name(result.source, i)))
+        if as_json:
+            rows.append(row)
+        else:
+            click.echo(str(result) + (f"  -> {row['picture']}" if "picture" in row else ""))
     if as_json:
-        output.emit([r.to_dict() | ({"picture": s} if s else {}) for r, s in zip(results, saved, strict=True)])
-    else:
-        for result, picture in zip(results, saved, strict=True):
-            click.echo(str(result) + (f"  -> {picture}" if picture else ""))
-        if folder is None and any(r.has_picture for r in results):
-            click.echo("these answers are better looked at: --pictures FOLDER saves them", err=True)
-    return 1 if any(isinstance(r, Failure) for r in results) else 0
+        output.emit(rows)
+    elif folder is None and seen:
+        click.echo("these answers are better looked at: --pictures FOLDER saves them", err=True)
+    return 1 if failed else 0
 
 
 def picture_name(source: str, number: int) -> str:
