@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from zoo_audio.files import EXTENSIONS, Levels, Mono, open_audio, to_mono, write_audio
+from zoo_audio.files import EXTENSIONS, Levels, Mono, check_target, open_audio, to_mono, write_audio
 from zoo_registry import errors
 
 
@@ -122,3 +122,39 @@ def test_writing(tmp_path):
     with pytest.raises(ValueError, match="ending"):
         write_audio(tmp_path / "a.xyz", tone(0.1, 8000), 8000)
     assert ".mp3" in EXTENSIONS
+
+
+@pytest.mark.parametrize("ending", EXTENSIONS)
+def test_every_ending_is_written(tmp_path, ending):
+    path = write_audio(tmp_path / f"a{ending}", tone(0.2, 16000), 16000)
+    assert abs(loudest(open_audio(path).whole(16000)[0], 16000) - 440) < 10
+
+
+def test_writing_is_refused_before_and_not_halfway(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.StoreError, match="cannot be written"):
+        check_target(tmp_path / "file" / "a.wav")
+    for wrong in (tone(0.1, 8000)[None], np.array([np.nan], np.float32)):
+        with pytest.raises(errors.BadArgument, match="expected"):
+            write_audio(tmp_path / "a.wav", wrong, 8000)
+    with pytest.raises(errors.StoreError, match="at 11025 samples a second"):  # Opus knows five rates
+        write_audio(tmp_path / "a.opus", tone(0.1, 8000), 11025)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_samples_that_would_be_misread():
+    with pytest.raises(errors.BadArgument, match="transpose"):  # (channels, samples), as torchaudio has them
+        open_audio((np.zeros((2, 16000), np.float32), 16000))
+    with pytest.raises(errors.BadArgument, match="transpose"):
+        Mono(8000, 16000).push(np.zeros((1, 500), np.float32))
+    with pytest.raises(errors.BadArgument, match=r"floats of up to 16383.*32768"):  # 16 bits that nobody scaled
+        open_audio((32767 * tone(0.1, 8000), 8000)).whole(8000)
+    assert open_audio((10 * tone(0.1, 8000), 8000)).whole(8000)[1].peak > 4  # loud, and read
+    with pytest.raises(errors.BadArgument, match="sampling rate is 'fast'"):
+        open_audio((tone(0.1, 8000), "fast"))
+
+
+def test_a_file_of_samples_that_are_not_finite_is_named(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.full(100, np.nan, np.float32), 8000, subtype="FLOAT")
+    with pytest.raises(errors.BadFile, match=r"a\.wav: audio has samples that are not finite"):
+        open_audio(tmp_path / "a.wav").whole(8000)

@@ -2,6 +2,7 @@
 
 import json
 
+import click
 import numpy as np
 import pytest
 import soundfile
@@ -16,6 +17,7 @@ from zoo_audio.pipelines import SpeechRecognition, quiet_cuts
 from zoo_audio.samba_asr import SambaASR
 from zoo_audio.streaming import Recogniser
 from zoo_audio.text import Tokenizer, normalise, train_tokenizer, words_of
+from zoo_audio.validation import read_manifest
 
 CAUSAL = {
     "vocab_size": 40, "dim": 16, "n_enc": 2, "n_dec": 1, "n_mels": 20, "d_state": 4, "bidirectional": False,
@@ -223,6 +225,11 @@ def run(command, *arguments):
     return CliRunner().invoke(command, [str(a) for a in arguments], catch_exceptions=False)
 
 
+def refused(command, *arguments):
+    """A command whose usage errors are raised instead of being shown."""
+    CliRunner().invoke(command, [str(a) for a in arguments], catch_exceptions=False, standalone_mode=False)
+
+
 def samples():
     from zoo_registry import package_path
 
@@ -281,3 +288,78 @@ def test_generate_audio(tmp_path):
         audio, rate = soundfile.read(tmp_path / f"note_{i}.wav")
         assert (len(audio), rate) == (160, 8000)
         assert (tmp_path / f"note_{i}.png").stat().st_size > 500
+    soundfile.write(tmp_path / "end.wav", audio, rate)
+    before = set(tmp_path.iterdir())
+    for wrong, message in ((("--seconds", "nan"), "positive"), (("--out", tmp_path / "end.wav" / "a.wav"), "written")):
+        with pytest.raises((click.UsageError, zoo.errors.StoreError), match=message):
+            refused(generate_audio, "not even looked up", "--out", tmp_path / "b.wav", *wrong)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_recordings_before_a_broken_one_are_answered(tmp_path):
+    path, text = samples()[0]
+    (tmp_path / "broken.wav").write_text("words")
+    for mode in ((), ("--stream",)):
+        result = CliRunner().invoke(transcribe, ["samba_asr_micro", str(path), str(tmp_path / "broken.wav"), *mode])
+        assert isinstance(result.exception, ValueError)
+        assert text in result.stdout
+        given = ["samba_asr_micro", str(tmp_path / "broken.wav"), str(path), "--keep-going", *mode]
+        result = CliRunner().invoke(transcribe, given, standalone_mode=False)
+        assert result.return_value == 1
+        assert text in result.stdout
+        assert "failed" in result.stdout
+
+
+def test_a_recording_of_nothing_is_valid_json(tmp_path):
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16000)
+    for mode in ((), ("--stream",)):
+        out = run(transcribe, "samba_asr_micro", tmp_path / "none.wav", "--json", *mode).stdout
+        answer = json.loads(out, parse_constant=pytest.fail)[0]
+        assert (answer["text"], answer.get("real_time_factor"), answer["notes"]) == ("", None, ["no samples"])
+    assert "nan" not in run(transcribe, "samba_asr_micro", tmp_path / "none.wav", "--stream").output
+
+
+def test_what_a_stream_has_no_time_for(tmp_path):
+    path, text = samples()[0]
+    for wrong in (("--beam", "4"), ("--pictures", tmp_path / "p"), ("--piece", "nan")):
+        with pytest.raises(click.UsageError, match=wrong[0]):
+            refused(transcribe, "samba_asr_micro", path, "--stream", *wrong)
+    shown = run(transcribe, "samba_asr_micro", path, "--stream", "--times").stdout.splitlines()
+    assert [line.split()[-1] for line in shown[1:]] == text.split()
+
+
+def test_a_finished_stream_is_over(talkative, tokenizer):
+    stream = Recogniser(talkative, tokenizer)
+    stream.push(speech(0.2))
+    stream.finish()
+    for more in (lambda: stream.push(speech(0.2)), stream.finish):
+        with pytest.raises(ValueError, match="finished"):
+            more()
+    with pytest.raises(ValueError, match="rate is 0"):
+        Recogniser(talkative, tokenizer, rate=0)
+
+
+def test_a_model_keeps_its_dtype():
+    model = zoo.load("samba_asr_micro", dtype=torch.bfloat16)
+    path, text = samples()[0]
+    for decoding in ("ctc", "decoder"):
+        assert zoo.pipeline(model, decoding=decoding)(path).text == text
+    assert model.ctc.weight.dtype == torch.bfloat16
+
+
+def test_texts_as_other_programs_write_them(tmp_path):
+    path, text = samples()[0]
+    audio, rate = soundfile.read(path)
+    soundfile.write(tmp_path / "a.wav", audio, rate)
+    (tmp_path / "list.tsv").write_bytes(f"\ufeffa.wav\t{text}\r\n".encode())
+    assert read_manifest(tmp_path / "list.tsv") == [(tmp_path / "a.wav", text)]
+    (tmp_path / "list.tsv").write_text(f"b.wav\t{text}\n")
+    with pytest.raises(ValueError, match=r"line 1 .* names 'b\.wav'; there is no such file"):
+        read_manifest(tmp_path / "list.tsv")
+    (tmp_path / "a.txt").write_bytes("T\xfcr".encode("latin-1"))
+    with pytest.raises(zoo.errors.BadFile, match=r"a\.txt is no text in UTF-8"):
+        read_manifest(tmp_path)
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "lost.txt").write_text("words")
+    with pytest.raises(ValueError, match=r"lost\.txt .* has no recording"):
+        read_manifest(tmp_path)

@@ -327,6 +327,59 @@ def test_a_recording_is_continued():
     assert answer.picture().size == (1000, 240)
 
 
+def test_a_batch_answers_as_its_recordings_alone():
+    """Every recording goes on from its own beginning, in the order given, by draws of its own."""
+    torch.manual_seed(0)
+    model = SashimiLM(256, 4, n_layers=1, pool=[2, 2], layer=S4, sample_rate=8000).eval()
+    pipe = zoo.pipeline(model, "audio-generation", seconds=0.01)
+    draw = np.random.default_rng(0)
+    given = [(draw.uniform(-1, 1, 160).astype(np.float32), 8000) for _ in range(4)]
+    alone = [pipe(one) for one in given]
+    for one, other in zip(alone, pipe(given, batch_size=4), strict=True):
+        np.testing.assert_array_equal(one.samples, other.samples)
+        assert math.isclose(one.bits, other.bits, rel_tol=1e-5)
+    assert len({one.samples[160:].tobytes() for one in alone}) == 4
+    again = generate(model, 9, 2, ranked=False, seed=[3, 3])
+    assert torch.equal(again.tokens[0], again.tokens[1])
+
+
+def test_a_long_recording_is_read_from_its_end():
+    model = SashimiLM(256, 4, n_layers=1, pool=[2, 2], layer=S4, sample_rate=8000).eval()
+    pipe = zoo.pipeline(model, "audio-generation", longest_prompt=0.01)
+    audio = pipe.read((np.linspace(-1, 1, 8000 * 25, dtype=np.float32), 8000))
+    prompt = pipe.prepare(audio)["prompt"]
+    assert prompt.shape == (80,)
+    assert prompt.min() > 250
+
+
+def test_what_cannot_be_generated():
+    model = lm()
+    for wrong, message in (
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"seed": [1, 2, 3]}, "3 seeds for 2"),
+        ({"prompt": torch.zeros(1, 4, dtype=torch.long)}, r"expected token ids \(2, samples\)"),
+        ({"prompt": torch.full((2, 4), 16)}, "tokens 16 to 16; expected 0 to 15"),
+    ):
+        with pytest.raises(zoo.errors.BadArgument, match=message):
+            generate(model, 2, 2, **wrong)
+    model = SashimiLM(256, 4, n_layers=1, pool=[2, 2], layer=S4, sample_rate=8000)
+    for option in ("seconds", "longest_prompt"):
+        with pytest.raises(zoo.errors.BadArgument, match=f"{option} is -1"):
+            zoo.pipeline(model, "audio-generation", **{option: -1.0})
+
+
+def test_half_precision_steps():
+    model = zoo.load("sashimi_micro", dtype=torch.bfloat16)
+    tokens = torch.tensor([[1, 200, 30, 130, 128, 90, 3, 77]])
+    stepper, state = Stepper(model), model.init_state(1)
+    for token in tokens[0]:
+        with torch.inference_mode():
+            expected = model.step(token[None], state).float()
+        found = stepper.step(token[None])
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, atol=0.15 * float(expected.abs().max()), rtol=0)
+
+
 def test_the_demo_knows_plucked_strings():
     """The recipe's notes from another seed cost about what the card says, well below a table of pairs (5.34 bits)."""
     spec = importlib.util.spec_from_file_location("train_plucks", RECIPES / "train_plucks.py")

@@ -52,63 +52,98 @@ def transcribe(
         zoo transcribe samba_asr_micro talk.mp3 --stream
     """
     from zoo.cli.predict import picture_name
+    from zoo.files import check_place
     from zoo.pipelines import Failure
 
-    if piece <= 0:
+    if not 0 < piece < float("inf"):
         raise click.UsageError(f"--piece is {piece}; expected a positive number of seconds")
+    if stream and (beam > 1 or pictures is not None):
+        refused = "--beam" if beam > 1 else "--pictures"
+        raise click.UsageError(f"{refused} needs the whole recording; leave it out, or leave out --stream")
+    if pictures is not None:
+        check_place(pictures)
     pipe = _pipeline(name, options, decoding=decoding, beam=beam, tokenizer=tokenizer)
     if stream:
-        return _streamed(pipe, list(inputs), piece, as_json)
-    results = pipe(list(inputs), keep_going=keep_going)
-    drawn: dict[int, str] = {}
-    for i, result in enumerate(results):
-        if pictures is not None and result.has_picture and not isinstance(result, Failure):
-            drawn[i] = str(result.save_picture(Path(pictures) / picture_name(result.source, i)))
-    if as_json:
-        output.emit([r.to_dict() | ({"picture": drawn[i]} if i in drawn else {}) for i, r in enumerate(results)])
-        return 1 if any(isinstance(r, Failure) for r in results) else 0
-    for i, result in enumerate(results):
-        click.echo(str(result) + (f"  -> {drawn[i]}" if i in drawn else ""))
+        return _streamed(pipe, list(inputs), piece, times=times, keep_going=keep_going, as_json=as_json)
+    rows, failed = [], False
+    for i, result in enumerate(pipe.stream(list(inputs), keep_going=keep_going)):
+        row = result.to_dict()
+        failed = failed or isinstance(result, Failure)
+        if pictures is not None and result.has_picture:
+            row["picture"] = str(result.save_picture(Path(pictures) / picture_name(result.source, i)))
+        rows.append(row)
+        if as_json:
+            continue
+        click.echo(str(result) + (f"  -> {row['picture']}" if "picture" in row else ""))
         if isinstance(result, Failure):
             continue
-        for word in result.words if times else []:
-            when = "" if word.start is None else f"{word.start:8.2f} {word.end:8.2f}"
-            click.echo(f"{when}  {word.text}")
-        click.echo(f"{result.seconds:.1f} s of audio, real-time factor {result.real_time_factor:.4f}", err=True)
-    return 1 if any(isinstance(r, Failure) for r in results) else 0
+        if times:
+            _show_times(result.words)
+        speed = result.real_time_factor
+        factor = "" if speed is None else f", real-time factor {speed:.4f}"
+        click.echo(f"{result.seconds:.1f} s of audio{factor}", err=True)
+    if as_json:
+        output.emit(rows)
+    return 1 if failed else 0
 
 
-def _streamed(pipe: Any, inputs: list[str], piece: float, as_json: bool) -> int:
+def _show_times(words: Any) -> None:
+    for word in words:
+        when = "" if word.start is None else f"{word.start:8.2f} {word.end:8.2f}"
+        click.echo(f"{when}  {word.text}")
+
+
+def _streamed(
+    pipe: Any, inputs: list[str], piece: float, *, times: bool, keep_going: bool, as_json: bool
+) -> int:  # fmt: skip
     """Text as it comes; the levels and the speed after each recording."""
-    found = []
+    from zoo.pipelines import Failure, plain
+
+    found, failed = [], False
     for source in pipe.expand(inputs)[0]:
-        audio = pipe.read(source)
-        recogniser, notes = pipe.recogniser(), ["no samples"]
-        if not as_json:
-            click.echo(f"{audio.name}: ", nl=False)
-
-        def show(tokens: list[Any]) -> None:
+        try:
+            found.append(_stream_one(pipe, source, piece, times, as_json))
+        except Exception as error:
+            if not keep_going:
+                raise
+            failure = Failure(source=str(source), model=pipe.name, error=error)
+            failed = True
+            found.append(failure.to_dict())
             if not as_json:
-                click.echo("".join(t.text for t in tokens).replace("\N{LOWER ONE EIGHTH BLOCK}", " "), nl=False)
+                click.echo(str(failure))
+    if as_json:
+        output.emit(plain(found))
+    return 1 if failed else 0
 
+
+def _stream_one(pipe: Any, source: Any, piece: float, times: bool, as_json: bool) -> dict[str, Any]:
+    audio = pipe.read(source)
+    recogniser, notes = pipe.recogniser(), ["no samples"]
+    if not as_json:
+        click.echo(f"{audio.name}: ", nl=False)
+
+    def show(tokens: list[Any]) -> None:
+        if not as_json:
+            click.echo("".join(t.text for t in tokens).replace("\N{LOWER ONE EIGHTH BLOCK}", " "), nl=False)
+
+    try:
         for samples, levels in audio.pieces(pipe.asr.sample_rate, piece):
             show(recogniser.push(samples))
             notes = levels.notes()
         show(recogniser.finish())
-        speed = recogniser.speed
+    finally:
         if not as_json:
             click.echo("")
-            click.echo("; ".join([str(speed), *notes]), err=True)
-        found.append(
-            {
-                "source": audio.name, "text": recogniser.text, "notes": notes, "seconds": speed.audio,
-                "latency": speed.lookahead + speed.longest, "lookahead": speed.lookahead,
-                "real_time_factor": speed.real_time_factor,
-            }
-        )  # fmt: skip
-    if as_json:
-        output.emit(found)
-    return 0
+    speed = recogniser.speed
+    if not as_json:
+        if times:
+            _show_times(recogniser.words)
+        click.echo("; ".join([str(speed), *notes]), err=True)
+    return {
+        "source": audio.name, "text": recogniser.text, "words": recogniser.words, "notes": notes,
+        "seconds": speed.audio, "latency": speed.lookahead + speed.longest, "lookahead": speed.lookahead,
+        "real_time_factor": speed.real_time_factor,
+    }  # fmt: skip
 
 
 @click.command("generate-audio")
@@ -132,12 +167,16 @@ def generate_audio(
         zoo generate-audio sashimi_sc09 --seconds 0.5 --count 2 --out digits.wav
     """
     import zoo
+    from zoo.files import whole
 
-    from .files import write_audio
+    from .files import check_target, write_audio
     from .generation import generate
     from .pictures import waveform
     from .sashimi import SashimiLM
 
+    if not 0 < seconds < float("inf"):
+        raise click.UsageError(f"--seconds is {seconds}; expected a positive number")
+    check_target(out)
     model = zoo.load(name, **output.loading(options))
     if not isinstance(model, SashimiLM):
         raise click.UsageError(f"{name} is a {type(model).__name__}; zoo generate-audio needs a SaShiMi language model")
@@ -152,7 +191,8 @@ def generate_audio(
         entry = {"file": str(path), "bits_per_sample": -float(sound.log_likelihood[i]) / samples / 0.6931471805599453}
         if picture:
             drawn = path.with_suffix(".png")
-            waveform(recording, sound.rate).save(drawn)
+            with whole(drawn) as work:
+                waveform(recording, sound.rate).save(work)
             entry["picture"] = str(drawn)
         made.append(entry)
     if as_json:

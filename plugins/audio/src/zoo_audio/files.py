@@ -12,11 +12,18 @@ import numpy as np
 import soundfile
 import soxr
 
+from zoo.files import check_place, whole
 from zoo_registry import errors
 
 EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
+#: Formats whose endings libsndfile does not know by themselves.
+FORMATS = {".oga": ("OGG", "VORBIS"), ".opus": ("OGG", "OPUS"), ".aif": ("AIFF", "PCM_16")}
 #: Nothing louder than this (-80 decibels) is silence.
 SILENCE = 1e-4
+#: Floats beyond this (30 decibels above full scale) are integers that nobody scaled.
+UNSCALED = 32.0
+#: More channels than this, and than samples, are samples that lie along the wrong axis.
+CHANNELS = 64
 #: So many neighbouring samples at full scale are clipping rather than a loud peak.
 CLIPPED = 3
 
@@ -27,33 +34,55 @@ class Mono:
     def __init__(self, source_rate: float, rate: float) -> None:
         for name, value in (("source", source_rate), ("target", rate)):
             if not 100 <= value <= 1_000_000:
-                raise ValueError(f"the {name} sampling rate is {value}; expected 100 to 1000000 samples a second")
+                raise bad_samples(f"the {name} sampling rate is {value}; expected 100 to 1000000 samples a second")
         self.resampler = None if source_rate == rate else soxr.ResampleStream(source_rate, rate, 1, dtype="float32")
 
     def push(self, samples: np.ndarray, *, last: bool = False) -> np.ndarray:
         """(n,) or (n, channels), floats in [-1, 1] or integers of their full range, to (m,) float32."""
-        mono = to_mono(samples)
+        mono = to_mono(upright(np.asarray(samples)))
         return mono if self.resampler is None else self.resampler.resample_chunk(mono, last=last)
 
 
 def to_mono(samples: np.ndarray) -> np.ndarray:
     """The mean of the channels as float32; integers are scaled by their range (8-bit unsigned: 128 is silence).
 
-    Raises ValueError for other shapes and for samples that are not finite.
+    Raises BadArgument, which is a ValueError, for other shapes, for samples that are not finite, and for floats far
+    outside [-1, 1].
     """
     samples = np.asarray(samples)
     if samples.ndim not in (1, 2):
-        raise ValueError(f"audio has shape {samples.shape}; expected (samples,) or (samples, channels)")
+        raise bad_samples(f"audio has shape {samples.shape}; expected (samples,) or (samples, channels)")
     if samples.dtype == np.uint8:
         samples = (samples.astype(np.float32) - 128) / 128
     elif samples.dtype.kind == "i":
         samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
     elif samples.dtype.kind != "f":
-        raise ValueError(f"audio is of {samples.dtype}; expected floats in [-1, 1] or integers")
+        raise bad_samples(f"audio is of {samples.dtype}; expected floats in [-1, 1] or integers")
     samples = samples.astype(np.float32, copy=False)
-    if not np.isfinite(samples).all():
-        raise ValueError("audio has samples that are not finite (NaN or infinity)")
+    loudest = float(np.abs(samples).max()) if samples.size else 0.0
+    if not np.isfinite(loudest):
+        raise bad_samples("audio has samples that are not finite (NaN or infinity)")
+    if loudest > UNSCALED:
+        raise bad_samples(
+            f"audio has floats of up to {loudest:g}; expected -1 to 1. Divide integers by their range (32768 for 16 "
+            "bits), or hand them over as integers"
+        )
     return np.ascontiguousarray(samples.mean(axis=1) if samples.ndim == 2 else samples)
+
+
+def upright(samples: np.ndarray) -> np.ndarray:
+    """``samples``, whose channels lie last. Raises BadArgument for (channels, samples), as torchaudio has them."""
+    if samples.ndim == 2 and samples.shape[1] > max(CHANNELS, len(samples)):
+        raise bad_samples(
+            f"audio has shape {samples.shape}, which is {samples.shape[1]} channels; expected (samples, channels): "
+            "transpose it"
+        )
+    return samples
+
+
+def bad_samples(message: str) -> errors.BadArgument:
+    """The error for samples in memory that cannot be read."""
+    return errors.BadArgument(message, argument="samples", accepted=[])
 
 
 @dataclass
@@ -94,7 +123,7 @@ class Audio:
         except soundfile.LibsndfileError as error:
             raise unreadable(self.path, error) from error
         except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
+            raise errors.BadFile(f"{self.path}: {error}", path=str(self.path)) from error
 
     def whole(self, rate: float) -> tuple[np.ndarray, Levels]:
         """All of it as mono samples at ``rate``."""
@@ -163,11 +192,15 @@ def open_audio(source: Any, rate: float | None = None) -> Audio:
     if isinstance(source, tuple) and len(source) == 2:
         source, rate = source
     if rate is None:
-        raise ValueError("samples were given without their sampling rate; give (samples, rate)")
+        raise bad_samples(f"a {type(source).__name__} was given without a sampling rate; give (samples, rate)")
+    try:
+        rate = float(rate)
+    except (TypeError, ValueError) as error:
+        raise bad_samples(f"the sampling rate is {rate!r}; expected a number of samples a second") from error
     samples = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source)
-    to_mono(samples[:1] if samples.ndim else samples)  # refuses what it cannot read
+    to_mono(upright(samples)[:1] if samples.ndim else samples)  # refuses what it cannot read
     channels = 1 if samples.ndim == 1 else samples.shape[1]
-    return Audio(f"samples{samples.shape}", float(rate), channels, samples=samples, frames=len(samples))
+    return Audio(f"samples{samples.shape}", rate, channels, samples=samples, frames=len(samples))
 
 
 def unreadable(path: Path, error: Exception) -> Exception:
@@ -180,13 +213,33 @@ def unreadable(path: Path, error: Exception) -> Exception:
 
 
 def write_audio(path: str | Path, samples: np.ndarray, rate: int) -> Path:
-    """Samples (n,) in [-1, 1] to a file; the ending chooses the format (wav: 16 bits)."""
+    """Samples (n,) in [-1, 1] to a file, whole or not at all; the ending chooses the format (wav: 16 bits).
+
+    Raises BadArgument for another ending, other shapes and samples that are not finite, and StoreError where the file
+    cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_target(path)
+    samples = np.asarray(samples, np.float32)
+    if samples.ndim != 1 or not np.isfinite(samples).all():
+        raise bad_samples(f"samples of shape {samples.shape} were given; expected (n,), all of them finite")
+    kind, subtype = FORMATS.get(path.suffix.lower(), (None, None))
+    with whole(path) as work:
+        try:
+            soundfile.write(str(work), samples.clip(-1, 1), rate, format=kind, subtype=subtype)
+        except soundfile.LibsndfileError as error:
+            raise errors.StoreError(
+                f"{path} cannot be written at {rate} samples a second: {error}", path=str(path)
+            ) from error
+    return path
+
+
+def check_target(path: str | Path) -> None:
+    """Raise BadArgument for an ending of no audio format, StoreError where no file can be: before the work is done."""
+    path = Path(path)
     if path.suffix.lower() not in EXTENSIONS:
         raise errors.BadArgument(
             f"{path} has an ending of no audio format; expected one of {', '.join(EXTENSIONS)}",
             argument="path", accepted=list(EXTENSIONS),
         )  # fmt: skip
-    soundfile.write(str(path), np.clip(np.asarray(samples, np.float32), -1, 1), rate)
-    return path
+    check_place(path)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from zoo_registry import optional
+from zoo_registry import errors, optional
 
 from .text import normalise
 
@@ -29,15 +29,19 @@ class ErrorRates:
 def error_rates(said: Sequence[str], written: Sequence[str]) -> ErrorRates:
     """Compare what was ``said`` with what was ``written``, both normalised (:func:`zoo_audio.text.normalise`).
 
-    Silence may be among them: words written where none were said count as insertions. Raises ValueError for lists of
+    Silence may be among them: words written where none were said count as insertions. Raises BadArgument for lists of
     unequal length, or when nothing was said in any of them, and ``zoo.errors.MissingExtra`` without jiwer.
     """
     jiwer: Any = optional("jiwer", "counting errors of transcripts", "ssm-zoo-audio[metrics]")
     if len(said) != len(written):
-        raise ValueError(f"{len(said)} texts were said and {len(written)} written; expected as many")
+        raise errors.BadArgument(
+            f"{len(said)} texts were said and {len(written)} written; expected as many", argument="written", accepted=[]
+        )
     pairs = [(normalise(a), normalise(b)) for a, b in zip(said, written, strict=True)]
     if not any(a for a, _ in pairs):
-        raise ValueError("no words were said in any of the texts, so there is no error rate")
+        raise errors.BadArgument(
+            "no words were said in any of the texts, so there is no error rate", argument="said", accepted=[]
+        )
     # jiwer refuses empty references; all that was written there are insertions.
     silent = [b for a, b in pairs if not a]
     spoken = [(a, b) for a, b in pairs if a]

@@ -36,7 +36,7 @@ class Speech(Result):
     words: list[Word] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     seconds: float = 0.0
-    real_time_factor: float = 0.0
+    real_time_factor: float | None = None  #: seconds of computing for a second of audio; None where there is none
     notes: list[str] = field(default_factory=list)
     audio: Audio | None = field(default=None, repr=False)
 
@@ -83,8 +83,6 @@ class SpeechRecognition(Pipeline):
         tokenizer: str | Path | Tokenizer | None = None,
     ) -> None:
         super().__init__(model)
-        if self.device.type == "cpu" and self.dtype in (torch.float16, torch.bfloat16):
-            model.float()  # half precision saves space on disk; a CPU gains nothing from computing in it
         if not isinstance(model, SambaASR):
             raise errors.BadArgument(
                 f"{self.name} is a {type(model).__name__}; speech recognition needs a SambaASR",
@@ -94,7 +92,7 @@ class SpeechRecognition(Pipeline):
         self.decoding = decoding or ("ctc" if model.ctc is not None else "decoder")
         check_decoding(model, self.decoding)
         if beam < 1:
-            raise ValueError(f"beam is {beam}; expected 1 (greedy) or more")
+            raise errors.BadArgument(f"beam is {beam}; expected 1 (greedy) or more", argument="beam", accepted=[])
         self.beam, self.rate = beam, rate
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else self._tokenizer(tokenizer)
         self.mel = LogMel(model.n_mels, rate=model.sample_rate, scaling=model.scaling).to(self.device)
@@ -105,7 +103,10 @@ class SpeechRecognition(Pipeline):
         named = self.preprocess.get("tokenizer")
         card = self.info.card if self.info is not None else None
         if named is None or card is None:
-            raise ValueError("these weights name no tokenizer: pass tokenizer=, a path to a tokenizer.json")
+            raise errors.BadArgument(
+                "these weights name no tokenizer: pass tokenizer=, a path to a tokenizer.json",
+                argument="tokenizer", accepted=[],
+            )  # fmt: skip
         return Tokenizer(package_path(card.package, named))
 
     # -- the steps of a pipeline -----------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ class SpeechRecognition(Pipeline):
         return Speech(
             text=output.text, words=output.words, tokens=output.tokens, notes=[*output.notes, *notes], audio=sample,
             seconds=speed.audio if speed is not None else sample.seconds,
-            real_time_factor=speed.real_time_factor if speed is not None else 0.0,
+            real_time_factor=speed.real_time_factor if speed is not None else None,
         )  # fmt: skip
 
     # -- transcribing ----------------------------------------------------------------------------------------------

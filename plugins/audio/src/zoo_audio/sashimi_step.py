@@ -186,7 +186,7 @@ def convolution(layer: FFTConv, batch: int) -> Step | None:
         return None
     a, b, c = found
     width = a.shape[0]
-    D = layer.D[0].detach()
+    D = layer.D[0].detach().to(c.real.dtype)  # the state stays in single precision where the weights are halves
     row = torch.stack([c.real, -c.imag], -1).flatten(1).contiguous()  # Re(c s) as a product of real numbers
     state = torch.zeros(batch, *a.shape, dtype=a.dtype)
     flat = torch.view_as_real(state).view(batch, width, -1)
@@ -194,7 +194,7 @@ def convolution(layer: FFTConv, batch: int) -> Step | None:
 
     def run(x: Tensor) -> Tensor:
         state.mul_(a).add_(b * x.unsqueeze(-1))
-        return act(torch.addcmul((flat * row).sum(-1), D, x))
+        return act(torch.addcmul((flat * row).sum(-1), D, x).to(x.dtype))
 
     return run
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from zoo_registry import errors
 
 from .decoding import CTCGreedy, Hypothesis, decode_greedy
 from .features import LogMel, LogMelStream
@@ -46,15 +47,15 @@ class Speed:
     audio: float = 0.0
 
     @property
-    def real_time_factor(self) -> float:
-        """Seconds of computing for a second of audio."""
-        return self.total / self.audio if self.audio else math.nan
+    def real_time_factor(self) -> float | None:
+        """Seconds of computing for a second of audio; None before there is any."""
+        return self.total / self.audio if self.audio else None
 
     def __str__(self) -> str:
         return (
             f"latency {1000 * (self.lookahead + self.longest):.0f} ms behind the end of a piece "
             f"({1000 * self.lookahead:.0f} ms of lookahead, at most {1000 * self.longest:.0f} ms of computing), "
-            f"real-time factor {self.real_time_factor:.4f}"
+            f"real-time factor {'-' if self.real_time_factor is None else f'{self.real_time_factor:.4f}'}"
         )
 
 
@@ -66,7 +67,7 @@ class Recogniser:
     its position is heard, and gives the same text whatever the pieces; "decoder" decodes again after each piece and
     commits what two pieces running agree on, so it can write something else than for the whole at once.
 
-    Raises ValueError for a model that reads the audio in both directions.
+    Raises ValueError for a model that reads the audio in both directions, and for samples after ``finish``.
     """
 
     def __init__(
@@ -75,13 +76,14 @@ class Recogniser:
         decoding = decoding or ("ctc" if model.ctc is not None else "decoder")
         check_decoding(model, decoding)
         if not model.causal:
-            raise ValueError(
+            raise errors.BadArgument(
                 "this model reads the audio in both directions and cannot stream; transcribe the whole recording, or "
-                "load a streaming model (samba_asr_base_streaming, samba_asr_micro)"
-            )
+                "load a streaming model (samba_asr_base_streaming, samba_asr_micro)",
+                argument="model", accepted=[],
+            )  # fmt: skip
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
         device = next(model.parameters()).device
-        self.mono = Mono(rate or model.sample_rate, model.sample_rate)
+        self.mono = Mono(model.sample_rate if rate is None else rate, model.sample_rate)
         mel = LogMel(model.n_mels, rate=model.sample_rate, scaling=model.scaling).to(device)
         self.features = LogMelStream(mel)
         self.front = model.front.init_state()
@@ -93,6 +95,7 @@ class Recogniser:
         self.guess: list[int] = []  #: the decoder's last answer, of which the agreed part was committed
         self.quiet = 0  #: samples before the first that is not silence
         self.loud = False
+        self.over = False  #: no more samples are taken
         self.read = 0  #: positions that the encoder has given
         first = model.front.conv1.stride[0]
         self.speed = Speed(lookahead=(mel.n_fft // 2 + (1 + first) * mel.hop) / mel.rate)
@@ -102,6 +105,7 @@ class Recogniser:
     @torch.inference_mode()
     def push(self, samples: np.ndarray | Tensor) -> list[Token]:
         """The next samples; returns the tokens that they complete."""
+        self._open()
         began = time.perf_counter()
         array = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else samples
         return self._read(self.mono.push(array), began)
@@ -109,8 +113,14 @@ class Recogniser:
     @torch.inference_mode()
     def finish(self) -> list[Token]:
         """No more samples follow; returns the tokens that were still open."""
+        self._open()
+        self.over = True
         began = time.perf_counter()
         return self._read(self.mono.push(np.zeros(0, np.float32), last=True), began, last=True)
+
+    def _open(self) -> None:
+        if self.over:
+            raise ValueError("this stream was finished; make another Recogniser for the next recording")
 
     def _read(self, mono: np.ndarray, began: float, last: bool = False) -> list[Token]:
         self._listen_for_sound(mono)
@@ -206,13 +216,18 @@ def to_tokens(model: SambaASR, tokenizer: Tokenizer, found: Hypothesis) -> list[
 
 
 def check_decoding(model: SambaASR, decoding: str) -> None:
-    """Raises ValueError where ``model`` cannot decode so."""
+    """Raises BadArgument, which is a ValueError, where ``model`` cannot decode so."""
     if decoding not in ("ctc", "decoder"):
-        raise ValueError(f"decoding is {decoding!r}; expected 'ctc' or 'decoder'")
+        raise bad_decoding(f"decoding is {decoding!r}; expected 'ctc' or 'decoder'")
     if decoding == "ctc" and model.ctc is None:
-        raise ValueError("this model has no CTC head; use decoding='decoder'")
+        raise bad_decoding("this model has no CTC head; use decoding='decoder'")
     if decoding == "decoder" and model.dec is None:
-        raise ValueError("this model has no decoder; use decoding='ctc'")
+        raise bad_decoding("this model has no decoder; use decoding='ctc'")
+
+
+def bad_decoding(message: str) -> errors.BadArgument:
+    """The error for a head that the model does not have."""
+    return errors.BadArgument(message, argument="decoding", accepted=["ctc", "decoder"])
 
 
 @dataclass

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from zoo.files import existing
+from zoo_registry import errors
+
 #: What stands before the first piece of a word.
 MARK = "\N{LOWER ONE EIGHTH BLOCK}"
 SPECIAL = ("<pad>", "<s>", "</s>")
@@ -17,12 +20,14 @@ class Tokenizer:
         from tokenizers import Tokenizer as Fast
 
         try:
-            self._fast = Fast.from_file(str(path))
+            self._fast = Fast.from_file(str(existing(path, "a tokenizer.json")))
+        except errors.ZooError:
+            raise
         except Exception as error:  # the library raises bare Exception for a file that it cannot read
-            raise ValueError(f"{path} is no tokenizer.json: {error}") from error
+            raise errors.BadFile(f"{path} is no tokenizer.json: {error}", path=str(path)) from error
         found = tuple(self._fast.id_to_token(i) for i in range(3))
         if found != SPECIAL:
-            raise ValueError(f"the first three tokens of {path} are {found}; expected {SPECIAL}")
+            raise errors.BadFile(f"the first three tokens of {path} are {found}; expected {SPECIAL}", path=str(path))
 
     def __len__(self) -> int:
         return self._fast.get_vocab_size()

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from zoo import errors
+from zoo.files import read_text
 from zoo.pipelines import progress_bar
 from zoo.validation import Measured
 
@@ -46,7 +47,7 @@ def validate_speech(
             advance()
     rates = error_rates([text for _, text in pairs], [answer.text for answer in answers])
     heard = sum(answer.seconds for answer in answers)
-    computed = sum(answer.seconds * answer.real_time_factor for answer in answers)
+    computed = sum(answer.seconds * (answer.real_time_factor or 0.0) for answer in answers)
     return Measured(
         model=pipe.name,
         data=str(data),
@@ -65,19 +66,25 @@ def read_manifest(path: Path) -> list[tuple[Path, str]]:
         return errors.BadArgument(message, argument="data", accepted=[])
 
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.name.lower().endswith(EXTENSIONS))
+        files = sorted(f for f in path.iterdir() if f.name.lower().endswith(EXTENSIONS) and f.name[0] != ".")
         lacking = [f.name for f in files if not f.with_suffix(".txt").is_file()]
         if lacking:
             raise bad(f"{lacking[0]} in {path} has no text beside it; expected {Path(lacking[0]).stem}.txt")
-        pairs = [(f, f.with_suffix(".txt").read_text(encoding="utf-8").strip()) for f in files]
+        spoken = {f.stem for f in files}
+        lost = sorted(f.name for f in path.glob("*.txt") if f.stem not in spoken and f.name[0] != ".")
+        if files and lost:
+            raise bad(f"{lost[0]} in {path} has no recording beside it; expected one of {', '.join(EXTENSIONS)}")
+        pairs = [(f, read_text(f.with_suffix(".txt")).strip()) for f in files]
     else:
         pairs = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(path).splitlines(), 1):
             if line.strip():
                 file, tab, text = line.partition("\t")
                 if not tab:
                     raise bad(f"line {number} of {path} has no tab; expected an audio file, a tab, and what is said")
-                pairs.append((path.parent / file, text))
+                if not (path.parent / file.strip()).is_file():
+                    raise bad(f"line {number} of {path} names {file.strip()!r}; there is no such file in {path.parent}")
+                pairs.append((path.parent / file.strip(), text))
     if not pairs:
         raise bad(f"{path} names no audio file; expected one of {', '.join(EXTENSIONS)}")
     return pairs
