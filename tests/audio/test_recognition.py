@@ -65,6 +65,11 @@ def test_a_file_that_is_no_tokenizer(tmp_path):
         Tokenizer(tmp_path / "a.json")
 
 
+def test_another_models_tokenizer(tokenizer):
+    with pytest.raises(zoo.errors.BadArgument, match=r"has \d+ tokens and SambaASR 5"):
+        SpeechRecognition(SambaASR(**CAUSAL | {"vocab_size": 5}), tokenizer=tokenizer)
+
+
 def test_words_from_pieces():
     assert words_of(["\u2581se", "ven", "\u2581", "\u2581two"]) == [("seven", 0, 2), ("two", 3, 4)]
     assert words_of(["x", "\u2581y"]) == [("x", 0, 1), ("y", 1, 2)]

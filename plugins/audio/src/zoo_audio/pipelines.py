@@ -95,6 +95,12 @@ class SpeechRecognition(Pipeline):
             raise errors.BadArgument(f"beam is {beam}; expected 1 (greedy) or more", argument="beam", accepted=[])
         self.beam, self.rate = beam, rate
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else self._tokenizer(tokenizer)
+        if len(self.tokenizer) > model.vocab_size:
+            raise errors.BadArgument(
+                f"the tokenizer has {len(self.tokenizer)} tokens and {self.name} {model.vocab_size}; expected the "
+                "tokenizer that the model was trained with",
+                argument="tokenizer", accepted=[],
+            )  # fmt: skip
         self.mel = LogMel(model.n_mels, rate=model.sample_rate, scaling=model.scaling).to(self.device)
 
     def _tokenizer(self, given: str | Path | None) -> Tokenizer:
