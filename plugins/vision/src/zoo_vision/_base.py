@@ -255,16 +255,16 @@ def build(cls: type[Model], *, features_only: bool = False, out_indices: Indices
     return model
 
 
-def takes(*callables: Any, pyramid: bool = True) -> Callable[[F], F]:
+def takes(*callables: Any, pyramid: bool = True, without: Collection[str] = ()) -> Callable[[F], F]:
     """Give a builder with ``**config`` the named parameters of ``callables`` (classes that pass arguments on to one
     another) and, with ``pyramid``, ``features_only``/``out_indices``, so that a misspelt argument is found before
-    anything is built."""
+    anything is built. ``without``: parameters that the builder gives itself."""
 
     def decorate(function: F) -> F:
         found: dict[str, inspect.Parameter] = {}
         for one in (function, *callables):
             for name, parameter in inspect.signature(one).parameters.items():
-                if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and name not in without:
                     found.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY))
         for name, default in (("features_only", False), ("out_indices", None)) if pyramid else ():
             found.setdefault(name, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
@@ -288,6 +288,23 @@ def check_reference_config(
             hint = f"nearest: {', '.join(near)}" if near else f"it has: {', '.join(defaults)}"
             raise ValueError(f"the original {system} has no argument {key!r} (received {config[key]!r}); {hint}")
     return {**defaults, **{k: v for k, v in config.items() if k in defaults}}
+
+
+def feature_info_of(backbone: nn.Module) -> Any:
+    """timm's ``FeatureInfo`` of a backbone that gives a list of maps. Raises ValueError for one that gives none."""
+    if getattr(backbone, "out_indices", None) is None:
+        raise ValueError(
+            f"the backbone {type(backbone).__name__} gives no list of maps: build it with features_only=True, or give "
+            "the channels of its maps"
+        )
+    return backbone.feature_info
+
+
+def freeze_norms(module: nn.Module) -> None:
+    """Batch norms of ``module`` to evaluation mode: a detector's few images say little about means and deviations."""
+    for inner in module.modules():
+        if isinstance(inner, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            inner.eval()
 
 
 # ``timm.create_model("vim_tiny")`` works from here on.

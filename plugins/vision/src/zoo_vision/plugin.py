@@ -25,6 +25,7 @@ def zoo_adapters() -> Mapping[str, str]:
         "a2mamba": "zoo_vision.a2mamba_reference:A2MambaAdapter",
         "mambavision": "zoo_vision.mambavision:MambaVisionAdapter",
         "upernet": "zoo_vision.segmentation:UPerNetAdapter",
+        "detector": "zoo_vision.detection.reference:DetectorAdapter",
     }
 
 

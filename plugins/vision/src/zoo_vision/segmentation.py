@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo import catalog
 from zoo.adapting import InputChannels, NewHead
 from zoo.layers.inference import results_only, settled
-from zoo.reference import ReferenceAdapter
+from zoo.reference import ReferenceAdapter, unwrapped
 from zoo.rules import Rules
 
-from ._base import check_reference_config, takes
+from ._base import check_reference_config, feature_info_of, takes
 from .mambavision import MambaVision, mambavision
+from .openmmlab import Way, build_backbone, convert_backbone
 from .vmamba import VMamba, vmamba
 
 POOL_SCALES = (1, 2, 3, 6)
@@ -181,18 +181,12 @@ class Segmentor(nn.Module):
         pool_scales: Sequence[int] = POOL_SCALES,
     ) -> None:
         super().__init__()
-        body: Any = backbone
         if channels is None:
-            if getattr(body, "out_indices", None) is None:
-                raise ValueError(
-                    f"the backbone {type(backbone).__name__} gives no list of maps: build it with features_only=True, "
-                    "or give the channels of its maps"
-                )
-            channels = body.feature_info.channels()
+            channels = feature_info_of(backbone).channels()
         if len(channels) < 2:
             raise ValueError(f"the backbone gives maps of {list(channels)} channels; UPerNet joins two or more")
         self.backbone = backbone
-        self.in_chans, self.num_classes = getattr(body, "in_chans", 3), num_classes
+        self.in_chans, self.num_classes = getattr(backbone, "in_chans", 3), num_classes
         self.decode_head = UPerHead(channels, head_channels, num_classes, pool_scales)
         self.auxiliary_head = FCNHead(channels[-2], auxiliary_channels, num_classes)
 
@@ -226,14 +220,14 @@ class Segmentor(nn.Module):
 _HEADS = ("num_classes", "head_channels", "auxiliary_channels", "pool_scales")
 
 
-@takes(Segmentor, VMamba, pyramid=False)
+@takes(Segmentor, VMamba, pyramid=False, without=("backbone", "channels"))
 def vmamba_upernet(**config: Any) -> Segmentor:
     """Builder of the cards: UPerNet on a VMamba pyramid."""
     heads = {k: config.pop(k) for k in _HEADS if k in config}
     return Segmentor(vmamba(features_only=True, **config), **heads)
 
 
-@takes(Segmentor, MambaVision, pyramid=False)
+@takes(Segmentor, MambaVision, pyramid=False, without=("backbone", "channels", "pyramid_norm"))
 def mambavision_upernet(**config: Any) -> Segmentor:
     """Builder of the cards: UPerNet on a MambaVision pyramid whose maps are normalised."""
     heads = {k: config.pop(k) for k in _HEADS if k in config}
@@ -241,8 +235,6 @@ def mambavision_upernet(**config: Any) -> Segmentor:
 
 
 # -- the original's format -------------------------------------------------------------------------------------------
-
-_SYSTEMS = {"MM_VSSM": "vmamba", "MM_mamba_vision": "mambavision"}
 
 
 class UPerNetAdapter(ReferenceAdapter):
@@ -252,12 +244,7 @@ class UPerNetAdapter(ReferenceAdapter):
     system = "upernet"
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> Segmentor:
-        body = dict(config.get("backbone", {}))
-        system = _SYSTEMS.get(body.pop("type", ""))
-        if system is None:
-            raise ValueError(
-                f"the backbone's type is {config.get('backbone', {}).get('type')!r}; expected {' or '.join(_SYSTEMS)}"
-            )
+        backbone = build_backbone(config.get("backbone", {}), state)
         head = _head(config.get("decode_head", {}), {"in_channels": None, "in_index": (0, 1, 2, 3), "channels": 512,
             "pool_scales": POOL_SCALES})  # fmt: skip
         auxiliary = _head(config.get("auxiliary_head", {}), {"in_channels": None, "in_index": 2, "channels": 256,
@@ -270,9 +257,6 @@ class UPerNetAdapter(ReferenceAdapter):
             )
         if auxiliary["concat_input"]:
             raise ValueError("auxiliary_head.concat_input is true; the published segmentors have it false")
-        inside = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-        body.setdefault("out_indices", (0, 1, 2, 3))
-        backbone = catalog.adapter(system).build(body, inside, source=f"x:{_DENSE[system]}")
         model = Segmentor(
             backbone,
             num_classes=head["num_classes"],
@@ -292,26 +276,18 @@ class UPerNetAdapter(ReferenceAdapter):
         raise NotImplementedError("a segmentor's table is its backbone's, below 'backbone.'")
 
     def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
-        return self._backbone(state, "to_zoo", model)
+        return self._converted(state, "to_zoo", model)
 
     def to_reference(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
-        return self._backbone(state, "to_reference", model)
+        return self._converted(state, "to_reference", model)
 
     @staticmethod
-    def _backbone(state: Mapping[str, Tensor], way: str, model: nn.Module | None) -> dict[str, Tensor]:
-        """The heads as they are; what lies below ``backbone.`` through the table of the backbone's own system."""
+    def _converted(state: Mapping[str, Tensor], way: Way, model: nn.Module | None) -> dict[str, Tensor]:
         if not isinstance(model, Segmentor):
             raise ValueError("a segmentor's state dict is converted for a model: give model=")
-        system = "vmamba" if isinstance(model.backbone, VMamba) else "mambavision"
-        if state and all(k.startswith("module.") for k in state):
-            state = {k.removeprefix("module."): v for k, v in state.items()}
-        inside = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-        found = getattr(catalog.adapter(system), way)(inside, model=model.backbone)
+        state = unwrapped(state)
         heads = {k: v for k, v in state.items() if not k.startswith("backbone.")}
-        return {f"backbone.{k}": v for k, v in found.items()} | heads
-
-
-_DENSE = {"vmamba": "Backbone_VSSM", "mambavision": "MM_mamba_vision"}
+        return convert_backbone(state, way, model.backbone) | heads
 
 
 def _head(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
