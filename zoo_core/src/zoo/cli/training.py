@@ -10,20 +10,31 @@ hours, when the weights would be lost. Options are given one by one, so that eac
     @training.rate(1e-3)
     @click.option("--ridge", ...)            # the command's own
     @training.run_options("dim=64")          # --seed, --device, --set
+    @training.resume
     @output.as_json
+
+and what the command does goes on after an interruption where its loop takes a :class:`zoo.runs.Run`::
+
+    with training.run(out, resume, quiet=as_json, dialogues=len(train)) as run:
+        fit(model, train, run=run)
+        zoo.save(model, out)
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zoo_registry import errors
+
+if TYPE_CHECKING:
+    from zoo.runs import Run
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -93,6 +104,46 @@ def rate(default: float, help: str | None = None) -> Decorator:
 seed = click.option("--seed", default=0, show_default=True, type=int)
 #: ``--device``: the CPU unless given, found out at once
 device = click.option("--device", default="cpu", show_default=True, callback=_device)
+
+
+#: ``--resume`` (the default) or ``--anew``, as ``resume``
+resume = click.option(
+    "--resume/--anew",
+    default=True,
+    show_default=True,
+    help="Go on with an interrupted run that OUT holds, or start over.",
+)
+#: Where a run is kept, in the folder that ``--out`` names.
+RUN = "training.run"
+#: Options that change nothing in what is trained.
+_APART = {"out", "resume", "as_json", "device"}
+
+
+@contextlib.contextmanager
+def run(out: Path, resume: bool, *, unit: str = "step", quiet: bool = False, **facts: Any) -> Iterator[Run]:
+    """The run of the command that is being executed, kept in ``out`` until the block ends well.
+
+    A run found there goes on if its command had the same arguments and options, and the same ``facts`` (how many
+    samples there are, say, since files can change under one name). ``unit``: what the loop counts; ``quiet``: say
+    nothing.
+    """
+    from zoo.runs import Run
+
+    ctx = click.get_current_context()
+    about = {"command": ctx.command.name} | {k: v for k, v in ctx.params.items() if k not in _APART} | facts
+    told = None if quiet else lambda done: click.echo(f"going on after {unit} {done} of an interrupted run")
+    kept = Run(out / RUN, about, on_resume=told)
+    if not resume:
+        kept.finish()
+    try:
+        yield kept
+    except KeyboardInterrupt:
+        if kept.kept:
+            click.echo(
+                f"stopped; {out} holds the run up to {unit} {kept.kept}: the same command goes on there", err=True
+            )
+        raise
+    kept.finish()
 
 
 def model_arguments(example: str | None = None) -> Decorator:
