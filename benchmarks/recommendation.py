@@ -33,9 +33,10 @@ import zoo
 import zoo_kernels
 from zoo_recommendation import baselines
 from zoo_recommendation._base import SequentialRecommender
-from zoo_recommendation.protocol import prepare, read_table, split
+from zoo_recommendation.protocol import prepare, split
 from zoo_recommendation.recbole_models import installed
 from zoo_recommendation.serving import Recommender, SQLiteStore
+from zoo_recommendation.tables import read_table
 from zoo_recommendation.training import Settings, evaluate, fit, keep_freed_memory, train_step
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,6 +1,7 @@
 """`zoo train` and `zoo recommend`, as a user types them."""
 
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -172,3 +173,91 @@ def test_validate_says_what_it_left_out(run, tmp_path):
     (tmp_path / "other.csv").write_text("user,item,timestamp\na,x,1\na,y,2\n")
     with pytest.raises(zoo.errors.BadArgument, match="none of its 2 items is known"):
         zoo.validate(folder / "model", tmp_path / "other.csv")
+
+
+def test_what_users_took_since_survives_a_run_that_goes_on(interactions, tmp_path):
+    """The same command again, for more epochs: histories stay as they grew, with the states of the new weights."""
+    arguments = ["mamba4rec", str(interactions), "--out", str(tmp_path), *SMALL, "--set", "d_state=4"]
+    CliRunner().invoke(train, arguments, catch_exceptions=False)
+    recommender = artifact.load(tmp_path)
+    recommender.update_many([("u1", "i7", 1_600_009_000), ("new", "i1", 1), ("new", "i2", 2)])
+    recommender.store.close()
+    result = CliRunner().invoke(train, [*arguments, "--epochs", "3"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    again = artifact.load(tmp_path)
+    assert len(again.store) == 37
+    assert len(again.store.get("u1").items) == 10
+    fresh = artifact.Recommender(again.model, again.item_tokens)
+    fresh.update_many([("new", "i1", 1), ("new", "i2", 2)])
+    assert fresh.scores("new")[1:] == pytest.approx(again.scores("new")[1:], rel=1e-4, abs=1e-5)
+
+
+def test_a_damaged_file_of_users_does_not_cost_the_training(interactions, tmp_path, caplog):
+    arguments = ["mamba4rec", str(interactions), "--out", str(tmp_path), *SMALL, "--set", "d_state=4"]
+    CliRunner().invoke(train, arguments, catch_exceptions=False)
+    (tmp_path / "users.sqlite").write_text("damaged" * 1000)
+    assert CliRunner().invoke(train, arguments, catch_exceptions=False).exit_code == 0
+    assert "written anew" in caplog.text
+    assert len(artifact.load(tmp_path).store) == 36
+
+
+def test_a_folder_of_scaled_times_says_so(interactions, tmp_path):
+    """What is read for the saved model is scaled as its training data were."""
+    arguments = ["tim4rec", str(interactions), "--out", str(tmp_path), *SMALL, "--set", "head_dim=8", "--scale-time"]
+    assert CliRunner().invoke(train, arguments, catch_exceptions=False).exit_code == 0
+    assert zoo.load(tmp_path / "model").time_scale == (1_600_000_000, 1_600_000_800)
+    raw = zoo.validate(tmp_path / "model", interactions).metrics
+    assert raw == zoo.validate(tmp_path / "model", interactions, scale_time=True).metrics
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "--epochs"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--max-length", "0"], "--max-length"),
+        (["--core", "-1"], "--core"),
+        (["--lr", "nan"], "nan is no rate"),
+        (["--lr", "inf"], "inf is no rate"),
+        (["--set", "n_items=5"], "--set n_items: it follows from the data"),
+        (["--set", "layers"], "expected NAME=VALUE"),
+    ],
+)
+def test_options_are_refused_before_anything_is_read(arguments, message, tmp_path):
+    result = CliRunner().invoke(train, ["mamba4rec", "none.csv", "--out", str(tmp_path / "run"), *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(interactions, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/run"):
+        result = CliRunner().invoke(train, ["mamba4rec", str(interactions), "--out", str(tmp_path / out), *SMALL])
+        assert result.exit_code == 2, out
+        assert "is a file" in result.output
+
+
+def test_models_that_recommend_nothing(interactions, tmp_path):
+    result = CliRunner().invoke(train, ["mamba2_micro", str(interactions), "--out", str(tmp_path / "run")])
+    assert isinstance(result.exception, zoo.errors.BadArgument)
+
+
+def test_json_is_json(run, tmp_path):
+    folder, _ = run
+    out = tmp_path / "new" / "all.parquet"
+    result = CliRunner().invoke(recommend, [str(folder), "--all", "-k", "3", "--out", str(out), "--json"])
+    assert json.loads(result.stdout) == {"rows": 108, "file": str(out)}
+    assert CliRunner().invoke(recommend, [str(folder), "--user", "u1", "-k", "0"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("items.json", "{"), ("items.json", "[]"), ("users.sqlite", "x" * 5000), ("model/config.json", "{")],
+)
+def test_a_damaged_folder(run, tmp_path, file, content):
+    folder = tmp_path / "copy"
+    shutil.copytree(run[0], folder)
+    (folder / file).write_text(content)
+    with pytest.raises(zoo.errors.BadFile):
+        artifact.load(folder)

@@ -36,9 +36,9 @@ def test_empty_and_foreign_files(tmp_path):
     pipe = zoo.pipeline("mamba4rec_micro.serials")
     (tmp_path / "a.csv").write_text("item,timestamp\n")
     (tmp_path / "b.csv").write_text("thing\nx\n")
-    with pytest.raises(ValueError, match=r"no column 'item'|empty history"):
+    with pytest.raises(ValueError, match="empty history"):
         pipe(tmp_path / "a.csv")
-    with pytest.raises(ValueError, match="no column 'item'"):
+    with pytest.raises(ValueError, match="no column 'item_id' or 'item'"):
         pipe(tmp_path / "b.csv")
 
 

@@ -104,3 +104,33 @@ def test_bad_arguments():
         model(items, lengths[:2], times)
     with pytest.raises(ValueError, match="needs negative items"):
         Mamba4Rec(**SMALL, loss_type="BPR").loss(torch.zeros(1, 16), torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    ("items", "length", "message"),
+    [
+        ([1, 2, 0], 0, "item_seq_len is 0 in row 0; expected 1 to 3"),
+        ([1, 2, 0], 4, "item_seq_len is 4 in row 0; expected 1 to 3"),
+        ([1, 20, 0], 2, "item_seq holds the id 20; this model has the items 1 to 19"),
+        ([1, -1, 0], 2, "item_seq holds the id -1"),
+        ([1.0, 2.0, 0.0], 2, "expected integers"),
+    ],
+)
+def test_bad_histories(items, length, message):
+    """A length of 0 used to answer from the last padded position."""
+    model = Mamba4Rec(n_items=20, hidden_size=16, d_state=4)
+    with pytest.raises(ValueError, match=message):
+        model(torch.tensor([items]), torch.tensor([length]))
+
+
+def test_times_of_another_shape():
+    model = TiM4Rec(n_items=20, hidden_size=16, head_dim=8, max_length=3)
+    with pytest.raises(ValueError, match=r"times has shape \(2, 3\), item_seq \(1, 3\)"):
+        model(torch.tensor([[1, 2, 0]]), torch.tensor([2]), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 0}, {"num_layers": 0}, {"max_length": 0}])
+def test_sizes_of_nothing(sizes):
+    ((name, value),) = sizes.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}; expected at least 1"):
+        Mamba4Rec(n_items=20, **sizes)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from zoo_recommendation.protocol import Ranking, prepare, read_table, split
+from zoo_recommendation.protocol import Ranking, prepare, split
+from zoo_recommendation.tables import read_table
 
 
 def table(rows, core=1, **options):
@@ -132,5 +133,5 @@ def test_bad_files(tmp_path, text, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no interaction file"):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         read_table(tmp_path / "none.csv")

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+import zoo
 from zoo_recommendation.baselines import SASRec
 from zoo_recommendation.mamba4rec import Mamba4Rec
 from zoo_recommendation.protocol import prepare
 from zoo_recommendation.serving import MemoryStore, Recommender, SQLiteStore, UnknownItem, write_parquet
+from zoo_recommendation.tim4rec import TiM4Rec
 
 ITEMS = ["[PAD]", *[f"i{n}" for n in range(1, 30)]]
 
@@ -222,3 +224,81 @@ def test_many_updates_with_an_unknown_item_change_nothing(store):
     with pytest.raises(UnknownItem, match="'other'"):
         recommender.update_many([("u", "i1", 0.0), ("u", "other", 1.0)])
     assert len(store) == 0
+
+
+def test_a_users_name_is_its_text(store):
+    recommender = Recommender(network(), ITEMS, store)
+    recommender.update(17, "i1")
+    assert not recommender.recommend("17").cold
+    assert not recommender.recommend(17).cold
+    with pytest.raises(ValueError, match="expected a list of names"):
+        recommender.recommend_many("17")
+
+
+@pytest.mark.parametrize("time", [None, float("nan"), float("inf")])
+def test_models_of_times_take_no_event_without_one(store, time):
+    recommender = Recommender(network(TiM4Rec, head_dim=8), ITEMS, store)
+    recommender.update("u", "i1", 1_600_000_000)
+    with pytest.raises(ValueError, match="user 'u', item 'i2'"):
+        recommender.update_many([("u", "i3", 1_600_000_100), ("u", "i2", time)])
+    assert len(store.get("u").items) == 1
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.5])
+def test_k_is_a_whole_number(k):
+    with pytest.raises(ValueError, match=f"k is {k}; expected a whole number"):
+        Recommender(network(), ITEMS).recommend("u", k=k)
+
+
+def test_counts_of_another_catalogue():
+    with pytest.raises(ValueError, match=r"popularity has shape \(3,\); expected \(30,\)"):
+        Recommender(network(), ITEMS, popularity=np.zeros(3))
+
+
+def test_memory_files_of_another_kind(tmp_path):
+    store = MemoryStore()
+    Recommender(network(SASRec), ITEMS, store).update("without", "i1")
+    Recommender(network(), ITEMS, store).update("with", "i1")
+    with pytest.raises(ValueError, match="written by different models"):  # the states were dropped without a word
+        store.save(tmp_path / "users.safetensors")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "text.safetensors").write_text("no")
+    with pytest.raises(zoo.errors.BadFile, match=r"is no file of MemoryStore\.save"):
+        MemoryStore.open(tmp_path / "text.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        MemoryStore.open(tmp_path / "none.safetensors")
+
+
+def test_files_that_are_no_database(tmp_path):
+    (tmp_path / "text.sqlite").write_text("nothing of the kind" * 100)
+    with pytest.raises(zoo.errors.BadFile, match="no file of users"):
+        SQLiteStore(tmp_path / "text.sqlite")
+    with pytest.raises(zoo.errors.StoreError, match="cannot be opened"):
+        SQLiteStore(tmp_path / "none" / "users.sqlite")
+
+
+def test_a_read_only_file_answers_and_takes_nothing(tmp_path, monkeypatch):
+    store = SQLiteStore(tmp_path / "users.sqlite")
+    Recommender(network(), ITEMS, store).update("u", "i1", 5.0)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(zoo.errors.StoreError, match="holds updates that must first be written"):
+        SQLiteStore(tmp_path / "users.sqlite")
+    store.close()
+    recommender = Recommender(network(), ITEMS, SQLiteStore(tmp_path / "users.sqlite"))
+    assert not recommender.recommend("u").cold
+    with pytest.raises(zoo.errors.StoreError, match="cannot be changed"):
+        recommender.update("u", "i2")
+
+
+def test_parquet_in_a_new_folder(tmp_path):
+    recommender = Recommender(network(), ITEMS)
+    recommender.update("u", "i1")
+    assert write_parquet(recommender.recommend_all(k=4), tmp_path / "new" / "out.parquet") == 4
+
+    def fails():
+        yield recommender.recommend("u", k=2)
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        write_parquet(fails(), tmp_path / "new" / "half.parquet", rows=1)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["out.parquet"]

@@ -1,6 +1,7 @@
 """Training: early stopping, resuming bit by bit, evaluation."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -94,7 +95,10 @@ def test_other_settings_are_refused(tmp_path):
         fit(network(table.n_items), train, valid, tmp_path, Settings(epochs=1, batch_size=64))
 
 
-@pytest.mark.parametrize("setting", [{"epochs": 0}, {"batch_size": 0}, {"patience": -1}, {"learning_rate": -1.0}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"epochs": 0}, {"batch_size": 0}, {"patience": -1}, {"learning_rate": -1.0}, {"learning_rate": math.inf}],
+)
 def test_settings_that_train_nothing(setting):
     ((name, value),) = setting.items()
     with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
@@ -116,3 +120,33 @@ def test_a_broken_loss_ends_the_run(tmp_path):
         model.item_embedding.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not a number"):
         fit(model, train, valid, tmp_path, Settings(epochs=1))
+
+
+@pytest.mark.parametrize("changed", [{"dropout": 0.5}, {"loss_type": "BPR"}])
+def test_a_run_does_not_go_on_with_another_model(tmp_path, changed):
+    """Neither shows in the shapes of the weights."""
+    table, (train, valid, _) = data(10)
+    arguments = {"n_items": table.n_items, "hidden_size": 16, "max_length": 6, "d_state": 4, "dropout": 0.1}
+    fit(Mamba4Rec(**arguments), train, valid, tmp_path, Settings(epochs=1, batch_size=32))
+    with pytest.raises(ValueError, match=f"other settings \\({next(iter(changed))}\\)"):
+        fit(Mamba4Rec(**arguments | changed), train, valid, tmp_path, Settings(epochs=2, batch_size=32))
+    assert len(fit(Mamba4Rec(**arguments), train, valid, tmp_path, Settings(epochs=2, batch_size=32)).epochs) == 2
+
+
+def test_weights_that_broke_in_the_last_step_are_not_ranked(tmp_path):
+    """Such a model had figures, and was kept as the best."""
+    table, (train, valid, _) = data(10)
+    settings = Settings(epochs=1, batch_size=10_000, learning_rate=1e20)
+    with pytest.raises(ValueError, match="scores are not numbers"):
+        fit(network(table.n_items), train, valid, tmp_path, settings)
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+def test_training_leaves_the_callers_random_state_alone(tmp_path):
+    table, (train, valid, _) = data(10)
+    model = network(table.n_items)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    fit(model, train, valid, tmp_path, Settings(epochs=1, batch_size=32))
+    assert torch.equal(torch.rand(3), expected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers.linear import Linear, linear
+from zoo_registry import errors
 
 from .last import Dropout, rows_at
 
@@ -28,13 +29,22 @@ class SequentialRecommender(nn.Module):
     item_embedding: nn.Embedding
     #: True where :meth:`step` gives what :meth:`encode` of the whole history gives, at constant cost.
     recurrent = False
+    #: Whether :meth:`encode` needs ``times``.
+    reads_times = False
+    #: The (first, last) second that were 0 and 1 in training, None for a model of raw seconds.
+    time_scale: Sequence[float] | None = None
     #: What a baseline was built from (see :mod:`zoo_recommendation.baselines`); the zoo's models have a card instead.
     built_from: Mapping[str, Any] | None = None
 
     def __init__(self, n_items: int, hidden_size: int, max_length: int, loss_type: LossType = "CE") -> None:
         super().__init__()
         if loss_type not in ("CE", "BPR"):
-            raise ValueError(f"loss_type is {loss_type!r}; expected 'CE' (cross entropy) or 'BPR'")
+            raise errors.BadArgument(
+                f"loss_type is {loss_type!r}; expected 'CE' (cross entropy) or 'BPR'",
+                argument="loss_type",
+                accepted=["CE", "BPR"],
+            )
+        at_least_one(hidden_size=hidden_size, max_length=max_length)
         if n_items < 2:
             raise ValueError(f"n_items is {n_items}; it counts the padding item 0 and needs at least one real item")
         self.n_items, self.hidden_size, self.max_length, self.loss_type = n_items, hidden_size, max_length, loss_type
@@ -50,7 +60,10 @@ class SequentialRecommender(nn.Module):
         return rows_at(self.encode(item_seq, times), index)
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor, times: Tensor | None = None) -> Tensor:
-        """The user's vector (batch, hidden): the encoding at the last item, ``item_seq_len - 1``."""
+        """The user's vector (batch, hidden): the encoding at the last item, ``item_seq_len - 1``.
+
+        Raises ValueError for empty histories and unknown ids (on a CPU, uncompiled; elsewhere indexing fails).
+        """
         self._check(item_seq, item_seq_len)
         return self.encode_at(item_seq, item_seq_len - 1, times)
 
@@ -60,6 +73,23 @@ class SequentialRecommender(nn.Module):
         if item_seq_len.shape != item_seq.shape[:1]:
             raise ValueError(
                 f"item_seq_len has shape {tuple(item_seq_len.shape)}; expected ({item_seq.shape[0]},), one length a row"
+            )
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(item_seq) is not Tensor
+        if item_seq.device.type != "cpu" or traced or not item_seq_len.numel():
+            return  # looking at values costs a transfer, or is not allowed
+        if item_seq.is_floating_point() or item_seq_len.is_floating_point():
+            raise ValueError(f"item_seq is {item_seq.dtype}, item_seq_len {item_seq_len.dtype}; expected integers")
+        length = item_seq.shape[1]
+        if not 1 <= int(item_seq_len.min()) <= int(item_seq_len.max()) <= length:
+            row = int(((item_seq_len < 1) | (item_seq_len > length)).nonzero()[0])
+            raise ValueError(
+                f"item_seq_len is {int(item_seq_len[row])} in row {row}; expected 1 to {length}: a user without "
+                "history has no vector"
+            )
+        if not 0 <= int(item_seq.min()) <= int(item_seq.max()) < self.n_items:
+            wrong = item_seq[(item_seq < 0) | (item_seq >= self.n_items)]
+            raise ValueError(
+                f"item_seq holds the id {int(wrong[0])}; this model has the items 1 to {self.n_items - 1}, 0 is padding"
             )
 
     def scores(self, user: Tensor) -> Tensor:
@@ -99,6 +129,13 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.dropout(self.activation(self.fc1(x)))
         return self.layer_norm(self.dropout(self.fc2(hidden)) + x)
+
+
+def at_least_one(**sizes: int) -> None:
+    """Raise BadArgument (a ValueError), naming it, for a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise errors.BadArgument(f"{name} is {size}; expected at least 1", argument=name, accepted=[])
 
 
 def init_normal(module: nn.Module, std: float = 0.02) -> None:

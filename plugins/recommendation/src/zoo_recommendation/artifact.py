@@ -12,17 +12,25 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from zoo.files import existing, read_json, whole
+from zoo_registry import errors
 
 from ._base import SequentialRecommender
 from .baselines import build
 from .protocol import Interactions
 from .serving import Recommender, SQLiteStore
+
+logger = logging.getLogger("zoo")
 
 
 def save(
@@ -30,43 +38,84 @@ def save(
 ) -> Recommender:
     """Write ``folder`` (model, items, users with their histories) and return the recommender that serves it.
 
-    ``metrics``: what was measured, for the model's page, as in :func:`zoo.save`.
+    Users that the folder held already keep what they took since (events of :meth:`Recommender.update`), with states
+    computed anew for this model; those of another catalogue are dropped. ``metrics``: what was measured, for the
+    model's page, as in :func:`zoo.save`.
     """
     import zoo
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    later = _later(folder, table)
     if model.built_from is None:
         zoo.save(model, folder / "model", labels=table.item_tokens[1:], metrics=metrics)
     else:
-        (folder / "model").mkdir(exist_ok=True)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model" / "model.safetensors")
+        with whole(folder / "model" / "model.safetensors") as work:
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, work)
         _write(folder / "model" / "config.json", model.built_from)
     counts = np.bincount(table.item, minlength=table.n_items)
     items = {"items": table.item_tokens, "counts": counts.tolist(), "time_scale": table.time_scale}
     _write(folder / "items.json", items)
-    store = SQLiteStore(folder / "users.sqlite")
-    recommender = Recommender(model, table.item_tokens, store, counts, table.time_scale)
-    recommender.load_histories(table)
+    with whole(folder / "users.sqlite") as work:  # whole or as it was: states of two models are never in one file
+        store = SQLiteStore(work)
+        try:
+            recommender = Recommender(model, table.item_tokens, store, counts, table.time_scale)
+            recommender.load_histories(table)
+            recommender.put_histories(later)
+        finally:
+            store.close()
+        for beside in ("-wal", "-shm"):  # what lay beside the file that is replaced
+            (folder / f"users.sqlite{beside}").unlink(missing_ok=True)
+    recommender.store = SQLiteStore(folder / "users.sqlite")
     return recommender
 
 
+def _later(folder: Path, table: Interactions) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(user, items, times) of the users in ``folder`` that have more than the table says of them."""
+    if not ((folder / "items.json").exists() and (folder / "users.sqlite").exists()):
+        return []
+    try:
+        if read_json(folder / "items.json").get("items") != table.item_tokens:  # these numbers are other items there
+            return []
+        store = SQLiteStore(folder / "users.sqlite")
+    except errors.BadFile as error:  # hours of training shall not end in this
+        logger.warning("%s; its users are written anew, without what they took since", error)
+        return []
+    ids = {token: i for i, token in enumerate(table.user_tokens) if i}
+    first = np.searchsorted(table.user, np.arange(table.n_users + 1))
+    found = []
+    for user in list(store.users()):
+        record = store.get(user)
+        assert record is not None
+        known = table.item[first[ids[user]] : first[ids[user] + 1]] if user in ids else table.item[:0]
+        if len(record.items) > len(known) and np.array_equal(record.items[: len(known)], known):
+            found.append((user, record.items, record.times))
+    store.close()
+    return found
+
+
 def load(folder: str | Path) -> Recommender:
-    """The recommender in ``folder``. Raises FileNotFoundError that says what is missing and what makes it."""
+    """The recommender in ``folder``. Raises FileNotFoundError that says what is missing and what makes it, and BadFile
+    for a damaged file."""
     import zoo
 
     folder = Path(folder)
-    missing = [name for name in ("model", "items.json", "users.sqlite") if not (folder / name).exists()]
+    parts = ("model/config.json", "items.json", "users.sqlite")
+    missing = [name for name in parts if not (folder / name).is_file()]
     if missing:
+        text = "is a file" if folder.is_file() else f"has no {', '.join(missing)}"
         raise FileNotFoundError(
-            f"{folder} is not a trained recommender: no {', '.join(missing)} in it. "
-            f"Make one with: zoo train mamba4rec interactions.csv --out {folder}"
+            f"{folder} is not a trained recommender: it {text}. "
+            "Make one with: zoo train mamba4rec interactions.csv --out FOLDER"
         )
-    items = json.loads((folder / "items.json").read_text(encoding="utf-8"))
-    config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
+    items, config = read_json(folder / "items.json"), read_json(folder / "model" / "config.json")
+    if not isinstance(items, dict) or not isinstance(config, dict) or not {"items", "counts"} <= items.keys():
+        raise errors.BadFile(
+            f"{folder}: items.json and model/config.json are not what zoo train writes", path=str(folder)
+        )
     if "baseline" in config:
         model = build(config.pop("baseline"), **config)
-        model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
+        model.load_state_dict(_weights(folder / "model" / "model.safetensors"))
     else:
         model = zoo.load(str((folder / "model").resolve()))
     scale = items.get("time_scale")
@@ -74,7 +123,13 @@ def load(folder: str | Path) -> Recommender:
     return Recommender(model, items["items"], store, np.array(items["counts"]), tuple(scale) if scale else None)
 
 
+def _weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(existing(path, "weights in a .safetensors file"))
+    except SafetensorError as error:
+        raise errors.BadFile(f"{path} is no safetensors file: {error}", path=str(path)) from error
+
+
 def _write(path: Path, content: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    part.replace(path)
+    with whole(path) as work:
+        work.write_text(json.dumps(content), encoding="utf-8")

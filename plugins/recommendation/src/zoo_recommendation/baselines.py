@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._base import SequentialRecommender, UserState, init_normal
+from ._base import SequentialRecommender, UserState, at_least_one, init_normal
 
 
 class SASRec(SequentialRecommender):
@@ -33,6 +33,7 @@ class SASRec(SequentialRecommender):
         loss_type: str = "CE",
     ) -> None:
         super().__init__(n_items, hidden_size, max_length, loss_type)  # type: ignore[arg-type]
+        at_least_one(num_layers=num_layers)
         self.position_embedding = nn.Embedding(max_length, hidden_size)
         self.dropout = nn.Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden_size, eps=1e-12)
@@ -73,6 +74,7 @@ class GRU4Rec(SequentialRecommender):
         loss_type: str = "CE",
     ) -> None:
         super().__init__(n_items, hidden_size, max_length, loss_type)  # type: ignore[arg-type]
+        at_least_one(num_layers=num_layers)
         self.dropout = nn.Dropout(dropout)
         self.gru = nn.GRU(hidden_size, inner_size, num_layers, bias=False, batch_first=True)
         self.dense = nn.Linear(inner_size, hidden_size)

@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
+from zoo.cli import output, training
+
+AT_LEAST_ONE = click.IntRange(min=1)
+
 
 @click.command()
 @click.argument("model")
 @click.argument("interactions", type=click.Path(dir_okay=False, path_type=Path))
+@training.out_folder("Folder of the run (default: MODEL-INTERACTIONS).", required=False)
+@click.option("--epochs", default=300, show_default=True, type=AT_LEAST_ONE, help="At most so many epochs.")
+@training.batch_size(2048)
+@click.option("--lr", default=1e-3, show_default=True, callback=training.positive, help="Adam's learning rate.")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the run (default: MODEL-INTERACTIONS)."
+    "--patience",
+    default=10,
+    show_default=True,
+    type=AT_LEAST_ONE,
+    help="Epochs without a better validation NDCG@10.",
 )
-@click.option("--epochs", default=300, show_default=True, help="At most so many epochs.")
-@click.option("--batch-size", default=2048, show_default=True)
-@click.option("--lr", default=1e-3, show_default=True, help="Adam's learning rate.")
-@click.option("--patience", default=10, show_default=True, help="Epochs without a better validation NDCG@10.")
-@click.option("--core", default=5, show_default=True, help="Users and items need so many interactions.")
-@click.option("--max-length", type=int, help="Items of history in a training sample (default: the model's).")
+@click.option(
+    "--core",
+    default=5,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Users and items need so many interactions.",
+)
+@click.option("--max-length", type=AT_LEAST_ONE, help="Items of history in a training sample (default: the model's).")
 @click.option(
     "--scale-time/--raw-time",
     default=None,
     help="Scale timestamps to [0, 1] over the data, or leave them (default: as RecBole, scaled for ml-100k alone).",
 )
 @click.option("--seed", default=2020, show_default=True)
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another model argument; repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Another model argument; repeatable.")
+@output.as_json
 def train(
     model: str,
     interactions: Path,
@@ -49,27 +64,39 @@ def train(
 
     INTERACTIONS is a CSV, TSV, parquet or RecBole .inter file with the columns user, item and timestamp. The protocol
     is RecBole's: 5-core filter, the last interaction of each user for the test, the one before for validation, full
-    ranking. A run that was stopped goes on when the same command is given again.
+    ranking. A run that was stopped goes on when the same command is given again. Training begins with random weights.
     """
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from zoo.files import check_place, whole
+
     from . import artifact
-    from .protocol import prepare, read_table, split
+    from ._base import SequentialRecommender
+    from .protocol import prepare, split
+    from .tables import read_table
     from .training import Settings, evaluate, fit, plot
 
     console = Console(stderr=True)
+    arguments = output.pairs(settings, "--set")
+    if taken := {"n_items", "time_scale"} & arguments.keys():
+        raise click.UsageError(f"--set {taken.pop()}: it follows from the data; leave it out")
     if out is None:
         out = Path(f"{model}-{interactions.stem}")
+    check_place(out)
     if scale_time is None:
         scale_time = interactions.stem == "ml-100k"
     table = prepare(*read_table(interactions), core=core, scale_time=scale_time)
-    arguments: dict[str, Any] = dict(_setting(text) for text in settings)
     if max_length is not None:
         arguments["max_length"] = max_length
     torch.manual_seed(seed)
     network = create(model, n_items=table.n_items, **arguments)
+    if not isinstance(network, SequentialRecommender):
+        raise click.UsageError(f"{model} is no sequential recommender; `zoo list --domain recommendation` shows them")
+    if table.time_scale is not None and network.reads_times:  # so that its folder knows how to read seconds
+        torch.manual_seed(seed)
+        network = create(model, n_items=table.n_items, time_scale=table.time_scale, **arguments)
     if network.built_from is not None and network.built_from["implementation"] == "torch":
         from .recbole_models import INSTALL, installed
 
@@ -107,17 +134,20 @@ def train(
             raise
     scores = evaluate(network, parts[2])
     plot(history, out / "curve.png")
-    (out / "results.json").write_text(json.dumps({"test": scores, "best_epoch": history.best_epoch}, indent=1))
+    with whole(out / "results.json") as work:
+        work.write_text(json.dumps({"test": scores, "best_epoch": history.best_epoch}, indent=1))
     source = "measured by zoo train"
     rows = [{"name": k, "value": v, "dataset": interactions.name, "source": source} for k, v in scores.items()]
-    recommender = artifact.save(out, network, table, rows)
+    artifact.save(out, network, table, rows)
     if as_json:
         click.echo(json.dumps({"test": scores, "best_epoch": history.best_epoch, "folder": str(out)}))
         return
     click.echo(f"best epoch {history.best_epoch} of {len(history.epochs)}; on the test interactions:")
     for name, value in scores.items():
         click.echo(f"  {name:8} {value:.4f}")
-    click.echo(f"saved to {out} ({len(recommender.store)} users); try: zoo recommend {out} --user NAME")
+    click.echo(
+        f"saved to {out} ({len(table.user_tokens) - 1} users); try: zoo recommend {shlex.quote(str(out))} --user NAME"
+    )
 
 
 #: What a system's name stands for: its published configuration, at RecBole's usual length of history.
@@ -140,28 +170,20 @@ def create(name: str, **arguments: Any) -> Any:
     return zoo.create(model, **{**defaults, **arguments})
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise click.BadParameter(f"{text!r}: expected KEY=VALUE, for example num_layers=1", param_hint="--set")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
-
-
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--user", "users", multiple=True, help="A user's name in the interaction file; repeatable.")
-@click.option("-k", default=10, show_default=True, help="How many items.")
+@click.option("-k", default=10, show_default=True, type=AT_LEAST_ONE, help="How many items.")
 @click.option("--all", "everyone", is_flag=True, help="Every user; with --out to a parquet file.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write a parquet file instead.")
 @click.option("--seen/--no-seen", default=False, help="Also recommend what the user already took.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one user a line.")
 def recommend(
     folder: Path, users: tuple[str, ...], k: int, everyone: bool, out: Path | None, seen: bool, as_json: bool
 ) -> None:
     """Answer from the trained recommender in FOLDER (made by `zoo train`)."""
+    from zoo.files import check_place
+
     from . import artifact
     from .serving import write_parquet
 
@@ -169,6 +191,8 @@ def recommend(
         raise click.UsageError("say whom to answer: --user NAME (once or more), or --all")
     if out is not None and out.suffix != ".parquet":
         raise click.UsageError(f"--out is {out}; expected a name that ends in .parquet")
+    if out is not None:
+        check_place(out)
     recommender = artifact.load(folder)
     answers = (
         recommender.recommend_all(k, exclude_seen=not seen)
@@ -177,7 +201,7 @@ def recommend(
     )
     if out is not None:
         rows = write_parquet(answers, out)
-        click.echo(f"{rows} rows in {out}")
+        click.echo(json.dumps({"rows": rows, "file": str(out)}) if as_json else f"{rows} rows in {out}")
         return
     for answer in answers:
         if as_json:

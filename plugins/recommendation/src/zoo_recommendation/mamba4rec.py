@@ -16,7 +16,7 @@ from zoo.layers import Mamba
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Rules
 
-from ._base import FeedForward, SequentialRecommender, UserState, init_normal, outputs, take
+from ._base import FeedForward, SequentialRecommender, UserState, at_least_one, init_normal, outputs, take
 from .last import Dropout, rows_at
 
 EPS = 1e-12
@@ -69,6 +69,7 @@ class Mamba4Rec(SequentialRecommender):
         loss_type: str = "CE",
     ) -> None:
         super().__init__(n_items, hidden_size, max_length, loss_type)  # type: ignore[arg-type]
+        at_least_one(num_layers=num_layers)
         self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(hidden_size, eps=EPS)
         self.layers = nn.ModuleList(

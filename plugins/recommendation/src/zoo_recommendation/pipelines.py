@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +15,8 @@ from zoo import errors
 from zoo.pipelines import Pipeline, Result
 
 from ._base import SequentialRecommender
+from .protocol import scaled
+from .tables import read_history
 
 
 @dataclass(kw_only=True)
@@ -26,7 +28,7 @@ class NextItems(Result):
     share: list[float] = field(default_factory=list)
 
     def summary(self) -> str:
-        return ", ".join(self.items[:3])
+        return ", ".join(self.items[:3]) or "nothing: the history holds every item"
 
     @property
     def confidence(self) -> float | None:
@@ -36,20 +38,23 @@ class NextItems(Result):
 class NextItem(Pipeline):
     """Next-item prediction for one history.
 
-    Inputs: a CSV or TSV file with a column ``item`` (or ``item_id``) and, for models that read time, ``timestamp``
-    (seconds), one row an interaction, oldest first or with timestamps to sort by; or a list of item names in memory.
-    Options: ``top_k``; ``exclude_seen`` leaves out what the history holds already.
+    Inputs: a CSV, TSV, parquet or RecBole .inter file with a column ``item`` (or ``item_id``) and, for models that read
+    time, ``timestamp`` (seconds), one row an interaction, oldest first or with timestamps to sort by, all of one user;
+    or, for models that do not read time, a list of item names in memory (a list of such lists: several histories).
+    Options: ``top_k``; ``exclude_seen`` leaves out what the history holds already. The last ``max_length`` items count.
     """
 
     task = "next-item"
-    extensions = (".csv", ".tsv", ".inter")
+    extensions = (".csv", ".tsv", ".inter", ".parquet")
 
     def __init__(self, model: nn.Module, top_k: int = 10, exclude_seen: bool = True) -> None:
-        super().__init__(model)
         if not isinstance(model, SequentialRecommender):
             raise errors.BadArgument(
                 f"{type(model).__name__} is no sequential recommender", argument="model", accepted=[]
             )
+        if top_k < 1:
+            raise errors.BadArgument(f"top_k is {top_k}; expected 1 or more", argument="top_k", accepted=[])
+        super().__init__(model)
         self.recommender = model
         self.top_k, self.exclude_seen = top_k, exclude_seen
         self.names = self.labels() or [str(i) for i in range(1, model.n_items)]
@@ -60,45 +65,53 @@ class NextItem(Pipeline):
         self.ids = {name: i for i, name in enumerate(self.names, start=1)}
 
     def expand(self, inputs: Any) -> tuple[list[Any], bool]:
-        # A list of names that are no files is one history in memory.
-        if isinstance(inputs, list) and inputs and all(isinstance(x, str) and x in self.ids for x in inputs):
+        # Names are told from files by what the model knows: one that it knows makes the list a history in memory.
+        if isinstance(inputs, list) and self._is_history(inputs):
             return [tuple(inputs)], True
+        if isinstance(inputs, list):
+            inputs = [tuple(one) if isinstance(one, list) else one for one in inputs]
         return super().expand(inputs)
+
+    def _is_history(self, items: Sequence[Any]) -> bool:
+        return any(isinstance(x, int) or (isinstance(x, str) and x in self.ids) for x in items)
 
     def read(self, source: Any) -> tuple[list[int], list[float]]:
         if isinstance(source, tuple):
-            return self._known(list(source), "the given history"), [0.0] * len(source)
-        path = Path(source)
-        with path.open(newline="", encoding="utf-8") as file:
-            text = file.read()
-        delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-        rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
-        names = {str(name).split(":")[0].strip().lower(): name for name in (rows[0] if rows else {})}
-        column = names.get("item") or names.get("item_id")
-        if column is None:
-            raise ValueError(
-                f"{path}: no column 'item'; found {sorted(names)}. Expected item[,timestamp], one row each"
+            items, times = self._known([str(item) for item in source], "the given history"), None
+            where = "the given history"
+        elif isinstance(source, str | Path):
+            names, times = read_history(source)
+            items, where = self._known(names, str(source)), str(source)
+        else:
+            raise errors.BadArgument(
+                f"an input is a {type(source).__name__}; expected a file or a list of item names",
+                argument="inputs",
+                accepted=[],
             )
-        when = names.get("timestamp") or names.get("time")
-        times = [0.0] * len(rows)
-        if when is not None:
-            try:
-                times = [float(row[when]) for row in rows]
-            except ValueError as error:
-                raise ValueError(f"{path}: column {when!r} is not a number of seconds everywhere: {error}") from error
-            order = sorted(range(len(rows)), key=lambda i: times[i])
-            rows, times = [rows[i] for i in order], [times[i] for i in order]
-        return self._known([row[column] for row in rows], str(path)), times
+        if times is None and self.recommender.reads_times:
+            raise errors.BadArgument(
+                f"{where} has no times, and {self.name} reads the time of each interaction; expected a file with the "
+                "columns item and timestamp (seconds)",
+                argument="inputs",
+                accepted=[],
+            )
+        scale = self.recommender.time_scale
+        when = np.zeros(len(items)) if times is None else scaled(times, None if scale is None else (scale[0], scale[1]))
+        return items, when.tolist()
 
     def _known(self, items: Sequence[str], where: str) -> list[int]:
         unknown = sorted({item for item in items if item not in self.ids})
         if unknown:
-            raise ValueError(
+            raise errors.BadArgument(
                 f"{where}: {len(unknown)} items that the model was not trained on, the first: {unknown[0]!r}; "
-                f"it knows {len(self.ids)} items, for example {self.names[0]!r}"
+                f"it knows {len(self.ids)} items, for example {self.names[0]!r}",
+                argument="inputs",
+                accepted=[],
             )
         if not items:
-            raise ValueError(f"{where}: an empty history; the model needs at least one item")
+            raise errors.BadArgument(
+                f"{where}: an empty history; the model needs at least one item", argument="inputs", accepted=[]
+            )
         return [self.ids[item] for item in items]
 
     def prepare(self, sample: tuple[list[int], list[float]]) -> dict[str, Tensor]:
@@ -109,8 +122,11 @@ class NextItem(Pipeline):
         return {
             "item_seq": torch.tensor(items + [0] * pad),
             "item_seq_len": torch.tensor(len(items)),
-            "times": torch.tensor(times + [0.0] * pad),
+            "times": torch.tensor(times + [0.0] * pad, dtype=torch.float32),
         }
+
+    def _to_model(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)  # seconds stay in float32, whatever the model's weights are in
 
     def forward(self, batch: Any) -> Tensor:
         return self.recommender.scores(self.model(**batch))
@@ -118,6 +134,10 @@ class NextItem(Pipeline):
     def finish(self, output: Tensor, sample: tuple[list[int], list[float]]) -> NextItems:
         scores = output.clone()
         scores[0] = -torch.inf
+        if bool(scores.isnan().any()):
+            raise ValueError(
+                f"the scores of {self.name} are not numbers (NaN): its weights or the timestamps are broken"
+            )
         share = scores.softmax(0)
         if self.exclude_seen:
             scores[torch.tensor(sample[0])] = -torch.inf

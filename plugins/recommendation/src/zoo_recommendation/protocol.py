@@ -13,12 +13,13 @@ import functools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from zoo_registry import errors
 
 
 @dataclass(frozen=True)
@@ -96,78 +97,12 @@ class Samples:
         }
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[dict[str, Tensor]]:
-        """All samples once, in order, or shuffled when a generator is given."""
+        """All samples once, in order, or shuffled when a generator is given. Raises ValueError for a size below 1."""
+        if size < 1:
+            raise ValueError(f"the batch size is {size}; expected at least 1")
         order = np.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator).numpy()
         for first in range(0, len(self), size):
             yield self.batch(order[first : first + size])
-
-
-def read_table(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(user, item, timestamp) columns of a file, tokens as strings, timestamps as float64 seconds.
-
-    A RecBole atomic file (``.inter``, tab separated, header ``user_id:token item_id:token ... timestamp:float``), or a
-    CSV/TSV/parquet file with columns named user, item, timestamp (also user_id, item_id, time). Raises ValueError
-    naming the columns found and expected, or the first line that is not a number of seconds.
-    """
-    import pyarrow as pa
-    import pyarrow.csv as csv
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no interaction file {path}: expected a .csv, .tsv, .inter or .parquet file")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        table = parquet.read_table(path)
-    else:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            header = file.readline()
-        delimiter = "\t" if "\t" in header else ("," if "," in header else ";")
-        try:
-            table = csv.read_csv(
-                path,
-                parse_options=csv.ParseOptions(delimiter=delimiter),
-                # Ids are names even where they look like numbers: "007" is not 7.
-                convert_options=csv.ConvertOptions(
-                    column_types={name.strip(): pa.string() for name in header.split(delimiter)}
-                ),
-            )
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a table: {error}") from error
-    names = {name.split(":")[0].strip().lower(): name for name in table.column_names}
-    columns = []
-    for wanted in (("user_id", "user"), ("item_id", "item"), ("timestamp", "time")):
-        found = next((names[w] for w in wanted if w in names), None)
-        if found is None:
-            raise ValueError(
-                f"{path}: no column {' or '.join(map(repr, wanted))}; found {table.column_names}. "
-                "Expected the columns user_id, item_id and timestamp (seconds)"
-            )
-        columns.append(table.column(found))
-    users, items = (np.asarray(c.cast(pa.string()).to_pylist(), dtype=object) for c in columns[:2])
-    try:
-        times = columns[2].cast(pa.float64()).to_numpy()
-    except pa.ArrowInvalid as error:
-        row, value = next((i, cell.as_py()) for i, cell in enumerate(columns[2]) if not _is_number(cell))
-        raise ValueError(
-            f"{path}, line {row + 2}: the timestamp is {value!r}; expected a number of seconds, for example 1700000000"
-        ) from error
-    empty = [i for i, (u, v) in enumerate(zip(users, items, strict=True)) if u in (None, "") or v in (None, "")]
-    if empty or not np.isfinite(times).all():
-        line = (empty or np.flatnonzero(~np.isfinite(times)))[0] + 2
-        raise ValueError(f"{path}, line {line}: a user, an item or a timestamp is missing or not finite")
-    return users, items, times
-
-
-def _is_number(cell: Any) -> bool:
-    """Whether one cell, an Arrow scalar, is a number; a gap is told of by itself."""
-    import pyarrow as pa
-
-    try:
-        cell.cast(pa.float64())
-    except pa.ArrowInvalid:
-        return False
-    return True
 
 
 def prepare(
@@ -180,11 +115,13 @@ def prepare(
 ) -> Interactions:
     """Filter, number and sort. ``scale_time``: min-max to [0, 1], which RecBole does for the data set "ml-100k" alone.
 
-    Raises ValueError when nothing is left after the filter.
+    Raises BadArgument (a ValueError) when nothing is left after the filter, and for times that are not finite.
     """
     users, items, times = np.asarray(users), np.asarray(items), np.asarray(times, dtype=np.float64)
     if not len(users) == len(items) == len(times):
         raise ValueError(f"columns of different lengths: {len(users)} users, {len(items)} items, {len(times)} times")
+    if not np.isfinite(times).all():
+        raise ValueError(f"time {np.flatnonzero(~np.isfinite(times))[0]} is missing or not finite; expected seconds")
     _, user_code = np.unique(users.astype(str), return_inverse=True)
     _, item_code = np.unique(items.astype(str), return_inverse=True)
     keep = np.ones(len(users), dtype=bool)
@@ -196,9 +133,11 @@ def prepare(
             break
         keep = new
     if not keep.any():
-        raise ValueError(
+        raise errors.BadArgument(
             f"nothing is left of {len(users)} interactions: no users and items have at least {core} interactions with "
-            "each other; use more data or a smaller core (--core)"
+            "each other; use more data or a smaller core (--core)",
+            argument="core",
+            accepted=[],
         )
     users, items, times = users[keep], items[keep], times[keep]
     user, user_tokens = _number(users)
@@ -279,9 +218,17 @@ class Ranking:
         self.count = 0
 
     def add(self, scores: Tensor, target: Tensor) -> None:
-        """scores (batch, n_items), target (batch,): item 0 never ranks; items already seen may (as in RecBole)."""
+        """scores (batch, n_items), target (batch,): item 0 never ranks; items already seen may (as in RecBole).
+
+        Raises ValueError for scores that are not numbers.
+        """
         scores = scores.clone()
         scores[:, 0] = -torch.inf
+        if bool(scores.isnan().any()):  # a rank among these means nothing, and topk would give one
+            raise ValueError(
+                "the model's scores are not numbers (NaN), so nothing can be ranked: its weights are broken (by a "
+                "learning rate that is too high, say), or timestamps are extreme"
+            )
         best = scores.topk(min(max(self.topk), scores.shape[1]), dim=1).indices
         match = best == target[:, None]
         rank = torch.where(match.any(1), match.float().argmax(1) + 1, scores.shape[1] + 1).double()

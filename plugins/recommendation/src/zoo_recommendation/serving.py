@@ -8,6 +8,7 @@ scores that the whole history would give (up to rounding).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from zoo.files import whole
 
 from ._base import SequentialRecommender, UserState
 from .protocol import Interactions, scaled
@@ -51,7 +54,9 @@ class Recommender:
 
     Arguments: ``model`` (put into eval mode), ``item_tokens`` (names by id, entry 0 is padding), ``store`` (memory by
     default), ``popularity`` (counts by item id, what cold users get; None: zero for all), ``time_scale`` (the (first,
-    last) second that were 0 and 1 in training, for models trained on scaled times).
+    last) second that were 0 and 1 in training, for models trained on scaled times). Users' names are strings; others
+    are taken by their text, 17 as "17". Raises ValueError for names or counts of another number than the model's items
+    and for a model that is not on the CPU.
     """
 
     def __init__(
@@ -64,31 +69,41 @@ class Recommender:
     ) -> None:
         if len(item_tokens) != model.n_items:
             raise ValueError(f"{len(item_tokens)} item names for a model of {model.n_items} items (padding included)")
+        if (device := next(model.parameters()).device).type != "cpu":
+            raise ValueError(f"the model is on {device}; a recommender answers on the CPU: give it model.cpu()")
         self.model = model.eval()
         self.item_tokens = list(item_tokens)
         self.item_ids = {token: i for i, token in enumerate(self.item_tokens) if i}
         self.store: Store = MemoryStore() if store is None else store
         self.time_scale = time_scale
         self.popularity = np.zeros(model.n_items) if popularity is None else np.asarray(popularity, dtype=np.float64)
+        if self.popularity.shape != (model.n_items,):
+            raise ValueError(
+                f"popularity has shape {self.popularity.shape}; expected ({model.n_items},), item 0 included"
+            )
         self._layout = [{k: v.shape[1:] for k, v in layer.items()} for layer in model.init_user(1)] if (
             model.recurrent
         ) else []  # fmt: skip
 
     # -- what happens ----------------------------------------------------------------------------------------------
 
-    def update(self, user: str, item: str, time: float = 0.0) -> None:
-        """``user`` took ``item`` at ``time`` (seconds). Constant cost for recurrent models.
+    def update(self, user: str, item: str, time: float | None = None) -> None:
+        """``user`` took ``item`` at ``time`` (seconds; models that do not read times need none). Constant cost for
+        recurrent models.
 
-        Raises UnknownItem, naming it, for an item that the model was not trained on; nothing is changed then.
+        Raises UnknownItem, naming it, for an item that the model was not trained on, and ValueError for a time that is
+        missing or not finite; nothing is changed then.
         """
         self.update_many([(user, item, time)])
 
-    def update_many(self, events: Iterable[tuple[str, str, float]], batch_size: int = 1024) -> int:
+    def update_many(self, events: Iterable[tuple[str, str, float | None]], batch_size: int = 1024) -> int:
         """(user, item, time) events in their order, ``batch_size`` users stepping together; returns how many.
 
-        The result is that of :meth:`update` after :meth:`update`, many times as fast. Raises UnknownItem before
+        The result is that of :meth:`update` after :meth:`update`, many times as fast. Raises as :meth:`update`, before
         anything is changed.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
         rounds: list[list[tuple[str, int, float]]] = []  # the n-th holds each user's n-th event of these
         seen: dict[str, int] = {}
         for user, item, time in events:
@@ -98,10 +113,16 @@ class Recommender:
                     f"item {item!r} was not in the training data, so the model has no vector for it; "
                     "skip it, or train again with it"
                 )
+            if time is None and self.model.reads_times:
+                raise ValueError(f"user {user!r}, item {item!r}: the model reads times; give time= in seconds")
+            when = 0.0 if time is None else float(time)
+            if not math.isfinite(when):
+                raise ValueError(f"user {user!r}, item {item!r}: the time is {time}; expected seconds")
+            user = str(user)
             turn = seen[user] = seen.get(user, -1) + 1
             if turn == len(rounds):
                 rounds.append([])
-            rounds[turn].append((user, index, float(scaled(time, self.time_scale))))
+            rounds[turn].append((user, index, float(scaled(when, self.time_scale))))
         for events_of_round in rounds:
             for first in range(0, len(events_of_round), batch_size):
                 users, items, times = zip(*events_of_round[first : first + batch_size], strict=True)
@@ -129,22 +150,25 @@ class Recommender:
     def load_histories(self, table: Interactions, batch_size: int = 256) -> None:
         """Every user of a table with its whole history, in batches. Replaces what the store had of them."""
         first = np.flatnonzero(np.r_[True, table.user[1:] != table.user[:-1]])
-        spans = list(zip(first, np.r_[first[1:], len(table.user)], strict=True))
-        spans.sort(key=lambda span: span[1] - span[0])  # batches of like lengths
-        for start in range(0, len(spans), batch_size):
-            group = spans[start : start + batch_size]
+        spans = zip(first, np.r_[first[1:], len(table.user)], strict=True)
+        self.put_histories(
+            [(table.user_tokens[table.user[a]], table.item[a:b], table.time[a:b]) for a, b in spans], batch_size
+        )
+
+    @torch.no_grad()
+    def put_histories(self, histories: Sequence[tuple[str, np.ndarray, np.ndarray]], batch_size: int = 256) -> None:
+        """Users with whole histories, (name, item ids, times as the model reads them). Replaces what the store had."""
+        ordered = sorted(histories, key=lambda history: len(history[1]))  # batches of like lengths
+        for start in range(0, len(ordered), batch_size):
+            group = ordered[start : start + batch_size]
             states: list[np.ndarray | None] = [None] * len(group)
             vectors: list[np.ndarray | None] = [None] * len(group)
             if self.model.recurrent:
-                states, vectors = self._walk([table.item[a:b] for a, b in group])
-            records = [
-                (
-                    table.user_tokens[table.user[a]],
-                    UserRecord(table.item[a:b].astype(np.int32), table.time[a:b].astype(np.float64), state, vector),
-                )
-                for (a, b), state, vector in zip(group, states, vectors, strict=True)
-            ]
-            self.store.put_many(records)
+                states, vectors = self._walk([items for _, items, _ in group])
+            self.store.put_many(
+                (user, UserRecord(items.astype(np.int32), times.astype(np.float64), state, vector))
+                for (user, items, times), state, vector in zip(group, states, vectors, strict=True)
+            )
 
     def _walk(self, histories: list[np.ndarray]) -> tuple[list[np.ndarray | None], list[np.ndarray | None]]:
         """States and vectors after whole histories: all users step together, those that have ended wait."""
@@ -168,7 +192,7 @@ class Recommender:
 
     def scores(self, user: str) -> np.ndarray | None:
         """Scores by item id (padding at -inf), or None for a user without history."""
-        record = self.store.get(user)
+        record = self.store.get(str(user))
         if record is None or not len(record.items):
             return None
         return self._scores([record])[0].numpy()
@@ -182,6 +206,11 @@ class Recommender:
             vectors[unknown] = self._recompute([records[i] for i in unknown])
         for i, record in enumerate(records):
             if record.vector is not None:
+                if len(record.vector) != self.model.hidden_size:
+                    raise ValueError(
+                        f"a stored vector has {len(record.vector)} numbers, this model's has {self.model.hidden_size}: "
+                        "the store belongs to another model"
+                    )
                 vectors[i] = torch.from_numpy(np.array(record.vector))
         scores = self.model.scores(vectors).float()
         scores[:, 0] = -torch.inf
@@ -204,8 +233,11 @@ class Recommender:
 
     def recommend_many(self, users: Sequence[str], k: int = 10, *, exclude_seen: bool = True) -> list[Answer]:
         """:meth:`recommend` for several users at once, in their order."""
-        if k < 1:
-            raise ValueError(f"k is {k}; expected at least 1")
+        if not isinstance(k, int | np.integer) or k < 1:
+            raise ValueError(f"k is {k!r}; expected a whole number, at least 1")
+        if isinstance(users, str):
+            raise ValueError(f"users is {users!r}; expected a list of names (`recommend` answers for one user)")
+        users = [str(user) for user in users]
         records = [self.store.get(user) for user in users]
         known = [record for record in records if record is not None and len(record.items)]
         best: Iterator[tuple[Recommendation, ...]] = iter(())
@@ -273,7 +305,8 @@ def write_parquet(answers: Iterable[Answer], path: str | Path, *, rows: int = 65
     """One row a recommendation: user, rank (from 1), item, score, cold. Returns the number of rows.
 
     ``rows`` are held in memory at a time, so the answers may be a generator over millions of users. Written beside and
-    moved into place: ``path`` is whole or it is not there.
+    moved into place: ``path`` is whole or it is not there. Folders above it are made; raises StoreError where nothing
+    can be written.
     """
     import pyarrow as pa
     import pyarrow.parquet as parquet
@@ -292,13 +325,10 @@ def write_parquet(answers: Iterable[Answer], path: str | Path, *, rows: int = 65
         for answer in answers
         for rank, found in enumerate(answer.items, start=1)
     )
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
     written = 0
-    with parquet.ParquetWriter(temporary, schema) as writer:
+    with whole(path) as work, parquet.ParquetWriter(work, schema) as writer:
         while piece := list(islice(table, rows)):
             columns = [pa.array(column, type=field.type) for column, field in zip(zip(*piece), schema)]  # noqa: B905
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
             written += len(piece)
-    temporary.replace(path)
     return written

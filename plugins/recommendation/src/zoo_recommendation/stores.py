@@ -7,6 +7,7 @@ can be left out of answers). Keys are the users' names in the interaction file.
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from zoo.files import existing, whole
+from zoo_registry import errors
 
 
 @dataclass
@@ -72,7 +76,10 @@ class MemoryStore:
         return len(self._records)
 
     def save(self, path: str | Path) -> Path:
-        """Everything in one file: ragged parts end to end with their offsets. Written beside and moved into place."""
+        """Everything in one file: ragged parts end to end with their offsets. Written beside and moved into place.
+
+        Raises StoreError where nothing can be written, ValueError when some users have a state and some have none.
+        """
         from safetensors.numpy import save_file
 
         records = list(self._records.values())
@@ -82,26 +89,27 @@ class MemoryStore:
             "items": np.concatenate([r.items for r in records] or [np.zeros(0, np.int32)]).astype(np.int32),
             "times": np.concatenate([r.times for r in records] or [np.zeros(0)]).astype(np.float64),
         }
-        if records and records[0].state is not None:
+        if any(r.state is not None for r in records):
             tensors["states"] = np.stack([_present(r.state) for r in records])
             tensors["vectors"] = np.stack([_present(r.vector) for r in records])
         path = Path(path)
-        temporary = path.with_name(path.name + ".part")
-        save_file(tensors, temporary, metadata={"users": json.dumps(list(self._records))})
-        temporary.replace(path)
+        with whole(path) as work:
+            save_file(tensors, work, metadata={"users": json.dumps(list(self._records))})
         return path
 
     @classmethod
     def open(cls, path: str | Path) -> MemoryStore:
-        """Read what :meth:`save` wrote."""
-        from safetensors import safe_open
+        """Read what :meth:`save` wrote. Raises BadFile (a ValueError) for other files."""
+        from safetensors import SafetensorError, safe_open
 
         store = cls()
-        with safe_open(str(path), framework="np") as file:
-            users = json.loads((file.metadata() or {}).get("users", "[]"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        if len(tensors["lengths"]) != len(users):
-            raise ValueError(f"{path}: {len(users)} user names for {len(tensors['lengths'])} records; not a state file")
+        path = existing(path, "a file that MemoryStore.save wrote")
+        try:
+            with safe_open(str(path), framework="np") as file:
+                users = json.loads((file.metadata() or {})["users"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, KeyError) as error:
+            raise errors.BadFile(f"{path} is no file of MemoryStore.save: {error}", path=str(path)) from error
         ends = np.cumsum(tensors["lengths"])
         for i, user in enumerate(users):
             rows = slice(ends[i] - tensors["lengths"][i], ends[i])
@@ -119,17 +127,27 @@ class SQLiteStore:
 
     An update reads, steps and writes inside one transaction, so several processes may serve one file. A crash of the
     process loses nothing; a loss of power may lose the last updates, but never half of one. A connection belongs to
-    its thread: give each thread its own store.
+    its thread: give each thread its own store. A file that cannot be written (a read-only disk) answers and takes no
+    updates. Raises BadFile for a file that is no SQLite database, StoreError where none can be opened.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._connection = sqlite3.connect(path, timeout=30, isolation_level=None)
-        self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute("PRAGMA synchronous=NORMAL")
-        self._connection.execute(
-            "CREATE TABLE IF NOT EXISTS users "
-            "(user TEXT PRIMARY KEY, items BLOB NOT NULL, times BLOB NOT NULL, state BLOB, vector BLOB)"
-        )
+        self.path = path = Path(path)
+        try:
+            if path.is_file() and not (os.access(path, os.W_OK) and os.access(path.absolute().parent, os.W_OK)):
+                self._connection = _read_only(path)
+                return
+            self._connection = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS users "
+                "(user TEXT PRIMARY KEY, items BLOB NOT NULL, times BLOB NOT NULL, state BLOB, vector BLOB)"
+            )
+        except sqlite3.OperationalError as error:
+            raise errors.StoreError(f"{path} cannot be opened as a file of users: {error}", path=str(path)) from error
+        except sqlite3.DatabaseError as error:
+            raise errors.BadFile(f"{path} is no file of users (SQLite): {error}", path=str(path)) from error
 
     def get(self, user: str) -> UserRecord | None:
         row = self._connection.execute(
@@ -162,13 +180,16 @@ class SQLiteStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
         try:
-            yield
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+        except sqlite3.OperationalError as error:  # a read-only file, a full disk, one that another holds for too long
+            raise errors.StoreError(f"{self.path} cannot be changed: {error}", path=str(self.path)) from error
 
     def users(self) -> Iterator[str]:
         for (user,) in self._connection.execute("SELECT user FROM users"):
@@ -178,7 +199,20 @@ class SQLiteStore:
         return self._connection.execute("SELECT count(*) FROM users").fetchone()[0]
 
     def close(self) -> None:
+        """Write out what lies beside the file, and let go of it."""
         self._connection.close()
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    """A file that nobody here can write. Raises StoreError when updates still lie beside it, which it would not see."""
+    behind = path.with_name(path.name + "-wal")
+    if behind.exists() and behind.stat().st_size:
+        raise errors.StoreError(
+            f"{path} cannot be written, and {behind.name} beside it holds updates that must first be written into it; "
+            "open it once where it can be written, or copy both files there",
+            path=str(path),
+        )
+    return sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True, isolation_level=None)
 
 
 def _row(user: str, record: UserRecord) -> tuple[str, bytes, bytes, bytes | None, bytes | None]:

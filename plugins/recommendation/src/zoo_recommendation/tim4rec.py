@@ -8,7 +8,7 @@ them cannot: one more item changes every step, and serving recomputes the last `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from zoo.reference import ReferenceAdapter, unwrapped
 from zoo.rules import Rename, Rules
 from zoo_kernels import causal_conv1d
 
-from ._base import FeedForward, SequentialRecommender, UserState, init_normal, outputs, take
+from ._base import FeedForward, SequentialRecommender, UserState, at_least_one, init_normal, outputs, take
 from .last import Dropout, rows_at, ssd_at
 from .protocol import ProtocolReplay
 
@@ -134,7 +134,8 @@ class TiM4Rec(SequentialRecommender):
     Arguments: ``n_items`` (counting the padding item 0), ``hidden_size`` D, ``num_layers``, ``max_length`` L (part of
     the weights when ``time``), ``d_state``, ``d_conv``, ``expand``, ``head_dim``, ``dropout`` and ``time_dropout``,
     ``time`` and ``point_to_point`` (a gate per position instead of one), ``norm_eps``, ``feed_forward``,
-    ``kaiming_init`` (of the convolutions), ``loss_type`` "CE" or "BPR".
+    ``kaiming_init`` (of the convolutions), ``loss_type`` "CE" or "BPR"; ``time_scale`` (no part of the network: the
+    (first, last) second that were 0 and 1 in training, so that whoever reads seconds for it scales them).
     """
 
     def __init__(
@@ -156,12 +157,15 @@ class TiM4Rec(SequentialRecommender):
         feed_forward: bool = True,
         kaiming_init: bool = True,
         loss_type: str = "CE",
+        time_scale: Sequence[float] | None = None,
     ) -> None:
         super().__init__(n_items, hidden_size, max_length, loss_type)  # type: ignore[arg-type]
+        at_least_one(num_layers=num_layers, head_dim=head_dim)
         self.heads = expand * hidden_size // head_dim
         # The original takes its convolution's activation from a CUDA package where the head count allows it.
         act = "silu" if self.heads % 8 == 0 else "hardswish"
-        self.recurrent = not time
+        self.recurrent, self.reads_times = not time, time
+        self.time_scale = None if time_scale is None else (float(time_scale[0]), float(time_scale[1]))
         self.dropout = Dropout(dropout)
         self.in_layer_norm = nn.LayerNorm(hidden_size, eps=norm_eps)
         self.time_norm = nn.LayerNorm(max_length, eps=norm_eps) if time else None
@@ -202,16 +206,21 @@ class TiM4Rec(SequentialRecommender):
     def time_features(self, times: Tensor) -> Tensor:
         """Differences between neighbouring times, normalised over the length: (batch, heads, length).
 
+        times (batch, length): in float32 or more, whatever the model's dtype (half precision cannot hold seconds).
         Padding is not masked, as in the original: the step from the last item to the first 0 is ``-times[last]``.
         """
         assert self.time_norm is not None
-        if times.shape[1] != self.max_length:
+        if times.dim() != 2 or times.shape[1] != self.max_length:
             raise ValueError(
-                f"times has length {times.shape[1]}; a model with time features needs its own max_length "
+                f"times has shape {tuple(times.shape)}; a model with time features needs its own max_length "
                 f"{self.max_length} (right-padded with 0): the length is part of its weights"
             )
-        difference = F.pad(times[:, 1:] - times[:, :-1], (1, 0))
-        return self.time_norm(self.dropout(difference))[:, None].expand(-1, self.heads, -1)
+        norm, difference = self.time_norm, F.pad(times[:, 1:] - times[:, :-1], (1, 0))
+        # Seconds since 1970 are beyond float16, and bfloat16 counts them in months: float32 until they are normalised.
+        work = torch.promote_types(torch.promote_types(times.dtype, norm.weight.dtype), torch.float32)
+        weight, bias = norm.weight.to(work), norm.bias.to(work)
+        tau = F.layer_norm(self.dropout(difference.to(work)), norm.normalized_shape, weight, bias, norm.eps)
+        return tau.to(norm.weight.dtype)[:, None].expand(-1, self.heads, -1)
 
     def encode(self, item_seq: Tensor, times: Tensor | None = None) -> Tensor:
         return self.encode_layers(item_seq, times)[-1][0]
@@ -226,6 +235,10 @@ class TiM4Rec(SequentialRecommender):
     def _embed(self, item_seq: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.time_norm is not None and times is None:
             raise ValueError("this model reads the time of each interaction: pass times=(batch, length)")
+        if times is not None and times.shape != item_seq.shape:
+            raise ValueError(
+                f"times has shape {tuple(times.shape)}, item_seq {tuple(item_seq.shape)}; expected the same"
+            )
         x = self.in_layer_norm(self.dropout(self.item_embedding(item_seq)))
         return x, self.time_features(times) if self.time_norm is not None and times is not None else None
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from zoo_kernels import runtime
+from zoo_registry import errors
 
 from ._base import SequentialRecommender
 from .protocol import Ranking, Samples
@@ -53,7 +54,7 @@ class Settings:
         for name in ("epochs", "batch_size", "patience", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if not self.learning_rate >= 0:
+        if not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected a number that is not negative")
 
 
@@ -167,14 +168,28 @@ def fit(
     """Train until the validation score stops rising; ``model`` ends with the best epoch's weights.
 
     ``folder`` keeps the run (see the module's text); a run found there goes on. ``progress(done, all)`` is called
-    after each batch, ``on_epoch(row)`` after each epoch. Raises ValueError when the folder holds a run with other
-    settings, another model or other training samples.
+    after each batch, ``on_epoch(row)`` after each epoch. The caller's random state stays as it was. Raises BadArgument
+    (a ValueError) when the folder holds a run with other settings, another model or other training samples.
     """
     if not len(train):
         raise ValueError("no training samples: every user needs at least two interactions after the filter")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(settings.seed)
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(settings.seed)
+        return _fit(model, train, valid, folder, settings, progress, on_epoch)
+
+
+def _fit(
+    model: SequentialRecommender,
+    train: Samples,
+    valid: Samples,
+    folder: Path,
+    settings: Settings,
+    progress: Callable[[int, int], None] | None,
+    on_epoch: Callable[[dict[str, float]], None] | None,
+) -> History:
     keep_freed_memory()
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
     history = _resume(folder, model, optimizer, settings, train)
@@ -205,17 +220,24 @@ def _resume(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, train: Samples
 ) -> History:
     """The run in ``folder``, model and optimiser brought to its last finished epoch; a new one if there is none."""
-    wanted = json.loads(json.dumps(asdict(settings))) | {"model": _fingerprint(model), "data": train.checksum()}
+    facts = {"model": _fingerprint(model), "arguments": _arguments(model), "data": train.checksum()}
+    wanted = json.loads(json.dumps(asdict(settings) | facts))
     path = folder / "last.safetensors"
     if not path.exists():
         return History(settings=wanted)
     with safe_open(path, framework="pt") as file:
         stored = History(**json.loads(file.metadata()["history"]))
-    changed = {k for k in wanted if k not in ("epochs", "patience") and stored.settings.get(k) != wanted[k]}
+    compared = stored.settings.keys() & wanted.keys() - {"epochs", "patience", "arguments"}
+    changed = [k for k in sorted(compared) if stored.settings[k] != wanted[k]]
+    if not changed:  # else these would be named twice
+        before = stored.settings.get("arguments", wanted["arguments"])
+        changed = [k for k, value in wanted["arguments"].items() if before.get(k) != value]
     if changed:
-        raise ValueError(
-            f"{folder} holds a run with other settings ({', '.join(sorted(changed))}); "
-            "continue it with its own settings and data, or train into an empty folder"
+        raise errors.BadArgument(
+            f"{folder} holds a run with other settings ({', '.join(changed)}); "
+            "continue it with its own settings and data, or train into an empty folder",
+            argument=changed[0],
+            accepted=[],
         )
     state = load_file(path)
     _unpack(state, model, optimizer)
@@ -225,7 +247,16 @@ def _resume(
 
 
 def _fingerprint(model: nn.Module) -> str:
+    """The class and the shapes of its weights."""
     return f"{type(model).__name__} " + ", ".join(f"{k}{list(v.shape)}" for k, v in model.state_dict().items())
+
+
+def _arguments(model: nn.Module) -> dict[str, Any]:
+    """What shapes do not tell of a model: how it was built, its dropout and its loss."""
+    info = getattr(model, "zoo_info", None)
+    built = getattr(model, "built_from", None) or ({} if info is None else info.config)
+    dropout = sorted({module.p for module in model.modules() if isinstance(module, nn.Dropout)})
+    return {**built, "dropout": dropout, "loss_type": getattr(model, "loss_type", None)}
 
 
 def _pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

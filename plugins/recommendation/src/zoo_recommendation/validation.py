@@ -15,7 +15,8 @@ from zoo.validation import Measured
 from zoo_registry import errors
 
 from .pipelines import NextItem
-from .protocol import Interactions, Ranking, Samples, read_table, scaled
+from .protocol import Interactions, Ranking, Samples, scaled
+from .tables import read_table
 
 
 def validate_interactions(
@@ -24,7 +25,7 @@ def validate_interactions(
     *,
     batch_size: int = 256,
     limit: int | None = None,
-    scale_time: bool = False,
+    scale_time: bool | None = None,
     progress: bool = True,
 ) -> Measured:
     """Hit, NDCG and MRR at 10 and 20: the last interaction of every user, from those before it, among all items.
@@ -32,7 +33,8 @@ def validate_interactions(
     DATA is a CSV, TSV, parquet or RecBole .inter file with the columns user, item and timestamp (seconds). Items are
     matched by name; interactions with items that the model does not know are left out, and the notes count them. A user
     needs two interactions. Nothing else is filtered, and seen items stay in the ranking, as in RecBole. ``scale_time``:
-    timestamps scaled to [0, 1] over this file, for models trained so; ``limit``: at most so many users.
+    timestamps scaled to [0, 1] over this file, or (false) as they are; left out, as the model was trained by
+    ``zoo train``. ``limit``: at most so many users.
 
     On the file that a model was trained on with ``zoo train`` these are the test scores, if the 5-core filter kept all.
     """
@@ -49,7 +51,10 @@ def validate_interactions(
         )
     tokens, code = np.unique(users[known].astype(str), return_inverse=True)
     when = times[known]
-    stored = scaled(when, (float(when.min()), float(when.max())) if scale_time else None).astype(np.float32)
+    scale = pipe.recommender.time_scale if scale_time is None else None
+    if scale_time:
+        scale = float(when.min()), float(when.max())
+    stored = scaled(when, None if scale is None else (scale[0], scale[1])).astype(np.float32)
     order = np.lexsort((np.arange(len(code)), stored, code))
     table = Interactions(
         code[order] + 1, ids[known][order], stored[order], ["[PAD]", *tokens.tolist()], ["[PAD]", *pipe.names]
@@ -66,6 +71,7 @@ def validate_interactions(
     began = time.perf_counter()
     with progress_bar(progress and sys.stderr.isatty(), len(samples), pipe.name) as advance, torch.inference_mode():
         for batch in samples.batches(batch_size):
+            batch = {name: tensor.to(pipe.device) for name, tensor in batch.items()}
             user = pipe.recommender(batch["item_seq"], batch["item_seq_len"], batch["times"])
             ranking.add(pipe.recommender.scores(user).float(), batch["target"])
             for _ in batch["target"]:
