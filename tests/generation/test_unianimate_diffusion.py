@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.testing import assert_close
+from zoo.testing import assert_close, check_resume
 from zoo_generation.unianimate import diffusion
 from zoo_generation.unianimate.diffusion import Schedule, sample, starting_noise, timesteps, windows
 from zoo_generation.unianimate.training import Batch, train
@@ -151,3 +151,16 @@ def test_training_learns():
     assert all(value is None for value in seen[-1].values())
     with pytest.raises(ValueError, match="loss is nan at step 0"):
         train(model, lambda r: Batch(x * float("nan"), {}), steps=1)
+
+
+def test_training_goes_on_after_an_interruption(tmp_path):
+    x, _, given = inputs(batch=2)
+    given.pop("zero_y")
+
+    def trained(run, report):
+        model = small(temporal="mamba", dropout=0.1)
+        more = {"average": 0.9, "first_frame": 0.5, "unconditional": 0.2}
+        train(model, lambda r: Batch(x + float(r.normal()), given), steps=5, run=run, report=report, **more)
+        return model
+
+    check_resume(trained, tmp_path, after=3)

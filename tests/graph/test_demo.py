@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from recipes import recipe
 
 import zoo
+import zoo.testing
 import zoo_graph
 from zoo.cli.predict import predict as predict_command
 from zoo_graph.commands import predict_graphs, train_graphs
@@ -144,6 +145,25 @@ def test_fit_learns_graphs_and_numbers():
     graphs[0].y = None
     with pytest.raises(ValueError, match="not all graphs have targets"):
         fit(model, graphs[:8], graphs[48:], epochs=1, batch_size=8)
+
+
+def test_training_goes_on_after_an_interruption(tmp_path):
+    from zoo_graph.files import make_graph
+
+    r = np.random.default_rng(0)
+    edges = [("a", "b"), ("c", "d")]
+    graphs = [
+        make_graph(list("abcd"), r.normal(size=(4, 2)), edges, None, where="", directed=False, y=np.array(i % 2))
+        for i in range(8)
+    ]
+
+    def trained(run, report):
+        torch.manual_seed(0)
+        model = GraphMamba(node_dim=2, out_dim=2, dim_h=8, layers=1)
+        fit(model, graphs[:6], graphs[6:], epochs=4, batch_size=4, rate=1e-2, run=run, report=report)
+        return model
+
+    zoo.testing.check_resume(trained, tmp_path)
 
 
 def test_losses():

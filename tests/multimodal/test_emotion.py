@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from recipes import recipe
 
 import zoo
+import zoo.testing
 import zoo_multimodal
 from zoo.cli.predict import predict as predict_command
 from zoo_multimodal.broad_mamba import BroadMamba
@@ -170,6 +171,20 @@ def test_training_uses_what_was_said_before():
     assert measure(blind, alone(data[160:])).accuracy < 0.8  # four of five utterances say nothing
     with pytest.raises(ValueError, match="d1 has no labels"):
         fit(model, [Dialogue({"text": np.ones((1, 3), np.float32)}, name="d1")], data[:1], settings)
+
+
+def test_training_goes_on_after_an_interruption(tmp_path):
+    r = np.random.default_rng(0)
+    features = [{"text": r.normal(size=(3, 3)).astype(np.float32)} for _ in range(14)]
+    data = [Dialogue(one, None, None, list("aba"), f"d{i}") for i, one in enumerate(features)]
+
+    def trained(run, report):
+        torch.manual_seed(0)
+        model = BroadMamba("ab", {"text": 3}, dim=8, scan={"d_state": 4}, dropout=0.2)
+        fit(model, data[:10], data[10:], Settings(epochs=4, batch_size=4), report, run)
+        return model
+
+    zoo.testing.check_resume(trained, tmp_path)
 
 
 # -- the demo

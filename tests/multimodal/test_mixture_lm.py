@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,6 +122,27 @@ def test_training_learns_what_the_other_modality_says():
     assert image < 0.3 < 3.3 < text  # log2(12) = 3.58 bits cannot be known
     with pytest.raises(ValueError, match="document 0 has ids from 0 to 99"):
         fit(model, [[0, 99]], Settings(steps=1))
+
+
+def test_training_goes_on_after_an_interruption(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 12, (20, 7)).tolist()
+
+    def discrete(run, report):
+        torch.manual_seed(0)
+        model = MixtureLM(16, 1, (12, 12), ssm={"d_state": 4})
+        fit(model, rows, Settings(steps=5, batch_size=4), report, run)
+        return model
+
+    def continuous(run, report):
+        model = transfusion()
+        ids = torch.tensor([[0, 1, model.patch_id, model.patch_id, 2]]).repeat(6, 1)
+        latents = torch.randn(6, 5, model.latent_dim, generator=torch.Generator().manual_seed(1))
+        lengths = torch.full((6,), 5)
+        fit_transfusion(model, ids, latents, lengths, Settings(steps=5, batch_size=4), report, run)
+        return model
+
+    zoo.testing.check_resume(discrete, tmp_path / "a", after=3)
+    zoo.testing.check_resume(continuous, tmp_path / "b")
 
 
 # -- Transfusion

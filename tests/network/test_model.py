@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import zoo
+import zoo.testing
 from zoo_network.data import FlowSet
 from zoo_network.flows import to_tensor
 from zoo_network.netmamba import NetMamba, NetMambaPretrain, TwoWayMamba
@@ -148,6 +149,26 @@ def test_pretraining_learns_and_gives_a_start():
     assert classifier.head.weight.abs().max() < 1e-4
     with pytest.raises(ValueError, match="embed_dim is 8"):
         start_from(NetMamba(80, embed_dim=8, depth=2, num_classes=3), model)
+
+
+def test_training_goes_on_after_an_interruption(tmp_path):
+    data = np.random.default_rng(0).integers(0, 256, (20, 80), np.uint8)
+
+    def pretrained(run, report):
+        torch.manual_seed(0)
+        model = NetMambaPretrain(**{**SMALL, "drop_path_rate": 0.2}, decoder_embed_dim=8, decoder_depth=1)
+        pretrain(model, data, steps=5, batch_size=4, run=run, report=report)
+        return model
+
+    def tuned(run, report):
+        torch.manual_seed(0)
+        model = NetMamba(**{**SMALL, "drop_path_rate": 0.2}, num_classes=3)
+        settings = {"epochs": 4, "batch_size": 16, "base_rate": 0.1, "warmup_epochs": 1}
+        finetune(model, flows(48), flows(12, seed=1), run=run, report=report, **settings)
+        return model
+
+    zoo.testing.check_resume(pretrained, tmp_path / "a", after=3)
+    zoo.testing.check_resume(tuned, tmp_path / "b")
 
 
 def test_positions_of_another_length():

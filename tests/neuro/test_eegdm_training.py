@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import zoo.testing
 from zoo_neuro.eegdm.backbone import DiffusionBackbone
 from zoo_neuro.eegdm.data import WindowSet
 from zoo_neuro.eegdm.fusion import EEGClassifier
@@ -66,6 +67,25 @@ def test_training_stops_and_leaves_the_best_epoch():
         finetune(
             model, WindowSet(rhythms(4, 0).x, np.zeros(4, int), list("abc"), np.array(list("abcd"))), rhythms(4, 1)
         )
+
+
+def test_training_goes_on_after_an_interruption(tmp_path):
+    def pretrained(run, report):
+        torch.manual_seed(0)
+        model = DiffusionBackbone(**SMALL)
+        averaging = {"beta": 0.9, "after": 1, "every": 1}
+        pretrain(model, rhythms(8, 0).x, steps=5, batch_size=4, averaging=averaging, run=run, report=report)
+        return model
+
+    def tuned(run, report):
+        torch.manual_seed(0)
+        model = EEGClassifier({**SMALL, "zero_init": False}, **HEAD, n_class=2)
+        settings = {"epochs": 4, "batch_size": 8, "averaging": {"after": 1, "every": 1}}
+        finetune(model, rhythms(16, 1), rhythms(8, 2), run=run, report=report, **settings)
+        return model
+
+    zoo.testing.check_resume(pretrained, tmp_path / "a", after=3)
+    zoo.testing.check_resume(tuned, tmp_path / "b")
 
 
 def test_averages_are_ema_pytorchs():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import rotate
 
 import zoo
+import zoo.testing
 from zoo_neuro.tactile.augmentation import TouchAugmentation, reversed_time, turned
 from zoo_neuro.tactile.losses import AutoEncoderLoss, SimCLRLoss, SimSiamLoss
 from zoo_neuro.tactile.model import TactileNetwork
@@ -296,6 +297,28 @@ def test_training_learns():
         train(network(num_classes=3), known)
     with pytest.raises(ValueError, match="optimiser is 'lars'"):
         Settings(optimiser="lars")
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_training_goes_on_after_an_interruption(optimiser, tmp_path):
+    known = data(16)
+    settings = Settings(epochs=4, batch_size=8, optimiser=optimiser)
+
+    def trained(run, report):
+        torch.manual_seed(0)
+        model = network("linear", "mamba")
+        view = TouchAugmentation(False, torch.Generator().manual_seed(3))
+        train(model, known, known, settings, view=view, run=run, report=report)
+        return model
+
+    def pretrained(run, report):
+        torch.manual_seed(0)
+        model = network("linear", "none", num_classes=0)
+        pretrain(model, known.frames, "autoencoder", settings, run=run, report=report)
+        return model
+
+    zoo.testing.check_resume(trained, tmp_path / "a")
+    zoo.testing.check_resume(pretrained, tmp_path / "b")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -56,6 +56,7 @@ def predict_graphs(
 @click.option("--directed", is_flag=True, help="Edges count in their own direction only.")
 @click.option("--encoding", type=click.Choice(["laplacian", "random-walk"]), help="For models with pe_dim.")
 @training.run_options("layers=2")
+@training.resume
 @output.as_json
 def train_graphs(
     name: str,
@@ -70,6 +71,7 @@ def train_graphs(
     seed: int,
     device: str,
     choices: tuple[str, ...],
+    resume: bool,
     as_json: bool,
 ) -> None:
     """Train the node or graph model NAME on the labelled graphs in DATA: 80 % of them, 10 % to choose the epoch, 10 %
@@ -113,13 +115,15 @@ def train_graphs(
             click.echo(f"epoch {epoch.number:3} loss {epoch.loss:.4f} validation {epoch.score:.4f}")
 
     settings = {"epochs": epochs, "batch_size": batch_size, "rate": rate, "warmup_epochs": warmup}
-    fit(model, parts[0], parts[1], encoding=encoding, seed=seed, report=report, **settings)  # type: ignore[arg-type]
-    found = score(model, parts[2], batch_size=batch_size, encoding=encoding)
-    what = "mean absolute error" if model.kind == "regression" else "accuracy"
-    value = -found if model.kind == "regression" else found
-    split = f"{len(parts[2])} graphs"
-    metrics = training.measured({what: value}, dataset=data.name, split=split, command="train-graphs")
-    zoo.save(model.cpu(), out, labels=names, metrics=metrics)
+    more: dict[str, Any] = {"encoding": encoding, "seed": seed, "report": report, **settings}
+    with training.run(out, resume, unit="epoch", quiet=as_json, graphs=len(graphs)) as run:
+        fit(model, parts[0], parts[1], run=run, **more)
+        found = score(model, parts[2], batch_size=batch_size, encoding=encoding)
+        what = "mean absolute error" if model.kind == "regression" else "accuracy"
+        value = -found if model.kind == "regression" else found
+        split = f"{len(parts[2])} graphs"
+        metrics = training.measured({what: value}, dataset=data.name, split=split, command="train-graphs")
+        zoo.save(model.cpu(), out, labels=names, metrics=metrics)
     if as_json:
         output.emit({what: value, "graphs": [len(p) for p in parts], "folder": str(out)})
         return

@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.runs import Run
 
 from .batching import Batch, join
 from .files import Graph
@@ -73,10 +75,12 @@ def fit(
     encoding: str | None = None,
     seed: int = 0,
     report: Callable[[Epoch], None] | None = None,
+    run: Run | None = None,
 ) -> list[Epoch]:
     """Train a node or graph model in place on graphs with ``y``, and leave it at the best epoch on ``valid``.
 
-    batch_size counts graphs. Raises ValueError for graphs without targets and when a loss is not finite.
+    batch_size counts graphs. ``run``: keeps it epoch by epoch, and goes on with what it holds. Raises ValueError for
+    graphs without targets and when a loss is not finite.
     """
     if getattr(model, "level", "") == "link":
         raise ValueError("fit trains node and graph models; a link model's pairs are sampled by its task")
@@ -90,8 +94,11 @@ def fit(
         lambda i: min((i + 1) / rising, 0.5 * (1 + math.cos(math.pi * max(i - rising, 0) / max(steps - rising, 1)))),
     )
     r = np.random.default_rng(seed)
-    best, kept, found = -math.inf, {}, []
-    for number in range(epochs):
+    run = run or Run()
+    began = run.start(model=model, optimizer=optimizer, schedule=schedule, random=r)
+    best, kept = began.get("best", -math.inf), began.get("kept", {})
+    found = [Epoch(**row) for row in began.get("epochs", [])]
+    for number in range(len(found), epochs):
         model.train()
         order, total = r.permutation(len(train)), 0.0
         for i in range(a_pass):
@@ -110,6 +117,7 @@ def fit(
             best, kept = found[-1].score, copy.deepcopy(model.state_dict())
         if report is not None:
             report(found[-1])
+        run.keep(number + 1, best=best, kept=kept, epochs=[asdict(epoch) for epoch in found])
     if kept:
         model.load_state_dict(kept)
     model.eval()

@@ -40,6 +40,7 @@ def predict_emotions(
 @training.rate(1e-3)
 @click.option("--ridge", type=float, help="Solve the head by ridge regression with this penalty (head=broad).")
 @training.run_options("dim=64")
+@training.resume
 @output.as_json
 def train_emotions(
     name: str,
@@ -52,6 +53,7 @@ def train_emotions(
     seed: int,
     device: str,
     choices: tuple[str, ...],
+    resume: bool,
     as_json: bool,
 ) -> None:
     """Train the model NAME on the labelled dialogues in DATA: 80 % of them, 10 % to choose the epoch, 10 % to measure.
@@ -89,16 +91,17 @@ def train_emotions(
                 click.echo(f"epoch {epoch.number:3} loss {epoch.loss:.4f} validation F1 {epoch.weighted_f1:.4f}")
 
         settings = Settings(epochs, batch_size, rate, seed=seed)
-        fit(model, parts.train, parts.valid, settings, report)
-        if ridge is not None:
-            solve_head(model, parts.train, ridge)
-        found = measure(model, parts.test)
+        with training.run(out, resume, unit="epoch", quiet=as_json, dialogues=len(dialogues)) as run:
+            fit(model, parts.train, parts.valid, settings, report, run)
+            if ridge is not None:
+                solve_head(model, parts.train, ridge)
+            found = measure(model, parts.test)
+            figures = {"weighted F1": found.weighted_f1, "accuracy": found.accuracy}
+            split_name = f"{len(parts.test)} dialogues"
+            rows = training.measured(figures, dataset=data.name, split=split_name, command="train-emotions")
+            zoo.save(model.cpu(), out, labels=list(model.classes), metrics=rows)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    figures = {"weighted F1": found.weighted_f1, "accuracy": found.accuracy}
-    split_name = f"{len(parts.test)} dialogues"
-    rows = training.measured(figures, dataset=data.name, split=split_name, command="train-emotions")
-    zoo.save(model.cpu(), out, labels=list(model.classes), metrics=rows)
     if as_json:
         sizes = [len(parts.train), len(parts.valid), len(parts.test)]
         output.emit(

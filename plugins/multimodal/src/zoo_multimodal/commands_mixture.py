@@ -19,6 +19,7 @@ from zoo.cli import output, training
 @training.rate(1e-3)
 @click.option("--warmup", default=50, show_default=True, type=click.IntRange(min=0), help="Steps.")
 @training.run_options("dense=true")
+@training.resume
 @output.as_json
 def train_interleaved(
     name: str,
@@ -31,6 +32,7 @@ def train_interleaved(
     seed: int,
     device: str,
     choices: tuple[str, ...],
+    resume: bool,
     as_json: bool,
 ) -> None:
     """Train the model NAME on the documents in DATA: 90 % of them, the others measure.
@@ -61,12 +63,13 @@ def train_interleaved(
             click.echo(f"step {step:5} loss {loss:.4f}")
 
     train = _transfusion if isinstance(model, TransfusionMamba) else _discrete
-    try:
-        found, count = train(model, data, settings, device, report)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-    rows = training.measured(found, dataset=data.name, split=f"{count} documents", command="train-interleaved")
-    zoo.save(model.cpu(), out, metrics=rows)
+    with training.run(out, resume, quiet=as_json, bytes=data.stat().st_size) as run:
+        try:
+            found, count = train(model, data, settings, device, report, run)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        rows = training.measured(found, dataset=data.name, split=f"{count} documents", command="train-interleaved")
+        zoo.save(model.cpu(), out, metrics=rows)
     if as_json:
         output.emit(found | {"documents": count, "folder": str(out)})
         return
@@ -81,7 +84,9 @@ def _kept(count: int) -> int:
     return max(1, count // 10)
 
 
-def _discrete(model: Any, data: Path, settings: Any, device: str, report: Any) -> tuple[dict[str, float], int]:
+def _discrete(
+    model: Any, data: Path, settings: Any, device: str, report: Any, run: Any
+) -> tuple[dict[str, float], int]:
     from .documents import Codec, fit_codebook, load_picture, read_documents
     from .mixture_training import bits, fit
 
@@ -95,14 +100,16 @@ def _discrete(model: Any, data: Path, settings: Any, device: str, report: Any) -
             model.codebook.copy_(fit_codebook(pictures, len(model.codebook), model.patch))
     codec = Codec(model)
     rows = [codec.encode(d, end=bool(codec.alphabet))[0] for d in documents]
-    fit(model.to(device), rows[:-kept], settings, report)
+    fit(model.to(device), rows[:-kept], settings, report, run)
     names = ("text", "image", "speech")
     found = bits(model, rows[-kept:])
     each = {f"bits a token of {names[m] if m < 3 else f'modality {m}'}": v for m, v in enumerate(found)}
     return {k: v for k, v in each.items() if v is not None}, kept
 
 
-def _transfusion(model: Any, data: Path, settings: Any, device: str, report: Any) -> tuple[dict[str, float], int]:
+def _transfusion(
+    model: Any, data: Path, settings: Any, device: str, report: Any, run: Any
+) -> tuple[dict[str, float], int]:
     import torch
 
     from zoo.files import read_arrays
@@ -129,7 +136,7 @@ def _transfusion(model: Any, data: Path, settings: Any, device: str, report: Any
         raise ValueError(f"input_ids go from {int(ids.min())} to {int(ids.max())}; expected 0 to {model.patch_id}")
     lengths = torch.full((len(ids),), ids.shape[1]) if lengths is None else lengths
     kept = _kept(len(ids))
-    fit_transfusion(model.to(device), ids[:-kept], latents[:-kept], lengths[:-kept], settings, report)
+    fit_transfusion(model.to(device), ids[:-kept], latents[:-kept], lengths[:-kept], settings, report, run)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         own = (t[-kept:].to(device) for t in (ids, latents, lengths))

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoo.runs import Run
+
 from .broad_mamba import BroadMamba, emotion_loss
 from .dialogues import Dialogue, join
 
@@ -60,11 +62,12 @@ def scores(predicted: Tensor, true: Tensor, classes: int) -> Scores:
 
 def fit(
     model: BroadMamba, train: Sequence[Dialogue], valid: Sequence[Dialogue], settings: Settings,
-    report: Callable[[Epoch], None] | None = None,
+    report: Callable[[Epoch], None] | None = None, run: Run | None = None,
 ) -> list[Epoch]:  # fmt: skip
     """Train in place with AdamW and a cosine, and leave the model at its best epoch by weighted F1 on ``valid``.
 
-    Raises ValueError for dialogues without labels and when a loss is not finite.
+    ``run``: keeps it epoch by epoch, and goes on with what it holds. Raises ValueError for dialogues without labels and
+    when a loss is not finite.
     """
     for d in [*train, *valid]:
         if d.labels is None:
@@ -75,8 +78,11 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, weight_decay=settings.weight_decay)
     steps = settings.epochs * a_pass
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
-    best, kept, found = -math.inf, copy.deepcopy(model.state_dict()), []
-    for number in range(settings.epochs):
+    run = run or Run()
+    began = run.start(model=model, optimizer=optimizer, schedule=schedule, random=r)
+    best, kept = began.get("best", -math.inf), began.get("kept") or copy.deepcopy(model.state_dict())
+    found = [Epoch(*row) for row in began.get("epochs", [])]
+    for number in range(len(found), settings.epochs):
         model.train()
         order, total = r.permutation(len(train)), 0.0
         for i in range(a_pass):
@@ -96,6 +102,7 @@ def fit(
             best, kept = found[-1].weighted_f1, copy.deepcopy(model.state_dict())
         if report is not None:
             report(found[-1])
+        run.keep(number + 1, best=best, kept=kept, epochs=found)
     model.load_state_dict(kept)
     model.eval()
     return found

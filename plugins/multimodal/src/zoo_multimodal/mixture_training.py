@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from zoo.runs import Run
 
 from .mixture_lm import MixtureLM, losses
 from .transfusion import TransfusionMamba
@@ -39,9 +42,13 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 def optimise(
     model: nn.Module, loss: Callable[[np.random.Generator], Tensor], settings: Settings,
-    report: Callable[[int, float], None] | None = None,
+    report: Callable[[int, float], None] | None = None, run: Run | None = None, **parts: Any,
 ) -> list[float]:  # fmt: skip
-    """``settings.steps`` of AdamW on ``loss(random numbers)``. Raises ValueError when a loss is not finite."""
+    """``settings.steps`` of AdamW on ``loss(random numbers)``. Raises ValueError when a loss is not finite.
+
+    ``run``: keeps it, and goes on with what it holds; ``parts``: what else the loss has a state in (see
+    :meth:`zoo.runs.Run.start`).
+    """
     r = np.random.default_rng(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, weight_decay=settings.weight_decay)
     rising = max(1, settings.warmup)
@@ -50,8 +57,10 @@ def optimise(
         optimizer, lambda i: min((i + 1) / rising, 0.5 * (1 + math.cos(math.pi * max(i - rising, 0) / left)))
     )
     model.train()
-    found = []
-    for step in range(settings.steps):
+    run = run or Run()
+    began = run.start(model=model, optimizer=optimizer, schedule=schedule, random=r, **parts)
+    found: list[float] = began.get("losses", [])
+    for step in range(len(found), settings.steps):
         value = loss(r)
         found.append(float(value.detach()))
         if not math.isfinite(found[-1]):
@@ -63,13 +72,14 @@ def optimise(
         schedule.step()
         if report is not None:
             report(step, found[-1])
+        run.keep(step + 1, losses=found)
     model.eval()
     return found
 
 
 def fit(
     model: MixtureLM, rows: Sequence[Sequence[int]], settings: Settings,
-    report: Callable[[int, float], None] | None = None,
+    report: Callable[[int, float], None] | None = None, run: Run | None = None,
 ) -> list[float]:  # fmt: skip
     """Train on documents' ids, each of two or more, in place; returns the loss (nats a token) of every step."""
     check_rows(model, rows)
@@ -80,12 +90,12 @@ def fit(
         total, count = losses(model, ids.to(device), lengths.to(device))
         return total.sum() / count.sum()
 
-    return optimise(model, loss, settings, report)
+    return optimise(model, loss, settings, report, run)
 
 
 def fit_transfusion(
     model: TransfusionMamba, input_ids: Tensor, latents: Tensor, lengths: Tensor, settings: Settings,
-    report: Callable[[int, float], None] | None = None,
+    report: Callable[[int, float], None] | None = None, run: Run | None = None,
 ) -> list[float]:  # fmt: skip
     """Train on (documents, length) ids and clean latents (documents, length, latent_dim), in place: text + 5 image."""
     device = next(model.parameters()).device
@@ -97,7 +107,7 @@ def fit_transfusion(
         found = model.losses(*batch, generator=generator)
         return found["text"] + IMAGE_WEIGHT * found["image"]
 
-    return optimise(model, loss, settings, report)
+    return optimise(model, loss, settings, report, run, noise=generator)
 
 
 def check_rows(model: MixtureLM, rows: Sequence[Sequence[int]]) -> None:

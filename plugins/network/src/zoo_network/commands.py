@@ -62,6 +62,7 @@ def classify_flows(
 @click.option("--augment", is_flag=True, help="Every run of five packets of a flow is a sample.")
 @click.option("--bidirectional", is_flag=True, help="Both directions of a connection are one flow.")
 @training.run_options("embed_dim=96")
+@training.resume
 @output.as_json
 def train_flows(
     name: str,
@@ -80,6 +81,7 @@ def train_flows(
     seed: int,
     device: str,
     choices: tuple[str, ...],
+    resume: bool,
     as_json: bool,
 ) -> None:
     """Fine-tune the classifier NAME on FOLDER/CLASS/captures (or train, valid, test folders of these).
@@ -118,23 +120,25 @@ def train_flows(
         if not as_json:
             click.echo(f"epoch {epoch.number:3} loss {epoch.loss:.4f} validation accuracy {epoch.accuracy:.4f}")
 
-    finetune(
-        model,
-        train,
-        valid,
-        epochs=epochs,
-        batch_size=batch_size,
-        base_rate=rate,
-        warmup_epochs=warmup,
-        layer_decay=layer_decay,
-        loss=loss,
-        smoothing=smoothing,
-        seed=seed,
-        report=report,
-    )
-    found, per_class = scores(predict(model, test.flows), test.labels, test.classes)
-    metrics = training.measured(found, dataset=folder.name, split="test", command="train-flows")
-    zoo.save(model.cpu(), out, labels=train.classes, metrics=metrics)
+    with training.run(out, resume, unit="epoch", quiet=as_json, flows=len(train), classes=train.classes) as run:
+        finetune(
+            model,
+            train,
+            valid,
+            epochs=epochs,
+            batch_size=batch_size,
+            base_rate=rate,
+            warmup_epochs=warmup,
+            layer_decay=layer_decay,
+            loss=loss,
+            smoothing=smoothing,
+            seed=seed,
+            report=report,
+            run=run,
+        )
+        found, per_class = scores(predict(model, test.flows), test.labels, test.classes)
+        metrics = training.measured(found, dataset=folder.name, split="test", command="train-flows")
+        zoo.save(model.cpu(), out, labels=train.classes, metrics=metrics)
     if as_json:
         output.emit({"test": found, "per_class": per_class, "flows": [len(train), len(valid), len(test)]})
         return
@@ -152,6 +156,7 @@ def train_flows(
 @click.option("--mask-ratio", default=0.9, show_default=True, type=click.FloatRange(0, 1, True, True))
 @click.option("--augment", is_flag=True, help="Every run of five packets of a flow is a sample.")
 @training.run_options("embed_dim=96")
+@training.resume
 @output.as_json
 def pretrain_flows(
     name: str,
@@ -165,6 +170,7 @@ def pretrain_flows(
     seed: int,
     device: str,
     choices: tuple[str, ...],
+    resume: bool,
     as_json: bool,
 ) -> None:
     """Pre-train NAME, a masked autoencoder, on the flows of INPUTS (captures and folders; no labels needed).
@@ -195,8 +201,9 @@ def pretrain_flows(
     model.to(device)
     settings = {"steps": steps, "batch_size": batch_size, "base_rate": rate, "mask_ratio": mask_ratio, "seed": seed}
     report = training.reporter(steps, quiet=as_json)
-    losses = pretrain(model, flows, report=report, **settings)  # type: ignore[arg-type]
-    zoo.save(model.cpu(), out)
+    with training.run(out, resume, quiet=as_json, flows=len(flows)) as run:
+        losses = pretrain(model, flows, report=report, run=run, **settings)  # type: ignore[arg-type]
+        zoo.save(model.cpu(), out)
     if as_json:
         output.emit({"steps": steps, "flows": len(flows), "loss": losses[-1], "folder": str(out)})
         return

@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.runs import Run
 
 from .data import FlowSet
 from .flows import to_tensor
@@ -65,21 +67,23 @@ def pretrain(
     mask_ratio: float = 0.9,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
+    run: Run | None = None,
 ) -> list[float]:
     """Train ``model`` in place to rebuild the hidden strides of ``flows`` (n, bytes) uint8; the loss of every step.
 
     The rate is base_rate * batch_size / 256. ``warmup`` steps (None: a twentieth). The batches follow ``seed``, masks
-    and dropped paths torch's own random state. Raises ValueError for flows of another size or none, and when a loss
-    is not finite.
+    and dropped paths torch's own random state. ``run``: keeps it, and goes on with what it holds. Raises ValueError for
+    flows of another size or none, and when a loss is not finite.
     """
     _check(flows, model.byte_length)
     device = model.pos_embed.device
     rising = max(steps // 20, 1) if warmup is None else warmup
     optimizer = torch.optim.AdamW(groups(model, weight_decay), lr=0.0, betas=(0.9, 0.95))
     r = np.random.default_rng(seed)
-    losses: list[float] = []
+    run = run or Run()
+    losses: list[float] = run.start(model=model, optimizer=optimizer, random=r).get("losses", [])
     model.train()
-    for step in range(steps):
+    for step in range(len(losses), steps):
         rate = scheduled(step, steps, rising, base_rate * batch_size / 256, lowest_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -88,6 +92,7 @@ def pretrain(
         losses.append(_stepped(loss, optimizer, step))
         if report is not None:
             report(step, losses[-1])
+        run.keep(step + 1, losses=losses)
     model.eval()
     return losses
 
@@ -173,10 +178,12 @@ def finetune(
     smoothing: float = 0.1,
     seed: int = 0,
     report: Callable[[Epoch], None] | None = None,
+    run: Run | None = None,
 ) -> list[Epoch]:
     """Train a classifier in place and leave it at the epoch with the best validation accuracy (the first of equals).
 
-    Raises ValueError where flows or classes do not fit the model, and when a loss is not finite.
+    ``run``: keeps it epoch by epoch, and goes on with what it holds. Raises ValueError where flows or classes do not
+    fit the model, and when a loss is not finite.
     """
     for flows in (train, valid):
         _check(flows.flows, model.byte_length)
@@ -188,8 +195,11 @@ def finetune(
     r = np.random.default_rng(seed)
     a_pass = max(len(train) // batch_size, 1)
     steps, rising = epochs * a_pass, warmup_epochs * a_pass
-    best, kept, found = -1.0, {}, []
-    for number in range(epochs):
+    run = run or Run()
+    began = run.start(model=model, optimizer=optimizer, random=r)
+    best, kept = began.get("best", -1.0), began.get("kept", {})
+    found = [Epoch(**row) for row in began.get("epochs", [])]
+    for number in range(len(found), epochs):
         model.train()
         order, total = r.permutation(len(train)), 0.0
         for i in range(a_pass):
@@ -205,6 +215,7 @@ def finetune(
             best, kept = found[-1].accuracy, copy.deepcopy(model.state_dict())
         if report is not None:
             report(found[-1])
+        run.keep(number + 1, best=best, kept=kept, epochs=[asdict(epoch) for epoch in found])
     if kept:
         model.load_state_dict(kept)
     model.eval()

@@ -49,6 +49,7 @@ _NAMES = {
     "check_padding": "contract",
     "check_parameters": "contract",
     "check_reset_head": "contract",
+    "check_resume": "resuming",
     "check_rows": "contract",
     "check_save_load": "contract",
     "check_step": "contract",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from .fullsize import check_fullsize
     from .golden import check_golden
     from .procedural import procedural_inputs, procedural_state, procedural_values
+    from .resuming import check_resume
     from .suite import ModelTests
 
 __all__ = [
@@ -102,6 +104,7 @@ __all__ = [
     "check_padding",
     "check_parameters",
     "check_reset_head",
+    "check_resume",
     "check_rows",
     "check_save_load",
     "check_step",

@@ -87,6 +87,7 @@ def animate(
 @click.option("--autoencoder", type=click.Path(), help="Stable Diffusion 2.1's, for models that need it.")
 @click.option("--clip", type=click.Path(), help="OpenCLIP ViT-H/14, for models that need it.")
 @training.run_options("temporal=mamba")
+@training.resume
 @click.option("--option", "-o", "more", multiple=True, metavar="NAME=VALUE", help="Pipeline option, as latents=patch.")
 @output.as_json
 def train_animation(
@@ -106,6 +107,7 @@ def train_animation(
     seed: int,
     device: str,
     choices: tuple[str, ...],
+    resume: bool,
     more: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -147,8 +149,10 @@ def train_animation(
 
     settings: dict[str, Any] = {"rate": rate, "average": average, "first_frame": first, "seed": seed}
     settings["unconditional"] = unconditional
-    losses = train(model, batch, steps=steps, report=training.reporter(steps, quiet=as_json), **settings)
-    zoo.save(model.cpu(), out)
+    settings["report"] = training.reporter(steps, quiet=as_json)
+    with training.run(out, resume, quiet=as_json, clips=len(clips)) as run:
+        losses = train(model, batch, steps=steps, run=run, **settings)
+        zoo.save(model.cpu(), out)
     if as_json:
         output.emit({"steps": steps, "clips": len(clips), "loss": losses[-1], "folder": str(out)})
         return

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoo.runs import Run
+
 from .diffusion import Schedule, training_loss
 from .unet import UNet
 
@@ -41,6 +43,7 @@ def train(
     unconditional: float = 0.0,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
+    run: Run | None = None,
 ) -> list[float]:
     """Train in place on ``batches(generator)``, one a step; the loss of every step.
 
@@ -49,15 +52,19 @@ def train(
     with its own first frame as ``local_image`` in place of the reference, as far as the model has both. unconditional:
     how often a batch goes without any condition (the model itself never drops the reference's frame). lowest: the
     rate falls to it along half a cosine (None: constant). average: the model is left at the moving average of its
-    weights with this decay. Raises ValueError when a loss is not finite.
+    weights with this decay. run: keeps it, and goes on with what it holds. Raises ValueError when a loss is not finite.
     """
     device = model.time_embed["0"].weight.device
     schedule, r = Schedule(), np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay)
     mean = copy.deepcopy(model.state_dict()) if average is not None else None
-    losses: list[float] = []
+    run = run or Run()
+    began = run.start(model=model, optimizer=optimizer, random=r)
+    losses: list[float] = began.get("losses", [])
+    if mean is not None and "mean" in began:
+        mean = {k: v.to(mean[k].device) for k, v in began["mean"].items()}
     model.train()
-    for step in range(steps):
+    for step in range(len(losses), steps):
         now = rate * min((step + 1) / max(warmup, 1), 1.0)
         if lowest is not None:
             now = lowest + (now - lowest) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -86,6 +93,7 @@ def train(
                 mean[key].lerp_(value, 1 - decay)
         if report is not None:
             report(step, losses[-1])
+        run.keep(step + 1, losses=losses, mean=mean)
     if mean is not None:
         model.load_state_dict(mean)
     model.eval()

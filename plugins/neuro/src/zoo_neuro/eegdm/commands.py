@@ -86,6 +86,7 @@ def generate_eeg(
 @training.rate(1e-4)
 @click.option("--missing-zeros", is_flag=True, help="Zeros where a recording lacks channels of the montage.")
 @training.run_options("d_model=64")
+@training.resume
 @output.as_json
 def pretrain_eeg(
     name: str,
@@ -98,6 +99,7 @@ def pretrain_eeg(
     seed: int,
     device: str,
     choices: tuple[str, ...],
+    resume: bool,
     as_json: bool,
 ) -> None:
     """Teach the backbone NAME to denoise the recordings INPUTS (files and folders; no labels needed).
@@ -125,8 +127,10 @@ def pretrain_eeg(
     missing = "zeros" if missing_zeros else "error"
     x = np.concatenate([windows(read_recording(file), model.preparation, missing=missing)[0] for file in files])
     report = training.reporter(steps, quiet=as_json)
-    losses = pretrain(model.to(device), x, steps=steps, batch_size=batch_size, rate=rate, seed=seed, report=report)
-    zoo.save(model.cpu(), out)
+    given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "rate": rate, "seed": seed}
+    with training.run(out, resume, quiet=as_json, windows=len(x)) as run:
+        losses = pretrain(model.to(device), x, report=report, run=run, **given)
+        zoo.save(model.cpu(), out)
     if as_json:
         output.emit({"steps": steps, "channels": len(x), "loss": losses[-1], "folder": str(out)})
         return
@@ -152,6 +156,7 @@ def pretrain_eeg(
 @click.option("--step", type=float, help="Seconds between windows; their length unless given.")
 @click.option("--missing-zeros", is_flag=True, help="Zeros where a recording lacks channels of the montage.")
 @training.run_options("n_clst=8")
+@training.resume
 @output.as_json
 def train_eeg(
     name: str,
@@ -171,6 +176,7 @@ def train_eeg(
     seed: int,
     device: str,
     choices: tuple[str, ...],
+    resume: bool,
     as_json: bool,
 ) -> None:
     """Fine-tune the classifier NAME on FOLDER/CLASS/recordings, or on recordings with .rec annotations beside them.
@@ -215,16 +221,17 @@ def train_eeg(
         if not as_json:
             click.echo(f"epoch {epoch.number:3} loss {epoch.loss:.4f} validation: {training.said(epoch.measures)}")
 
-    finetune(
-        model, train, valid, epochs=epochs, batch_size=batch_size, top_rate=rate, smoothing=smoothing,
-        pos_weight=pos_weight, patience=patience, warmup=warmup, seed=seed, report=report,
-    )  # fmt: skip
-    test, split = valid, "validation"
-    if test_folder is not None:
-        test, split = read_labelled(test_folder, model.preparation, known, classes=whole.classes, **cut), "test"
-    found = measures(predict(model, test.x), test.labels)
-    metrics = training.measured(found, dataset=(test_folder or folder).name, split=split, command="train-eeg")
-    zoo.save(model.cpu(), out, labels=whole.classes, metrics=metrics)
+    with training.run(out, resume, unit="epoch", quiet=as_json, windows=len(train), classes=whole.classes) as run:
+        finetune(
+            model, train, valid, epochs=epochs, batch_size=batch_size, top_rate=rate, smoothing=smoothing,
+            pos_weight=pos_weight, patience=patience, warmup=warmup, seed=seed, report=report, run=run,
+        )  # fmt: skip
+        test, split = valid, "validation"
+        if test_folder is not None:
+            test, split = read_labelled(test_folder, model.preparation, known, classes=whole.classes, **cut), "test"
+        found = measures(predict(model, test.x), test.labels)
+        metrics = training.measured(found, dataset=(test_folder or folder).name, split=split, command="train-eeg")
+        zoo.save(model.cpu(), out, labels=whole.classes, metrics=metrics)
     if as_json:
         output.emit({split: found, "windows": [len(train), len(valid), len(test)]})
         return

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.runs import Run
 
 from .backbone import DiffusionBackbone
 from .data import WindowSet
@@ -43,6 +45,14 @@ class Averaged:
         decay = min(1 - (1 + n) ** (-2 / 3), self.beta) if n > 0 else 0.0
         for value, p in zip(self.values, self.parameters, strict=True):
             value.lerp_(p.detach(), 1 - decay)
+
+    def state_dict(self) -> dict:
+        return {"values": self.values, "step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        for value, stored in zip(self.values, state["values"], strict=True):
+            value.copy_(stored)
+        self.step = state["step"]
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -76,10 +86,12 @@ def pretrain(
     averaging: dict | None = None,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
+    run: Run | None = None,
 ) -> list[float]:
     """Teach a backbone to denoise single channels of windows (n, channels, samples), class ids ``ids`` (0, 1, ...).
 
     Leaves the averaged weights in the model (``averaging``: arguments of :class:`Averaged`) and returns the losses.
+    ``run``: keeps it, and goes on with what it holds.
     Raises ValueError for windows without samples or channels that the model does not know.
     """
     if windows.ndim != 3 or not len(windows):
@@ -93,9 +105,10 @@ def pretrain(
     optimizer = torch.optim.AdamW(groups(model, 0.0), lr=rate)
     average = Averaged(model.parameters(), **(averaging or {}))
     known = np.array(ids)
-    losses = []
+    run = run or Run()
+    losses: list[float] = run.start(model=model, optimizer=optimizer, average=average, random=r).get("losses", [])
     model.train()
-    for step in range(steps):
+    for step in range(len(losses), steps):
         rows, channels = r.integers(len(windows), size=batch_size), r.integers(len(ids), size=batch_size)
         x = torch.from_numpy(windows[rows, channels][:, None]).to(device)
         cond = torch.from_numpy(known[channels][:, None]).to(device)
@@ -103,6 +116,7 @@ def pretrain(
         average.update()
         if report is not None:
             report(step, losses[-1])
+        run.keep(step + 1, losses=losses)
     average.swap()
     model.eval()
     return losses
@@ -158,12 +172,14 @@ def finetune(
     averaging: dict | None = None,
     seed: int = 0,
     report: Callable[[Epoch], None] | None = None,
+    run: Run | None = None,
 ) -> list[Epoch]:
     """Train what reads the frozen backbone, in place; the averaged weights of the best epoch stay.
 
     The rate rises for the share ``rising`` of all steps to ``top_rate`` and falls (one cycle). Best: by Cohen's kappa,
     or balanced accuracy for one logit; training ends ``patience`` epochs after the best, not before ``warmup``.
-    Tokens of the backbone are computed once, unless the model trains with noise. Raises ValueError where windows or
+    Tokens of the backbone are computed once, unless the model trains with noise. ``run``: keeps it epoch by epoch, and
+    goes on with what it holds. Raises ValueError where windows or
     classes do not fit.
     """
     yes_or_no = model.num_classes == 1 and len(train.classes) == 2
@@ -183,9 +199,12 @@ def finetune(
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, top_rate, total_steps=epochs * a_pass, pct_start=rising)
     average = Averaged([p for p in model.parameters() if p.requires_grad], **(averaging or {}))
     better = "balanced accuracy" if model.num_classes == 1 else "kappa"
-    best, state, since, found = -math.inf, copy.deepcopy(average.values), 0, []
+    run = run or Run()
+    began = run.start(model=model, optimizer=optimizer, cycle=cycle, average=average, random=r)
+    best, state = began.get("best", -math.inf), began.get("state") or copy.deepcopy(average.values)
+    found, since = [Epoch(**row) for row in began.get("epochs", [])], began.get("since", 0)
     labels = torch.from_numpy(train.labels)
-    for number in range(epochs):
+    for number in range(len(found), epochs):
         model.train()
         total, order = 0.0, r.permutation(len(train))
         for i in range(a_pass):
@@ -210,6 +229,7 @@ def finetune(
             since += 1
             if since > patience and number >= warmup:
                 break
+        run.keep(number + 1, best=best, state=state, since=since, epochs=[asdict(epoch) for epoch in found])
     average.values = state
     average.swap()
     model.eval()

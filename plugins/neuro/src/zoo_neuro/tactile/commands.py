@@ -65,6 +65,7 @@ def _training_options(command: Any) -> Any:
             click.option("--schedule", default="step", show_default=True, type=click.Choice(["step", "cosine"])),
             click.option("--step-size", default=30, show_default=True, type=click.IntRange(min=1), help="Epochs."),
             training.run_options(),
+            training.resume,
             output.as_json,
         )
     ):
@@ -95,6 +96,7 @@ def train_touch(
     out: Path,
     device: str,
     choices: tuple[str, ...],
+    resume: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -138,10 +140,12 @@ def train_touch(
             click.echo(f"epoch {epoch.number:3} loss {epoch.loss:.4f} validation accuracy {epoch.accuracy:.4f}")
 
     view = TouchAugmentation(temporal=False) if augment else None
-    train(model, recordings, valid, _settings(given), view=view, report=report)
-    found = {"accuracy": accuracy(model, test), "top5": accuracy(model, test, min(5, len(test.classes)))}
-    metrics = training.measured(found, dataset=folder.name, split="test", command="train-touch")
-    zoo.save(model.cpu(), out, labels=recordings.classes, metrics=metrics)
+    sizes: dict[str, Any] = {"recordings": len(recordings), "classes": recordings.classes}
+    with training.run(out, resume, unit="epoch", quiet=as_json, **sizes) as run:
+        train(model, recordings, valid, _settings(given), view=view, report=report, run=run)
+        found = {"accuracy": accuracy(model, test), "top5": accuracy(model, test, min(5, len(test.classes)))}
+        metrics = training.measured(found, dataset=folder.name, split="test", command="train-touch")
+        zoo.save(model.cpu(), out, labels=recordings.classes, metrics=metrics)
     if as_json:
         output.emit({"test": found, "recordings": [len(recordings), len(valid), len(test)]})
         return
@@ -163,6 +167,7 @@ def pretrain_touch(
     out: Path,
     device: str,
     choices: tuple[str, ...],
+    resume: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -198,8 +203,10 @@ def pretrain_touch(
 
     settings = _settings(given)
     turned = not no_reversal
-    history = pretrain(model.to(device), recordings.frames, objective, settings, temporal=turned, report=report)
-    zoo.save(model.cpu(), out)
+    with training.run(out, resume, unit="epoch", quiet=as_json, recordings=len(recordings)) as run:
+        frames = recordings.frames
+        history = pretrain(model.to(device), frames, objective, settings, temporal=turned, report=report, run=run)
+        zoo.save(model.cpu(), out)
     if as_json:
         output.emit({"recordings": len(recordings), "loss": history[-1].loss, "folder": str(out)})
         return

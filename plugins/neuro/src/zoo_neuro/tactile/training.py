@@ -6,12 +6,14 @@ Source: neuroagents-lab/2025-tactile-whisking ``hydra_configs/train/train.yaml``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.runs import Run
 
 from .augmentation import TouchAugmentation
 from .losses import AutoEncoderLoss, SimCLRLoss, SimSiamLoss
@@ -94,11 +96,13 @@ def train(
     *,
     view: Callable[[Tensor], Tensor] | None = None,
     report: Callable[[Epoch], None] | None = None,
+    run: Run | None = None,
 ) -> list[Epoch]:
     """Cross entropy of the categories; ends with the weights of the best validation accuracy, if there is a set.
 
     view: what a batch of frames becomes before it is read (a :class:`TouchAugmentation`, or symmetries of the data).
-    Raises ValueError where the data have other categories than the model has outputs.
+    run: keeps it epoch by epoch, and goes on with what it holds. Raises ValueError where the data have other categories
+    than the model has outputs.
     """
     settings = settings or Settings()
     if len(recordings.classes) != model.num_classes:
@@ -106,9 +110,12 @@ def train(
     generator = torch.Generator().manual_seed(settings.seed)
     optimiser, schedule = settings.optimisation([p for p in model.parameters() if p.requires_grad])
     device = next(model.parameters()).device
-    history: list[Epoch] = []
-    best: tuple[float, dict[str, Tensor]] | None = None
-    for number in range(1, settings.epochs + 1):
+    run = run or Run()
+    own = {"view": view.generator} if isinstance(view, TouchAugmentation) and view.generator is not None else {}
+    began = run.start(model=model, optimiser=optimiser, schedule=schedule, random=generator, **own)
+    history = [Epoch(**row) for row in began.get("epochs", [])]
+    best: tuple[float, dict[str, Tensor]] | None = began.get("best")
+    for number in range(len(history) + 1, settings.epochs + 1):
         model.train()
         total, seen = 0.0, 0
         for which in batches(len(recordings), settings.batch_size, generator, least=2):
@@ -126,6 +133,7 @@ def train(
             best = (found, {k: v.clone() for k, v in model.state_dict().items()})
         if report:
             report(history[-1])
+        run.keep(number, best=best, epochs=[asdict(epoch) for epoch in history])
     if best is not None:
         model.load_state_dict(best[1])
     model.eval()
@@ -165,11 +173,12 @@ def pretrain(
     *,
     temporal: bool = True,
     report: Callable[[Epoch], None] | None = None,
+    run: Run | None = None,
     **options: Any,
 ) -> list[Epoch]:
     """Train a model without a head (``num_classes=0``) on frames without labels.
 
-    temporal: reversed time is a view, too. options: further arguments of the loss.
+    temporal: reversed time is a view, too. run: as for :func:`train`. options: further arguments of the loss.
     Raises ValueError for a model with a head, which no gradient would reach.
     """
     settings = settings or Settings()
@@ -182,8 +191,10 @@ def pretrain(
     view = TouchAugmentation(temporal, generator)
     optimiser, schedule = settings.optimisation([*model.parameters(), *loss.parameters()])
     device = next(model.parameters()).device
-    history: list[Epoch] = []
-    for number in range(1, settings.epochs + 1):
+    run = run or Run()
+    began = run.start(model=model, loss=loss, optimiser=optimiser, schedule=schedule, random=generator)
+    history = [Epoch(**row) for row in began.get("epochs", [])]
+    for number in range(len(history) + 1, settings.epochs + 1):
         model.train()
         loss.train()
         total, seen = 0.0, 0
@@ -197,6 +208,7 @@ def pretrain(
         history.append(Epoch(number, total / max(seen, 1)))
         if report:
             report(history[-1])
+        run.keep(number, epochs=[asdict(epoch) for epoch in history])
     model.eval()
     return history
 
