@@ -158,3 +158,13 @@ def test_bad_data():
         offline.train(model(), discrete)
     with pytest.raises(ValueError, match="evolution is 'slow'"):
         offline.Settings(evolution="slow")
+
+
+def test_settings_that_are_refused():
+    for name, value in (("iterations", 0), ("steps", 0), ("batch_size", 0), ("scale", 0.0), ("learning_rate", np.nan)):
+        with pytest.raises(ValueError, match=f"{name} is"):
+            offline.Settings(**{name: value})
+
+
+def test_no_warm_up():
+    offline.train(model(), data(), offline.Settings(iterations=1, steps=1, batch_size=2, warmup=0))

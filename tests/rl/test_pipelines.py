@@ -142,7 +142,7 @@ def test_play(tmp_path):
     assert -1 <= found["return"] <= 1
     done = runner.invoke(play, [where, "glide", *options])
     assert "glide has observations of 4 numbers and 2 actions" in done.output
-    assert done.exit_code == 1
+    assert done.exit_code == 2
 
 
 def test_no_policy():
@@ -150,3 +150,75 @@ def test_no_policy():
         Policy(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="belong together"):
         Policy(DecisionMamba(4, 2, 16, 1, 5, 8, d_state=4), state_mean=[0.0] * 4)
+
+
+def decisions(fine="causal"):
+    torch.manual_seed(0)
+    return DecisionMamba(4, 2, 16, 2, 5, 8, d_state=4, fine=fine)
+
+
+@pytest.mark.parametrize("fine", ["tiled", "causal"])
+def test_many_episodes_at_a_time_are_as_one(fine, monkeypatch):
+    """Steps go through in pieces; where pieces end changes nothing. Files of a batch are answered as alone."""
+    model = decisions(fine)
+    arrays = recorded(zoo_rl.agent(model, 1, target_return=1.0), envs.Glide(1, max_steps=3), 20)
+    pipe = Policy(model)
+    whole = pipe(arrays)
+    monkeypatch.setattr("zoo_rl.pipelines.CHUNK", 2)
+    np.testing.assert_allclose(pipe(arrays).actions, whole.actions, atol=1e-6)
+    for answer in pipe([arrays, arrays], batch_size=2):
+        np.testing.assert_allclose(answer.actions, whole.actions, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"target_return": float("nan")}, "target_return is nan"),
+        ({"scale": float("inf")}, "scale is inf"),
+        ({"state_mean": 0.0, "state_std": [1.0, 1.0, 0.0, 1.0]}, "not positive"),
+        ({"state_mean": [0.0] * 3, "state_std": [1.0] * 3}, r"state_mean has shape \(3,\)"),
+        ({"state_mean": "x", "state_std": 1.0}, "state_mean is 'x'"),
+    ],
+)
+def test_settings_that_would_give_no_numbers(options, match):
+    with pytest.raises(zoo.errors.BadArgument, match=match):
+        Policy(decisions(), **options)
+
+
+def test_actions_lie_where_an_agents_do(monkeypatch):
+    model = decisions()
+    arrays = recorded(zoo_rl.agent(model, 1, target_return=1.0), envs.Glide(1, max_steps=7), 14)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *x: {"actions": forward(*x)["actions"] + 5})
+    assert Policy(model)(arrays).actions.max() == 1
+
+
+def test_actions_are_written_whole(tmp_path):
+    answer = Policy(critic())(recorded(zoo_rl.agent(critic(), 1), envs.RepeatPrevious(1), 12))
+    assert answer.save(tmp_path / "new" / "acts") == tmp_path / "new" / "acts.npz"
+    assert np.load(tmp_path / "new" / "acts.npz")["actions"].shape == (12,)
+    with pytest.raises(ValueError, match=r"expected \.npz"):
+        answer.save(tmp_path / "acts.csv")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["acts.npz"]
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["s5_micro", "repeat-previous", "--target-return", "5"], "for Decision Mamba"),
+        (["decision_mamba_micro", "glide", "--draw"], "gives one action"),
+        (["s5_micro", "checkers"], "no environment 'checkers'"),
+        (["s5_micro", "glide"], "2 actions"),
+    ],
+)
+def test_play_says_what_does_not_fit(words, match):
+    done = CliRunner().invoke(play, words)
+    assert done.exit_code
+    assert match in done.output + str(done.exception)
+
+
+def test_policies_of_the_other_kind_do_not_play():
+    pytest.importorskip("gymnasium")
+    for name, match in (("gym:CartPole-v1", "are one of several; those of"), ("gym:Nope-v0", "gymnasium has no")):
+        done = CliRunner().invoke(play, ["decision_mamba_micro", name, "--episodes", "1"])
+        assert match in done.output + str(done.exception)

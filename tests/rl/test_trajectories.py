@@ -138,9 +138,9 @@ def test_what_does_not_fit_a_model():
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no trajectory file"):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         read(tmp_path / "absent.npz")
-    for name, message in (("a.npz", "not an npz file"), ("a.csv", "expected .npz, .hdf5, .h5, .parquet")):
+    for name, message in (("a.npz", "is no .npz or .npy file"), ("a.csv", "expected .npz, .hdf5, .h5, .parquet")):
         (tmp_path / name).write_text("nothing")
         with pytest.raises(ValueError, match=message):
             read(tmp_path / name)
@@ -163,3 +163,43 @@ def test_a_missing_reader_is_named(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(errors.MissingExtra, match="ssm-zoo-rl"):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (np.array([0, 0, np.nan, 1] * 3), "terminals of step 2 are not finite"),
+        (np.array(["False"] * STEPS), "terminals are of type"),
+    ],
+)
+def test_flags_that_are_none(flags, match):
+    """Not a number counts as true, and so does any text: an episode would end there unseen."""
+    with pytest.raises(ValueError, match=match):
+        from_arrays({**arrays(), "terminals": flags})
+
+
+def test_episodes_that_end_within_a_row():
+    whole = {k: v.reshape(2, 6, *v.shape[1:]) for k, v in arrays().items()}
+    assert [(e.start, e.stop) for e in from_arrays(whole).episodes] == [(0, 4), (4, 6), (6, 8), (8, 12)]
+    cut = from_arrays({**whole, "lengths": np.array([5, 6])})
+    assert [(e.start, e.stop) for e in cut.episodes] == [(0, 4), (4, 5), (5, 7), (7, 11)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "match"),
+    [
+        ({"episode": [1] * 4 + [2] * 4 + [1] * 4}, "do not follow one another"),
+        ({"episode": [1] * 4 + [None] * 4 + [2] * 4}, "without a number of their episode"),
+        ({"observations_1": [0.0] * 12, "observations_3": [0.0] * 12}, r"only the numbers \[1, 3\]"),
+        ({"observations": [[0.0]] * 11 + [[0.0, 1.0]]}, "lists of different lengths"),
+        ({"observations": [[0.0]] * 11 + [None]}, "no list in some places"),
+    ],
+)
+def test_parquet_tables_that_do_not_say_enough(tmp_path, columns, match):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    own = {"observations": [[float(i), 1.0] for i in range(12)], "actions": [0] * 12}
+    own = {k: v for k, v in own.items() if not any(c.startswith(k) for c in columns)}
+    parquet.write_table(pa.table({**own, **columns}), tmp_path / "t.parquet")
+    with pytest.raises(errors.BadFile, match=match):
+        read(tmp_path / "t.parquet")

@@ -12,6 +12,7 @@ next episode. A single environment gives and gets arrays without a batch axis, `
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -67,7 +68,7 @@ class Agent(ABC):
             sizes = " or ".join(str((*alone[:-1], size)) for size in dict.fromkeys(self.obs_dims))
             raise ValueError(f"observation has shape {tuple(seen.shape)}; expected {sizes}")
         rewards = self._each("reward", self._floats("reward", reward))
-        dones = self._each("done", torch.as_tensor(done, device=self.kind["device"])) != 0
+        dones = self._each("done", self._floats("done", done)) != 0
         first = dones if self.started else torch.ones_like(dones)
         self.started = True
         action = self._act(seen.reshape(self.count, -1), rewards, first)
@@ -156,8 +157,10 @@ class DecisionAgent(Agent):
         bounds: tuple[float, float] | None = (-1.0, 1.0),
     ) -> None:
         super().__init__(model, batch)
-        if not scale > 0:
+        if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale is {scale}; expected a positive number")
+        if not math.isfinite(target_return):
+            raise ValueError(f"target_return is {target_return}; expected a number")
         self.policy, self.action_dim, self.obs_dims = model, model.act_dim, (model.state_dim,)
         self.target, self.scale, self.bounds = float(target_return), float(scale), bounds
         self.mean, self.std = self._floats("state_mean", state_mean), self._floats("state_std", state_std)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
+
+from zoo.cli import output
 
 TARGET = "What an episode should bring, in the environment's units (Decision Mamba)."
 
 
 @click.command()
 @click.argument("model")
-@click.argument("trajectories", type=click.Path(path_type=Path))
+@click.argument("trajectories", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the actions to an npz file.")
 @click.option("--target-return", type=float, help=TARGET + " Default: the file's own returns-to-go.")
 @click.option("--scale", type=float, help="What returns were divided by in training.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@output.loading_options
+@output.as_json
 def act(
-    model: str, trajectories: Path, out: Path | None, target_return: float | None, scale: float | None, as_json: bool
+    model: str,
+    trajectories: Path,
+    out: Path | None,
+    target_return: float | None,
+    scale: float | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """What MODEL would do at every step of TRAJECTORIES: an npz, HDF5 (D4RL) or parquet file.
 
@@ -28,12 +36,16 @@ def act(
         zoo act decision_mamba_micro glide.npz --target-return 24 --out actions.npz
     """
     import zoo
+    from zoo.files import check_ending
 
-    answer: Any = zoo.pipeline(model, "policy", target_return=target_return, scale=scale)(trajectories)
+    if out is not None and out.suffix:
+        check_ending(out, (".npz",))
+    pipe = zoo.pipeline(model, "policy", target_return=target_return, scale=scale, **output.loading(options))
+    answer: Any = pipe(trajectories)
     if out is not None:
-        answer.save(out)
+        out = answer.save(out)
     if as_json:
-        click.echo(json.dumps(answer.to_dict()))
+        output.emit(answer.to_dict() | ({} if out is None else {"file": str(out)}))
         return
     click.echo(str(answer) + (f"  -> {out}" if out is not None else ""))
     if out is None:
@@ -50,7 +62,8 @@ def act(
 @click.option("--seed", default=0, show_default=True)
 @click.option("--draw", is_flag=True, help="Draw actions instead of taking the most likely ones.")
 @click.option("--target-return", type=float, help=TARGET)
-@click.option("--json", "as_json", is_flag=True)
+@output.loading_options
+@output.as_json
 def play(
     model: str,
     environment: str,
@@ -60,6 +73,7 @@ def play(
     draw: bool,
     target_return: float | None,
     as_json: bool,
+    **loading: Any,
 ) -> None:
     """Let MODEL play ENVIRONMENT and compare its return with that of random actions.
 
@@ -72,17 +86,26 @@ def play(
     from . import agents, envs
     from .s5_rl import S5ActorCritic
 
-    loaded = zoo.load(model)
+    count = min(count, episodes)
+    env = envs.make(environment, count, seed=seed)
+    loaded = zoo.load(model, **output.loading(loading))
     options: dict[str, Any] = {} if target_return is None else {"target_return": target_return}
     if isinstance(loaded, S5ActorCritic):
-        options = {"greedy": not draw, "seed": seed, **options}
-    count = min(count, episodes)
+        if target_return is not None:
+            raise click.UsageError(f"--target-return is for Decision Mamba; {model} is asked for no return")
+        options = {"greedy": not draw, "seed": seed}
+    elif draw:
+        raise click.UsageError(f"--draw is for policies that are chances of actions; {model} gives one action")
     agent = agents.agent(loaded, count, **options)
-    env = envs.make(environment, count, seed=seed)
     if env.obs_dim not in agent.obs_dims or env.action_dim != agent.action_dim:
-        raise click.ClickException(
+        raise click.UsageError(
             f"{environment} has observations of {env.obs_dim} numbers and {env.action_dim} actions; {model} takes "
             f"{' or '.join(map(str, agent.obs_dims))} and has {agent.action_dim}"
+        )
+    if env.continuous != getattr(loaded, "continuous", True):
+        kinds = ("one of several", "numbers")
+        raise click.UsageError(
+            f"actions of {environment} are {kinds[env.continuous]}; those of {model} are {kinds[not env.continuous]}"
         )
     began = time.perf_counter()
     found = agents.run(agent, env, episodes)
@@ -93,7 +116,7 @@ def play(
         "deviation": float(found.std(correction=0)), "random": float(chance.mean()), "seconds": seconds,
     }  # fmt: skip
     if as_json:
-        click.echo(json.dumps(result))
+        output.emit(result)
         return
     click.echo(
         f"{environment}: return {result['return']:.4g} ± {result['deviation']:.2g} over {episodes} episodes "

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo_registry import errors, optional
+
 Step = tuple[Tensor, Tensor, Tensor]
 
 
@@ -251,11 +253,12 @@ class Gymnasium:
     """
 
     def __init__(self, what: str | Callable[[], Any], num_envs: int = 1, *, seed: int = 0, **arguments: Any) -> None:
-        from zoo_registry import optional
-
         gymnasium = optional("gymnasium", "an environment of gymnasium", "ssm-zoo-rl[gym]")
         make = (lambda: gymnasium.make(what, **arguments)) if isinstance(what, str) else what
-        self.envs = [make() for _ in range(num_envs)]
+        try:
+            self.envs = [make() for _ in range(num_envs)]
+        except gymnasium.error.Error as error:
+            raise errors.BadArgument(f"gymnasium has no {what!r}: {error}", argument="name", accepted=[]) from error
         spaces = gymnasium.spaces
         observation, action = self.envs[0].observation_space, self.envs[0].action_space
         if not isinstance(observation, spaces.Box) or len(observation.shape) != 1:
@@ -307,5 +310,9 @@ def make(name: str, num_envs: int = 1, *, seed: int = 0, **arguments: Any) -> An
     if name.startswith("gym:"):
         return Gymnasium(name.removeprefix("gym:"), num_envs, seed=seed, **arguments)
     if name not in ENVIRONMENTS:
-        raise ValueError(f"no environment {name!r}; expected one of {', '.join(ENVIRONMENTS)}, or gym:NAME")
+        raise errors.BadArgument(
+            f"no environment {name!r}; expected one of {', '.join(ENVIRONMENTS)}, or gym:NAME",
+            argument="name",
+            accepted=sorted(ENVIRONMENTS),
+        )
     return ENVIRONMENTS[name](num_envs, seed=seed, **arguments)

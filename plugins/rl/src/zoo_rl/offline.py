@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,8 +48,13 @@ class Settings:
     def __post_init__(self) -> None:
         if self.evolution not in ("paper", "released", None):
             raise ValueError(f"evolution is {self.evolution!r}; expected 'paper', 'released' or None")
-        if not self.scale > 0:
-            raise ValueError(f"scale is {self.scale}; expected a positive number")
+        for name in ("iterations", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("scale", "learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}; expected a positive number")
 
     def past_weight(self, iteration: int) -> float:
         """How much of the target is the past policy's action, in iteration 1, 2, ..."""
@@ -163,7 +169,7 @@ def train(
     causal = model.fine == "causal"
     windows = Windows(data, length, settings.scale, model.max_ep_len, causal=causal, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / settings.warmup, 1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / max(settings.warmup, 1), 1))
     device = next(model.parameters()).device
     past: DecisionMamba | None = None
     began = time.perf_counter()

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from zoo import errors
+from zoo.files import check_ending, refused, whole
 from zoo.pipelines import Pipeline, Result
 
 from . import trajectories
@@ -21,7 +23,8 @@ from .envs import extended
 from .s5_rl import S5ActorCritic
 from .trajectories import Trajectories
 
-CHUNK = 64  # windows at once
+CHUNK = 64  # windows or episodes at once
+FIELDS = ("states", "actions", "returns_to_go", "timesteps")
 
 
 @dataclass(kw_only=True)
@@ -51,11 +54,14 @@ class Actions(Result):
         return said + (f" ({self.notes})" if self.notes else "")
 
     def save(self, path: str | Path) -> Path:
-        """Write an npz file with ``actions`` (and ``values``)."""
+        """Write an npz file with ``actions`` (and ``values``); a name without ending gets .npz."""
         path = Path(path)
+        path = path if path.suffix else path.with_name(path.name + ".npz")
+        check_ending(path, (".npz",))
         arrays = {"actions": self.actions} | ({} if self.values is None else {"values": self.values})
-        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
-        return path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
+        with whole(path) as work:
+            np.savez_compressed(work, **arrays)  # type: ignore[arg-type]
+        return path
 
 
 class Policy(Pipeline):
@@ -92,9 +98,13 @@ class Policy(Pipeline):
         self.mean = own.get("state_mean") if state_mean is None else state_mean
         self.std = own.get("state_std") if state_std is None else state_std
         if isinstance(model, DecisionMamba):
-            if not self.scale > 0:
+            if not (np.isfinite(self.scale) and self.scale > 0):
                 raise errors.BadArgument(
                     f"scale is {self.scale}; expected a positive number", argument="scale", accepted=[]
+                )
+            if target_return is not None and not np.isfinite(target_return):
+                raise errors.BadArgument(
+                    f"target_return is {target_return}; expected a number", argument="target_return", accepted=[]
                 )
             if (self.mean is None) != (self.std is None):
                 raise errors.BadArgument(
@@ -102,6 +112,13 @@ class Policy(Pipeline):
                 )
             if self.mean is None:
                 self.said.append("states normalised by the file's own mean and deviation")
+            else:
+                self.mean = _numbers("state_mean", self.mean, model.state_dim)
+                self.std = _numbers("state_std", self.std, model.state_dim)
+                if not (self.std > 0).all():
+                    raise errors.BadArgument(
+                        "state_std has values that are not positive", argument="state_std", accepted=[]
+                    )
 
     # -- reading
 
@@ -112,13 +129,18 @@ class Policy(Pipeline):
             data = trajectories.from_arrays(source, source="the given arrays")
         else:
             data = trajectories.read(source)
+        with refused(data.source):
+            self._check(data)
+        return data
+
+    def _check(self, data: Trajectories) -> None:
         model = self.policy
         if isinstance(model, S5ActorCritic):
             sizes = (model.obs_dim, model.obs_dim - model.action_dim - 1)
             data.fit(tuple(s for s in sizes if s > 0), model.action_dim, discrete=not model.continuous)
         else:
             data.fit((model.state_dim,), model.act_dim, discrete=False, limit=1.0)
-        return data
+            data.need_rewards()
 
     # -- what the model takes
 
@@ -130,11 +152,10 @@ class Policy(Pipeline):
                 actions = torch.from_numpy(sample.actions)
                 obs = extended(obs, torch.cat([actions[:1], actions[:-1]]), model.action_dim, first)
             return {"obs": obs, "resets": first}
-        steps = self._steps(sample)
-        return self._episodes(sample, steps) if model.fine == "causal" else self._windows(sample, steps)
+        return {name: torch.from_numpy(rows) for name, rows in self._steps(sample).items()}
 
     def _steps(self, sample: Trajectories) -> dict[str, np.ndarray]:
-        """States, actions, returns-to-go and timesteps, row by row."""
+        """States, actions, returns-to-go and timesteps, row by row, and the row in which each one's episode begins."""
         assert isinstance(self.policy, DecisionMamba)
         mean, std = self.mean, self.std
         if mean is None:
@@ -146,7 +167,7 @@ class Policy(Pipeline):
             rewards = sample.need_rewards()
             earned = np.cumsum(rewards) - rewards
             left = self.target - (earned - earned[starts])
-        states = (sample.observations - np.asarray(mean)) / np.asarray(std)
+        states = (sample.observations - mean) / std
         time = np.minimum(np.arange(len(sample)) - starts, self.policy.max_ep_len - 1)
         return {
             "states": states.astype(np.float32),
@@ -156,46 +177,41 @@ class Policy(Pipeline):
             "starts": starts,
         }
 
-    def _episodes(self, sample: Trajectories, steps: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        """(episodes, longest, ...), padded behind: features look back alone."""
-        longest = max(e.stop - e.start for e in sample.episodes)
-        found = {}
-        for name in ("states", "actions", "returns_to_go", "timesteps"):
-            padded = np.zeros((len(sample.episodes), longest, *steps[name].shape[1:]), steps[name].dtype)
-            for row, episode in zip(padded, sample.episodes, strict=True):
-                row[: episode.stop - episode.start] = steps[name][episode]
-            found[name] = torch.from_numpy(padded)
-        return found
-
-    def _windows(self, sample: Trajectories, steps: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        """(steps, window, ...): what :meth:`DecisionMamba.get_action` sees at each step, the present action unknown."""
-        assert isinstance(self.policy, DecisionMamba)
-        longest = max(e.stop - e.start for e in sample.episodes)
-        size = self.policy.max_length or longest
-        rows = np.arange(len(sample))[:, None] + np.arange(1 - size, 1)
-        inside = rows >= steps["starts"][:, None]
-        rows = np.maximum(rows, 0)
-        found = {}
-        for name in ("states", "actions", "returns_to_go", "timesteps"):
-            values = steps[name][rows]
-            values[~inside] = 0
-            if name == "actions":
-                values[:, -1] = 0
-            found[name] = torch.from_numpy(values)
-        return found
-
     # -- the answer
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         model = self.policy
         if isinstance(model, S5ActorCritic):
             return model(batch["obs"], batch["resets"])
-        count = batch["states"].shape[0]
-        flat = [batch[name].flatten(0, 1) for name in ("states", "actions", "returns_to_go", "timesteps")]
-        parts = []
-        for rows in zip(*(x.split(CHUNK) for x in flat), strict=True):
-            parts.append(model(*rows)["actions"] if model.fine == "causal" else model.get_action(*rows))
-        return {"actions": torch.cat(parts).unflatten(0, (count, -1))}
+        decide = self._by_episodes if model.fine == "causal" else self._by_windows
+        files = [{name: rows[i] for name, rows in batch.items()} for i in range(len(batch["states"]))]
+        return {"actions": torch.stack([decide(steps) for steps in files])}
+
+    def _by_episodes(self, steps: Mapping[str, Tensor]) -> Tensor:
+        """(steps, actions); episodes are padded behind, for features look back alone."""
+        sizes = torch.unique_consecutive(steps["starts"], return_counts=True)[1].tolist()
+        episodes = {name: steps[name].split(sizes) for name in FIELDS}
+        found = []
+        for first in range(0, len(sizes), CHUNK):
+            padded = [pad_sequence(episodes[name][first : first + CHUNK], batch_first=True) for name in FIELDS]
+            actions = self.policy(*padded)["actions"]
+            found += [row[:size] for row, size in zip(actions, sizes[first : first + CHUNK], strict=True)]
+        return torch.cat(found)
+
+    def _by_windows(self, steps: Mapping[str, Tensor]) -> Tensor:
+        """(steps, actions); every step from what :meth:`DecisionMamba.get_action` sees, the present action unknown."""
+        assert isinstance(self.policy, DecisionMamba)
+        starts, found = steps["starts"], []
+        longest = int(torch.unique_consecutive(starts, return_counts=True)[1].max())
+        back = torch.arange(1 - (self.policy.max_length or longest), 1, device=starts.device)
+        for rows in torch.arange(len(starts), device=starts.device).split(CHUNK):
+            index = rows[:, None] + back
+            outside = (index < starts[rows][:, None])[..., None]
+            seen = {name: steps[name][index.clamp(min=0)] for name in FIELDS}
+            seen = {name: x.masked_fill(outside if x.dim() == 3 else outside[..., 0], 0) for name, x in seen.items()}
+            seen["actions"][:, -1] = 0
+            found.append(self.policy.get_action(*seen.values()))
+        return torch.cat(found)
 
     def finish(self, output: Mapping[str, Tensor], sample: Trajectories) -> Actions:
         model = self.policy
@@ -208,9 +224,7 @@ class Policy(Pipeline):
             found.values = output["value"].numpy()
             found.log_prob = float(distributions.log_prob(output, recorded).mean())
         else:
-            actions = output["actions"]
-            if model.fine == "causal":
-                actions = torch.cat([a[: e.stop - e.start] for a, e in zip(actions, sample.episodes, strict=True)])
+            actions = output["actions"].clamp(-1, 1)  # as an agent's
             found.notes = "; ".join(self.said)
         if sample.discrete:
             found.agreement = float((actions == recorded).float().mean())
@@ -218,3 +232,16 @@ class Policy(Pipeline):
             found.error = float((actions - recorded).square().mean())
         found.actions = actions.numpy()
         return found
+
+
+def _numbers(name: str, values: Any, size: int) -> np.ndarray:
+    """One number, or ``size`` of them. Raises BadArgument."""
+    try:
+        found = np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise errors.BadArgument(f"{name} is {values!r:.80}; expected numbers", argument=name, accepted=[]) from error
+    if found.shape not in ((), (size,)) or not np.isfinite(found).all():
+        raise errors.BadArgument(
+            f"{name} has shape {found.shape}; expected ({size},), finite numbers", argument=name, accepted=[]
+        )
+    return found

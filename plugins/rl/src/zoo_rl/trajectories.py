@@ -10,9 +10,9 @@ terminals       terminal, dones, done                  (steps,), optional: witho
 timeouts        timeout, truncated, truncations        (steps,), optional
 =============== ====================================== ========================================================
 
-npz arrays may also be (episodes, steps, ...), with ``lengths`` (episodes,) where episodes differ. Parquet columns hold
-one number each (``observations_0``, ``observations_1`` ...) or a list a row; a column ``episode`` may take the place of
-``terminals``.
+npz arrays may also be (episodes, steps, ...), with ``lengths`` (episodes,) where episodes differ; a row ends with its
+episode, and ``terminals`` and ``timeouts`` end others within it. Parquet columns hold one number each
+(``observations_0``, ``observations_1`` ...) or a list a row; a column ``episode`` may take the place of ``terminals``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo.files import existing, read_arrays, refused
 from zoo_registry import optional
 
 NAMES = {
@@ -111,27 +112,16 @@ class Trajectories:
 
 
 def read(path: str | Path) -> Trajectories:
-    """Read a file by its ending. Raises ValueError that names fields found and expected, or the first bad step;
-    FileNotFoundError for a file that is not there."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no trajectory file {path}: expected {', '.join(EXTENSIONS)}")
+    """Read a file by its ending. Raises BadFile (a ValueError) that names fields found and expected, or the first bad
+    step; FileNotFoundError for a file that is not there."""
+    path = existing(path, f"a trajectory file ({', '.join(EXTENSIONS)})")
     readers: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
-        ".npz": _npz, ".hdf5": _hdf5, ".h5": _hdf5, ".parquet": _parquet,
+        ".npz": read_arrays, ".hdf5": _hdf5, ".h5": _hdf5, ".parquet": _parquet,
     }  # fmt: skip
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: a file of type {path.suffix!r}; expected {', '.join(EXTENSIONS)}")
-    return from_arrays(readers[path.suffix.lower()](path), source=str(path))
-
-
-def _npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile and numpy each have their own, and numpy's offers to unpickle
-        raise ValueError(
-            f"{path}: not an npz file of plain arrays; it is damaged, of another format, or holds Python objects"
-        ) from error
+    with refused(path):
+        if path.suffix.lower() not in readers:
+            raise ValueError(f"{path}: a file of type {path.suffix!r}; expected {', '.join(EXTENSIONS)}")
+        return from_arrays(readers[path.suffix.lower()](path), source=str(path))
 
 
 def _hdf5(path: Path) -> dict[str, np.ndarray]:
@@ -153,21 +143,40 @@ def _parquet(path: Path) -> dict[str, np.ndarray]:
     columns: dict[str, Any] = {}
     numbered: dict[str, dict[int, np.ndarray]] = {}
     for name in table.column_names:
-        values = table.column(name).to_pylist()
+        values = _values(table.column(name), f"{path}: the rows of {name!r}")
         stem, _, number = name.rpartition("_")
         if number.isdigit() and stem:
-            numbered.setdefault(stem, {})[int(number)] = np.asarray(values)
+            numbered.setdefault(stem, {})[int(number)] = values
         else:
-            try:
-                columns[name] = np.asarray(values)
-            except ValueError as error:
-                raise ValueError(f"{path}: the rows of {name!r} have lists of different lengths") from error
+            columns[name] = values
     for stem, parts in numbered.items():
+        if sorted(parts) != list(range(min(parts), min(parts) + len(parts))):
+            raise ValueError(f"{path}: of {stem}_0, {stem}_1 ... only the numbers {sorted(parts)} are there")
         columns[stem] = np.stack([parts[i] for i in sorted(parts)], 1)
     if "episode" in columns:
         number = columns.pop("episode")
-        columns["terminals"] = np.r_[number[1:] != number[:-1], True]
+        last = np.r_[number[1:] != number[:-1], True][: len(number)]
+        if np.issubdtype(number.dtype, np.floating) and np.isnan(number).any():
+            raise ValueError(f"{path}: rows without a number of their episode")
+        if last.sum() > len(np.unique(number)):
+            raise ValueError(f"{path}: the rows of an episode do not follow one another; sort them by episode and step")
+        columns["terminals"] = last
     return columns
+
+
+def _values(column: Any, what: str) -> np.ndarray:
+    """A parquet column as an array: (rows,), or (rows, numbers) of lists. Raises ValueError for uneven lists."""
+    kind = str(column.type)
+    if not kind.startswith(("list", "large_list", "fixed_size_list")):
+        return column.to_numpy()
+    try:
+        flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        sizes = {len(row) for row in column.to_numpy()}
+    except TypeError as error:
+        raise ValueError(f"{what} have no list in some places") from error
+    if len(sizes) > 1 or flat.dtype == object:
+        raise ValueError(f"{what} have lists of different lengths, or of lists")
+    return flat.reshape(len(column), -1)
 
 
 def from_arrays(arrays: Mapping[str, Any], *, source: str = "memory") -> Trajectories:
@@ -195,7 +204,7 @@ def from_arrays(arrays: Mapping[str, Any], *, source: str = "memory") -> Traject
         raise ValueError(f"{source}: actions have shape {actions.shape}; expected (steps,) or (steps, numbers)")
     if actions.ndim == 1 and not np.issubdtype(actions.dtype, np.integer):
         actions = actions[:, None]
-    flags: dict[str, np.ndarray] = {
+    flags: dict[str, np.ndarray | None] = {
         name: found[name].reshape(-1) for name in ("terminals", "timeouts") if name in found
     }
     rewards = found["rewards"].reshape(-1) if "rewards" in found else None
@@ -203,11 +212,12 @@ def from_arrays(arrays: Mapping[str, Any], *, source: str = "memory") -> Traject
     for name, array in sized.items():
         if array is not None and len(array) != len(observations):
             raise ValueError(f"{source}: {len(array)} {name} for {len(observations)} observations")
-    for name, values in (("observations", observations), ("actions", actions), ("rewards", rewards)):
+    for name, values in (("observations", observations), *sized.items()):
         if values is not None:
             _finite(values, name, source)
     ends = np.zeros(len(observations), bool)
     for flag in flags.values():
+        assert flag is not None
         ends |= flag.astype(bool)
     ends[-1] = True
     return Trajectories(
@@ -220,7 +230,7 @@ def from_arrays(arrays: Mapping[str, Any], *, source: str = "memory") -> Traject
 
 
 def _flat(found: dict[str, np.ndarray], lengths: Any, source: str) -> dict[str, np.ndarray]:
-    """(episodes, steps, ...) arrays end to end, cut at each episode's length."""
+    """(episodes, steps, ...) arrays end to end, cut at each row's length, where an episode ends at the latest."""
     count, steps = found["observations"].shape[:2]
     lengths = np.full(count, steps) if lengths is None else np.asarray(lengths)
     if lengths.shape != (count,) or (lengths < 1).any() or (lengths > steps).any():
@@ -229,9 +239,10 @@ def _flat(found: dict[str, np.ndarray], lengths: Any, source: str) -> dict[str, 
         if array.shape[:2] != (count, steps):
             raise ValueError(f"{source}: {name} have shape {array.shape}; expected ({count}, {steps}, ...)")
     inside = np.arange(steps) < lengths[:, None]
-    flat = {name: array[inside] for name, array in found.items() if name not in ("terminals", "timeouts")}
-    ends = np.arange(steps) == lengths[:, None] - 1
-    return flat | {"terminals": ends[inside]}
+    flat = {name: array[inside] for name, array in found.items()}
+    _finite(flat.get("terminals", np.zeros(1)), "terminals", source)
+    ends = (np.arange(steps) == lengths[:, None] - 1)[inside]
+    return flat | {"terminals": ends | flat.get("terminals", ends).reshape(len(ends), -1).any(1)}
 
 
 def _finite(values: np.ndarray, name: str, source: str) -> None:
