@@ -105,6 +105,31 @@ def test_errors_are_sentences_with_exit_codes(cli):
     assert "zoo list --help" in err
 
 
+def test_a_sentence_about_the_input_stands_alone(cli, monkeypatch):
+    """What a plugin raises itself is a sentence for the user; what comes from below it shows where to look."""
+    import zoo.catalog
+
+    def raising(module, code):
+        places = {"__name__": module, "torch": torch}
+        exec(f"def info(name):\n    {code}", places)
+        monkeypatch.setattr(zoo.catalog, "info", places["info"])
+
+    raising("zoo_toys.pipelines", "raise ValueError('the picture has 2 axes; expected 3')")
+    assert cli("info", "toy_small")[::2] == (1, "error: the picture has 2 axes; expected 3\n")
+    found = json.loads(cli("info", "toy_small", "--json")[1])
+    assert found == {"error": "ValueError", "message": "the picture has 2 axes; expected 3", "exit_code": 1}
+    for module, code in (
+        ("zoo_toys.pipelines", "torch.ones(2).numpy().reshape(3)"),  # numpy's sentence
+        ("zoo_kernels.ops", "raise ValueError('u has shape (2,)')"),
+        ("zoo_toys.pipelines", "raise ValueError"),
+        ("elsewhere", "raise ValueError('x')"),
+    ):
+        raising(module, code)
+        code, _, err = cli("info", "toy_small")
+        assert code == 1
+        assert "zoo --debug" in err
+
+
 def test_unexpected_errors(cli, monkeypatch):
     import zoo.catalog
 

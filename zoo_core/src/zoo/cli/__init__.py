@@ -2,7 +2,7 @@
 
 ======= =====================================================
 0       done
-1       the work was done in part, or failed unexpectedly
+1       the work was done in part, or failed (a wrong input, say)
 2       a wrong name, argument or option
 3       something is not there (weights, file, repository)
 4       the network
@@ -157,8 +157,20 @@ def _unexpected(error: Exception, debug: bool, as_json: bool) -> int:
     if debug:
         raise error
     notes = getattr(error, "__notes__", [])
+    if type(error) is ValueError and str(error) and _ours(error):  # a sentence about what was given
+        return _report("ValueError", "\n".join([str(error), *notes]), 1, as_json)
     text = "\n".join([f"{type(error).__name__}: {error}", *notes, "`zoo --debug ...` shows where"])
     return _report(type(error).__name__, text, 1, as_json)
+
+
+def _ours(error: Exception) -> bool:
+    """Whether an error was raised by the zoo or a plugin itself, and not below it: by a library, or by an operator,
+    which speaks of tensors that the user did not give."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    return module == "zoo" or (module.startswith("zoo_") and module != "zoo_kernels")
 
 
 def _usage(error: click.ClickException) -> str | None:
