@@ -164,12 +164,16 @@ def _unexpected(error: Exception, debug: bool, as_json: bool) -> int:
 
 
 def _ours(error: Exception) -> bool:
-    """Whether an error was raised by the zoo or a plugin itself, and not below it: by a library, or by an operator,
-    which speaks of tensors that the user did not give."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    module = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    """Whether an error was raised by a ``raise`` of the zoo or a plugin, and not below it: by a library, compiled ones
+    too, or by an operator, which speaks of tensors that the user did not give."""
+    import dis
+
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or place.tb_frame.f_code.co_code[place.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
+        return False
+    module = str(place.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
     return module == "zoo" or (module.startswith("zoo_") and module != "zoo_kernels")
 
 
