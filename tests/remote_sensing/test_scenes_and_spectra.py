@@ -196,3 +196,57 @@ def test_maps_are_saved_as_picture_and_array(spectra, tmp_path):
     found = zoo.pipeline(spectra)(tmp_path / "scene.npy")
     assert np.array_equal(np.load(found.save(tmp_path / "map.npy")), found.classes)
     assert np.array_equal(np.asarray(Image.open(found.save(tmp_path / "map.png"))), found.classes)
+
+
+def test_pixels_without_data_have_no_class(spectra, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    holes = np.random.default_rng(0).normal(size=(6, 5, 10)).astype(np.float32)
+    holes[:, 3:] = np.nan
+    found = zoo.pipeline(spectra)(holes)
+    assert (found.classes[:, 3:] == 255).all()
+    assert (found.classes[:, :3] < 3).all()
+    assert sum(found.counts.values()) == 18
+    assert found.picture().getpixel((4, 0)) == 255
+    inside = principal_components(holes, 4, ~np.isnan(holes[..., 0]))
+    np.testing.assert_allclose(inside[:, :3], principal_components(holes[:, :3], 4), atol=1e-6)
+    assert not inside[:, 3:].any()
+    holes[:, 3:] = -9999
+    with rasterio.open(
+        tmp_path / "scene.tif", "w", driver="GTiff", height=6, width=5, count=10, dtype="float32", nodata=-9999
+    ) as file:
+        file.write(holes.transpose(2, 0, 1))
+    assert np.array_equal(zoo.pipeline(spectra)(tmp_path / "scene.tif").classes, found.classes)
+    with pytest.raises(errors.BadArgument, match="no pixel"):
+        zoo.pipeline(spectra)(np.full((6, 5, 10), np.nan, np.float32))
+
+
+def test_components_beyond_the_rank_are_zero():
+    few = np.random.default_rng(0).normal(size=(9, 8, 2)) @ np.random.default_rng(1).normal(size=(2, 6))
+    found = principal_components(few, 4)
+    np.testing.assert_allclose(found[..., :2].std((0, 1)), 1, atol=0.01)
+    assert not found[..., 2:].any()
+    assert not principal_components(np.ones((3, 3, 6), np.float32), 3).any()
+
+
+def test_cubes_that_cannot_be_read(spectra, tmp_path):
+    pipe = zoo.pipeline(spectra)
+    for name in ("a.npy", "a.mat", "a.npz", "a.hdr"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises((errors.BadFile, errors.BadArgument), match=name.replace(".", r"\.")):
+            pipe(tmp_path / name)
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(errors.BadFile, match="Python objects"):
+        pipe(tmp_path / "a.npy")
+    with pytest.raises(errors.LocalFileMissing, match="no file"):
+        pipe.read(tmp_path / "none.npy")
+    for wrong in (np.zeros((6, 5, 10), complex), np.zeros((6, 5)), np.zeros((0, 5, 10))):
+        with pytest.raises(errors.BadArgument, match="expected numbers"):
+            pipe(wrong)
+    cube = np.random.default_rng(0).normal(size=(6, 5, 10)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", small=cube[:2], cube=cube)
+    found = pipe(tmp_path / "a.npz")
+    assert np.array_equal(found.classes, pipe(cube).classes)
+    with pytest.raises(errors.BadArgument, match=r"ends in '\.jpg'; expected \.tif"):
+        found.save(tmp_path / "map.jpg")
+    with pytest.raises(errors.BadArgument, match="class_names has 2 names; the model has 3"):
+        zoo.pipeline(spectra, class_names=["a", "b"])

@@ -10,6 +10,7 @@ import zoo
 from zoo_registry import errors
 from zoo_remote_sensing.changemamba import Damage, SemanticChange
 from zoo_remote_sensing.palettes import COLOURS
+from zoo_remote_sensing.validation import read_label
 
 pytest.importorskip("torchmetrics")
 
@@ -150,3 +151,37 @@ def test_scenes_to_labels(tmp_path):
     measured = zoo.validate(model, tmp_path / "images")
     assert measured.samples == 2
     assert "matched to the classes by label" in measured.notes
+
+
+def test_measures_without_a_meaning_are_none(tmp_path):
+    for name in ("T1", "T2", "GT"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB" if name != "GT" else "L", (40, 40)).save(tmp_path / name / "a.png")
+    found = zoo.validate("changemamba_micro.scenes", tmp_path)
+    assert found.metrics["kappa"] is None
+    assert found.metrics["OA"] == 1
+    (tmp_path / "GT" / "a.png").write_bytes(b"")
+    with pytest.raises(errors.BadFile, match=r"a\.png is no picture"):
+        zoo.validate("changemamba_micro.scenes", tmp_path)
+
+
+def test_labels_of_sixteen_bits(tmp_path):
+    labels = np.array([[0, 300], [7, 255]], np.uint16)
+    Image.fromarray(labels).save(tmp_path / "a.png")
+    assert read_label(tmp_path / "a.png").tolist() == labels.tolist()
+
+
+def test_labels_that_do_not_fit_the_cube(tmp_path):
+    torch.manual_seed(0)
+    model = zoo.create("morpmamba_houston", bands=4, dim=8, state=8, num_classes=3).eval()
+    cube = np.random.default_rng(0).normal(size=(6, 5, 10)).astype(np.float32)
+    cube[0, 0] = np.nan
+    np.save(tmp_path / "cube.npy", cube)
+    np.save(tmp_path / "cube_gt.npy", np.ones((6, 5), np.uint8))
+    assert zoo.validate(model, tmp_path).metrics["OA"] is not None
+    np.save(tmp_path / "cube_gt.npy", np.ones((5, 6), np.uint8))
+    with pytest.raises(errors.BadArgument, match=r"\(5, 6\) pixels"):
+        zoo.validate(model, tmp_path)
+    np.save(tmp_path / "cube_gt.npy", np.full((6, 5), 0.5))
+    with pytest.raises(errors.BadArgument, match="expected class numbers"):
+        zoo.validate(model, tmp_path)

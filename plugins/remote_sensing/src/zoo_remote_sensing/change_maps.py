@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from zoo.files import check_ending, whole
 from zoo.pipelines import Result
 
 from .palettes import colours
-from .rasters import GEOTIFFS, NO_DATA, MapWriter, Scene, bad_input
+from .rasters import GEOTIFFS, NO_DATA, MapWriter, Scene
 
 #: longer side of an overlay in pixels; larger scenes are thinned to it
 PICTURE_SIDE = 2048
+#: endings of the files that maps are written to
+MAPS = (*GEOTIFFS, ".png")
 #: rows of a map that are looked at together when its objects are counted
 STRIP = 64
 #: a reader of a map: (top, left, height, width) -> {layer: (height, width) uint8}
@@ -77,19 +80,23 @@ class ChangeMap(ChangeSummary):
 
     def picture(self) -> Image.Image | None:
         """The later date with the map over it, half transparent; thinned to at most 2048 pixels a side."""
-        return None if self.scene is None else overlay(self.scene, self.read, self.layers)
+        if self.scene is None:
+            return None
+        try:
+            return overlay(self.scene, self.read, self.layers)
+        finally:
+            self.scene.close()
 
     def save(self, path: str | Path) -> Path:
         """Write the maps: ``.tif`` with the scene's own georeference (extra ``[geo]``), or ``.png`` (the last map)."""
         if Path(path).suffix.lower() in GEOTIFFS:
             return self.save_geotiff(path)
-        if Path(path).suffix.lower() != ".png":
-            raise bad_input(f"{path} ends in {Path(path).suffix or 'nothing'}; expected .tif or .png", "path")
+        check_ending(path, MAPS)
         name, names = list(self.layers.items())[-1]
         image = Image.fromarray(getattr(self, name)).convert("P")
         image.putpalette([v for colour in colours(names) for v in colour])
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        with whole(path) as work:
+            image.save(work)
         return Path(path)
 
     def save_geotiff(self, path: str | Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -52,12 +51,13 @@ def change(
         zoo change changemamba_scd_tiny before.png after.png --checkpoint mine.pth --json
     """
     import zoo
+    from zoo.files import read_text
     from zoo.loading import card_of
 
     arguments = output.loading(options) | {
         "tile": tile, "overlap": overlap, "pixel_area": pixel_area, "value_range": value_range,
         "bands": None if bands is None else _numbers(bands),
-        "class_names": None if labels is None else Path(labels).read_text(encoding="utf-8").splitlines(),
+        "class_names": None if labels is None else read_text(labels).splitlines(),
     }  # fmt: skip
     task = card_of(name).task
     if task not in CHANGE_TASKS:
@@ -103,7 +103,13 @@ def map_pixels(name: str, cube: str, path: str | None, rows: int, as_json: bool,
         zoo map-pixels morpmamba_houston scene.hdr --checkpoint mine.safetensors --map classes.tif
     """
     import zoo
+    from zoo.files import check_ending, check_place
 
+    from .hyperspectral import MAPS
+
+    if path is not None:
+        check_ending(path, MAPS)
+        check_place(path)
     found: Any = zoo.pipeline(name, "pixel-classification", rows=rows, **output.loading(options))(cube)
     written = None if path is None else str(found.save(path))
     if as_json:

@@ -12,15 +12,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from zoo.files import check_ending, existing, read_arrays, whole
 from zoo.pipelines import Pipeline, Result
 from zoo_registry import errors
 
 from .palettes import class_names as named
 from .palettes import colours, label_set
-from .rasters import MapWriter, Scene, bad_input, place, require_rasterio, without_place_warning
+from .rasters import GEOTIFFS, NO_DATA, MapWriter, Scene, bad_input, place, require_rasterio, without_place_warning
 
+#: endings of numpy's and MATLAB's files
+ARRAYS = (".npy", ".npz", ".mat")
 #: endings of ENVI's data files, whose header lies beside them as NAME.hdr; some have no ending at all
 ENVI = (".hdr", ".dat", ".img", ".bsq", ".bil", ".bip", ".raw", "")
+
+
+#: endings of the files that class maps are written to
+MAPS = (*GEOTIFFS, ".png", ".npy")
 
 
 @dataclass
@@ -29,43 +36,46 @@ class Cube:
 
     values: np.ndarray
     name: str = "the array"
+    valid: np.ndarray | None = None  #: (H, W) bool: where there are data; None: everywhere
     place: dict[str, Any] = field(default_factory=dict)  #: what rasterio needs to write a map of it
 
 
 def read_cube(source: Any) -> Cube:
-    """From an array (H, W, bands), an ``.npy`` file, a ``.mat`` file (its largest array of three axes) or ENVI.
+    """From an array (H, W, bands), an ``.npy``, ``.npz`` or ``.mat`` file (its largest array of three axes) or ENVI.
 
-    An ENVI scene is named by its header (NAME.hdr) or its data file; reading it needs the extra ``[geo]``.
-    Raises BadArgument for what is no cube.
+    An ENVI scene is named by its header (NAME.hdr) or its data file; reading it needs the extra ``[geo]``. Pixels of
+    the file's nodata value and pixels with a band that is no finite number have no data.
+    Raises BadArgument for what is no cube, BadFile for what cannot be read.
     """
     place: dict[str, Any] = {}
+    valid: np.ndarray | None = None
     if isinstance(source, Cube):
         return source
     if isinstance(source, np.ndarray):
         cube, name = source, "the array"
     else:
-        path, name = Path(source), str(source)
-        if path.suffix.lower() == ".npy":
-            cube = np.load(path, allow_pickle=False)
-        elif path.suffix.lower() == ".mat":
-            cube = _from_matlab(path, 3)
-        elif path.suffix.lower() in (*ENVI, ".tif", ".tiff"):
-            cube, place = _from_raster(path)
+        path, name = existing(Path(source).expanduser(), "a hyperspectral scene"), str(source)
+        if path.suffix.lower() in ARRAYS:
+            cube = _from_arrays(path, 3)
+        elif path.suffix.lower() in (*ENVI, *GEOTIFFS):
+            cube, place, valid = _from_raster(path)
         else:
-            raise bad_input(f"{name} ends in {path.suffix}; expected .npy, .mat, ENVI (.hdr) or .tif")
-    if cube.ndim != 3 or not np.issubdtype(cube.dtype, np.number):
+            raise bad_input(f"{name} ends in {path.suffix}; expected .npy, .npz, .mat, ENVI (.hdr) or .tif")
+    if cube.ndim != 3 or cube.dtype.kind not in "uif" or 0 in cube.shape:
         raise bad_input(f"{name} has shape {cube.shape} and type {cube.dtype}; expected numbers (height, width, bands)")
-    return Cube(cube.astype(np.float32), name, place)
+    if cube.dtype.kind == "f" and not (finite := np.asarray(np.isfinite(cube).all(-1))).all():
+        valid = finite if valid is None else valid & finite
+    if valid is not None and not valid.any():
+        raise bad_input(f"{name} has no pixel whose bands are all finite numbers")
+    return Cube(cube.astype(np.float32), name, valid, place)
 
 
-def _from_matlab(path: Path, axes: int) -> np.ndarray:
-    """The largest array of ``axes`` axes in a MATLAB file."""
-    from scipy.io import loadmat
-
-    try:
-        found = [v for v in loadmat(path).values() if isinstance(v, np.ndarray) and v.ndim == axes and v.size > 1]
-    except NotImplementedError as error:
-        raise bad_input(f"{path} is a MATLAB 7.3 file; save it again with -v7, or as .npy") from error
+def _from_arrays(path: Path, axes: int) -> np.ndarray:
+    """The largest array of ``axes`` axes in an .npy, .npz or MATLAB file."""
+    arrays = _matlab(path) if path.suffix.lower() == ".mat" else read_arrays(path)
+    if list(arrays) == [""]:
+        return arrays[""]
+    found = [v for v in arrays.values() if isinstance(v, np.ndarray) and v.ndim == axes and v.size > 1]
     if not found:
         raise bad_input(
             f"{path} holds no array of {axes} axes; expected (height, width{', bands' if axes == 3 else ''})"
@@ -73,8 +83,22 @@ def _from_matlab(path: Path, axes: int) -> np.ndarray:
     return max(found, key=lambda v: v.size)
 
 
-def _from_raster(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """An ENVI scene (either of its two files) or a GeoTIFF, as (H, W, bands) and its place."""
+def _matlab(path: Path) -> dict[str, Any]:
+    from scipy.io import loadmat
+
+    try:
+        return loadmat(path)
+    except NotImplementedError as error:
+        raise bad_input(f"{path} is a MATLAB 7.3 file; save it again with -v7, or as .npy") from error
+    except Exception as error:  # scipy's reader meets damaged files with errors of many kinds
+        raise errors.BadFile(
+            f"{path} is no MATLAB file that can be read; is it empty, cut short or of another format? ({error})",
+            path=str(path),
+        ) from error
+
+
+def _from_raster(path: Path) -> tuple[np.ndarray, dict[str, Any], np.ndarray | None]:
+    """An ENVI scene (either of its two files) or a GeoTIFF, as (H, W, bands), its place and where it has data."""
     rasterio = require_rasterio(f"reading {path.name}")
     data = path
     if path.suffix.lower() == ".hdr":
@@ -85,24 +109,28 @@ def _from_raster(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         data = existing[0]
     try:
         with without_place_warning(), rasterio.open(data) as file:
-            return file.read().transpose(1, 2, 0), place(file)
+            mask = file.dataset_mask() != 0
+            return file.read().transpose(1, 2, 0), place(file), None if mask.all() else mask
     except rasterio.errors.RasterioIOError as error:
-        raise bad_input(f"{data} cannot be read ({error}); an ENVI scene needs its header {data.stem}.hdr") from error
+        raise errors.BadFile(
+            f"{data} cannot be read ({error.__cause__ or error}); an ENVI scene needs its header {data.stem}.hdr",
+            path=str(data),
+        ) from error
 
 
 def read_labels(source: str | Path) -> np.ndarray:
-    """(H, W) int64: 0 for unlabelled pixels, then 1 for the first class; from ``.npy``, ``.mat`` or a picture."""
+    """(H, W) int64: 0 for unlabelled pixels, then 1 for the first class; from an array file, MATLAB or a picture."""
     path = Path(source)
-    if path.suffix.lower() == ".npy":
-        found = np.load(path, allow_pickle=False)
-    elif path.suffix.lower() == ".mat":
-        found = _from_matlab(path, 2)
+    if path.suffix.lower() in ARRAYS:
+        found = _from_arrays(path, 2)
     else:
         from .validation import read_label
 
         found = read_label(path)
-    if found.ndim != 2:
-        raise bad_input(f"{path} has shape {found.shape}; expected (height, width)")
+    if found.ndim != 2 or found.dtype.kind not in "buif" or (found != np.floor(found)).any():
+        raise bad_input(
+            f"{path} has shape {found.shape} and type {found.dtype}; expected class numbers (height, width)"
+        )
     return found.astype(np.int64)
 
 
@@ -113,7 +141,7 @@ def cube_files(folder: Path) -> tuple[Path, Path]:
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."]
     labels = [p for p in files if p.stem.lower().endswith(("_gt", "_labels")) and p.suffix.lower() != ".hdr"]
     headers = [p for p in files if p.suffix.lower() == ".hdr" and not p.stem.lower().endswith(("_gt", "_labels"))]
-    cubes = headers or [p for p in files if p not in labels and p.suffix.lower() in (".npy", ".mat", ".tif", ".tiff")]
+    cubes = headers or [p for p in files if p not in labels and p.suffix.lower() in (*ARRAYS, *GEOTIFFS)]
     if len(cubes) != 1 or len(labels) != 1:
         raise bad_input(
             f"{folder} holds {len(cubes)} cubes and {len(labels)} files of labels; expected one of each, the labels "
@@ -122,21 +150,31 @@ def cube_files(folder: Path) -> tuple[Path, Path]:
     return cubes[0], labels[0]
 
 
-def principal_components(cube: np.ndarray, count: int) -> np.ndarray:
+def principal_components(cube: np.ndarray, count: int, valid: np.ndarray | None = None) -> np.ndarray:
     """Whitened principal components of the pixels: (H, W, bands) to (H, W, count), each of mean 0 and deviation 1.
 
-    The sign of a component is fixed so that its largest loading is positive. Raises BadArgument for too few bands.
+    ``valid`` (H, W) bool: the pixels that count; all others are 0, the mean. The sign of a component is fixed so that
+    its largest loading is positive; one beyond the rank of the pixels is 0. Raises BadArgument for too few bands or
+    pixels.
     """
     height, width, bands = cube.shape
-    if bands < count or height * width <= count:
-        raise bad_input(f"the cube is {height} x {width} with {bands} bands; the model needs at least {count} bands")
-    pixels = cube.reshape(-1, bands).astype(np.float64)
+    pixels = (cube.reshape(-1, bands) if valid is None else cube[valid]).astype(np.float64)
+    if bands < count or len(pixels) <= count:
+        raise bad_input(
+            f"the cube has {bands} bands and {len(pixels)} pixels with data; the model needs at least {count} bands "
+            f"and {count + 1} pixels"
+        )
     pixels -= pixels.mean(0)
     values, vectors = np.linalg.eigh(pixels.T @ pixels / (len(pixels) - 1))
     values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(count)])
-    found = pixels @ vectors / np.sqrt(np.maximum(values, np.finfo(np.float64).tiny))
-    return found.reshape(height, width, count).astype(np.float32)
+    spread = values > 1e-12 * max(float(values[0]), np.finfo(np.float64).tiny)  # else rounding would be blown up
+    found = pixels @ vectors * np.where(spread, 1 / np.sqrt(np.where(spread, values, 1)), 0)
+    if valid is None:
+        return found.reshape(height, width, count).astype(np.float32)
+    components = np.zeros((height, width, count), np.float32)
+    components[valid] = found
+    return components
 
 
 def windows(components: np.ndarray, window: int) -> np.ndarray:
@@ -153,7 +191,7 @@ def windows(components: np.ndarray, window: int) -> np.ndarray:
 
 @dataclass(kw_only=True)
 class ClassMap(Result):
-    """The class of every pixel, (H, W) uint8, and how many pixels each class has."""
+    """The class of every pixel, (H, W) uint8 (255 where there are no data), and how many pixels each class has."""
 
     classes: np.ndarray = field(repr=False)
     counts: dict[str, int] = field(default_factory=dict)
@@ -167,7 +205,8 @@ class ClassMap(Result):
     def picture(self) -> Image.Image:
         """One colour a class; the numbers of the classes are the indices of the palette."""
         image = Image.fromarray(self.classes).convert("P")
-        image.putpalette([value for colour in self._colours() for value in colour])
+        palette = [value for colour in self._colours() for value in colour]
+        image.putpalette(palette + [0] * (3 * 256 - len(palette)))  # black where there are no data
         return image
 
     def _colours(self) -> list[tuple[int, int, int]]:
@@ -178,9 +217,10 @@ class ClassMap(Result):
         path = Path(path)
         if path.suffix.lower() == ".png":
             return self.save_picture(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_ending(path, MAPS)
         if path.suffix.lower() == ".npy":
-            np.save(path, self.classes)
+            with whole(path) as work, work.open("wb") as file:
+                np.save(file, self.classes)
             return path
         height, width = self.classes.shape
         with MapWriter(
@@ -198,7 +238,7 @@ class PixelClassification(Pipeline):
     """
 
     task = "pixel-classification"
-    extensions = (".npy", ".mat", ".hdr")
+    extensions = (*ARRAYS, ".hdr")
 
     def __init__(self, model: nn.Module, rows: int = 16, class_names: Sequence[str] | None = None) -> None:
         super().__init__(model)
@@ -206,6 +246,10 @@ class PixelClassification(Pipeline):
             raise errors.BadArgument(f"rows is {rows}; expected 1 or more", argument="rows", accepted=[])
         self.rows = int(rows)
         count = int(model.num_classes)  # type: ignore[arg-type]
+        if count > NO_DATA:
+            raise bad_input(f"the model has {count} classes; maps hold at most {NO_DATA}", "model")
+        if class_names is not None and len(class_names) != count:
+            raise bad_input(f"class_names has {len(class_names)} names; the model has {count} classes", "class_names")
         self.class_names = named(class_names or self.labels() or self._known(count), count)
 
     def _known(self, count: int) -> list[str] | None:
@@ -217,7 +261,7 @@ class PixelClassification(Pipeline):
         return read_cube(source)
 
     def prepare(self, sample: Cube) -> Tensor:
-        return torch.from_numpy(principal_components(sample.values, int(self.model.bands)))  # type: ignore[arg-type]
+        return torch.from_numpy(principal_components(sample.values, int(self.model.bands), sample.valid))  # type: ignore[arg-type]
 
     def forward(self, batch: Any) -> Tensor:
         maps = []
@@ -232,7 +276,9 @@ class PixelClassification(Pipeline):
 
     def finish(self, output: Any, sample: Any) -> ClassMap:
         classes = output.numpy().astype(np.uint8)
-        numbers = {int(c): int((classes == c).sum()) for c in np.unique(classes)}
+        if sample.valid is not None:
+            classes[~sample.valid] = NO_DATA
+        numbers = {int(c): int((classes == c).sum()) for c in np.unique(classes) if c != NO_DATA}
         return ClassMap(
             classes=classes, counts={self.class_names[c]: n for c, n in numbers.items()}, names=self.class_names,
             place=sample.place,

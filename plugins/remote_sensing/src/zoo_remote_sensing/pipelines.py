@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zoo.files import check_ending, check_place, whole
 from zoo.pipelines import Pipeline
 
-from .change_maps import ChangeMap, ChangeSummary, Tally, count_buildings, overlay
+from .change_maps import MAPS, ChangeMap, ChangeSummary, Tally, count_buildings, overlay
+from .folders import together, two_dates
 from .palettes import class_names, colours, label_set
 from .rasters import (
     EXTENSIONS,
@@ -43,7 +47,9 @@ class ChangeDetection(Pipeline):
         class_names: names of the classes, of models whose card names none.
 
     The kind of answer follows from the model: binary (logits), semantic (``SemanticChange``) or damage (``Damage``).
-    Sizes, bands, projections and grids of the two files must agree; what does not is named in the error.
+    Sizes, bands, projections and grids of the two files must agree; what does not is named in the error. A folder does
+    not say which of its files is the earlier one: give files in order, two folders with files of equal names
+    (``pipe(["T1", "T2"])``), or the folder that holds two such (T1 and T2, A and B, im1 and im2).
     :meth:`write` maps scenes that are larger than memory, from file to file.
     """
 
@@ -69,7 +75,13 @@ class ChangeDetection(Pipeline):
         self.tile, self.overlap, self.pixel_area = int(tile), int(overlap), pixel_area
         self.channels = int(getattr(model, "in_chans", 3))
         self.reading: dict[str, Any] = {"bands": bands, "value_range": value_range, "channels": self.channels}
-        self.given_names = class_names
+        if pixel_area is not None and not 0 < pixel_area < math.inf:
+            raise bad_input(f"pixel_area is {pixel_area}; expected the square metres of a pixel, above 0", "pixel_area")
+        self.given_names = None if class_names is None else list(class_names)
+        if self.given_names is not None and len(self.given_names) != self._classes:
+            raise bad_input(
+                f"class_names has {len(self.given_names)} names; the model has {self._classes} classes", "class_names"
+            )
         settings = self.preprocess
         self.mean, self.std = (
             self._per_channel(settings.get(key, default))
@@ -84,6 +96,12 @@ class ChangeDetection(Pipeline):
     # -- what the model answers
 
     @property
+    def _classes(self) -> int:
+        """How many the last map has, the one whose classes have names."""
+        count = {"binary": "num_classes", "semantic": "semantic_classes", "damage": "damage_classes"}[self.kind]
+        return int(getattr(self.model, count, 2))
+
+    @property
     def kind(self) -> str:
         if hasattr(self.model, "damage_classes"):
             return "damage"
@@ -92,14 +110,11 @@ class ChangeDetection(Pipeline):
     @property
     def layers(self) -> dict[str, list[str]]:
         """The maps of this model and the names of their classes, in the order in which they are written."""
-        names = list(self.given_names) if self.given_names is not None else self.labels()
+        names, count = self.given_names or self.labels(), self._classes
         if self.kind == "binary":
-            count = int(getattr(self.model, "num_classes", 2))
             return {"changed": class_names(names or label_set("change"), count)}
         if self.kind == "damage":
-            count = int(self.model.damage_classes)  # type: ignore[arg-type]
             return {"changed": ["no building", "building"], "after": class_names(names or label_set("xbd"), count)}
-        count = int(self.model.semantic_classes)  # type: ignore[arg-type]
         known = names or self._labels_of_card()
         return {"changed": label_set("change"), **dict.fromkeys(("before", "after"), class_names(known, count))}
 
@@ -151,9 +166,33 @@ class ChangeDetection(Pipeline):
 
     # -- scenes in memory
 
+    def expand(self, inputs: Any) -> tuple[list[Any], bool]:
+        """Pairs from files in order, from two folders with files of equal names, or from a folder that holds two."""
+        given = inputs if isinstance(inputs, list) else [inputs]
+        places = [Path(one).expanduser() for one in given if isinstance(one, (str, Path))]
+        folders = [place for place in places if place.is_dir()]
+        if patterns := [place for place in places if glob.has_magic(str(place)) and not place.exists()]:
+            raise bad_input(f"{patterns[0]} does not say which dates its files are of; give files in order, or folders")
+        if not folders:
+            return super().expand(inputs)
+        if len(folders) == len(given) == 1:
+            folders = two_dates(folders[0])
+        elif len(folders) != len(given) or len(folders) != 2:
+            raise bad_input(
+                f"{len(folders)} of {len(given)} inputs are folders; expected files in order, or a folder for each date"
+            )
+        return [tuple(files) for _, files in together(folders)], False
+
     def read(self, source: Any) -> Pair:
-        before, after = (open_scene(one, **self.reading) for one in source)
-        check_pair(before, after)
+        if not isinstance(source, (tuple, list)) or len(source) != 2:
+            raise bad_input(f"{type(source).__name__} was given; expected a pair (before, after)")
+        before = open_scene(source[0], **self.reading)
+        try:
+            after = open_scene(source[1], **self.reading)
+            check_pair(before, after)
+        except BaseException:
+            before.close()
+            raise
         return before, after
 
     def prepare(self, sample: Any) -> Any:
@@ -170,13 +209,15 @@ class ChangeDetection(Pipeline):
 
     def _map(self, pair: Pair) -> ChangeMap:
         layers, shape = self.layers, (pair[0].height, pair[0].width)
-        whole: dict[str, Any] = {name: np.empty(shape, np.uint8) for name in layers}
+        full: dict[str, Any] = {name: np.empty(shape, np.uint8) for name in layers}
         tally = Tally(self.kind, layers)
         for (top, left, height, width), maps in self.blocks(pair):
             tally.add(maps)
             for name, part in maps.items():
-                whole[name][top : top + height, left : left + width] = part
-        result = ChangeMap(scene=pair[1], layers=layers, **whole)
+                full[name][top : top + height, left : left + width] = part
+        result = ChangeMap(scene=pair[1], layers=layers, **full)
+        for scene in pair:
+            scene.close()  # the picture opens the later one again
         tally.fill(result, self._area(pair))
         if self.kind == "damage":
             result.buildings = count_buildings(result.read, *shape, layers["after"], "after")
@@ -202,9 +243,24 @@ class ChangeDetection(Pipeline):
 
         ``path``: a ``.tif`` with the scene's georeference, one band a map (``.png`` for pairs of pictures; None writes
         no map). ``picture``: a PNG of the later date with the map over it, thinned to 2048 pixels a side. ``summary``:
-        the counts as JSON. Raises BadArgument for pairs that do not fit together.
+        the counts as JSON. Raises BadArgument for pairs that do not fit together, and, before the work, for a file that
+        is one of the pair or has an ending of another format; StoreError for one that cannot be written.
         """
         pair = self.read(source)
+        try:
+            _check_outputs(pair, path, picture, summary)
+            result = self._written(pair, path, picture)
+        finally:
+            for scene in pair:
+                scene.close()
+        if summary is not None:
+            text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
+            with whole(summary) as work:
+                work.write_text(text, encoding="utf-8")
+            result.files["summary"] = str(summary)
+        return result
+
+    def _written(self, pair: Pair, path: str | Path | None, picture: str | Path | None) -> ChangeSummary:
         if path is None or Path(path).suffix.lower() not in GEOTIFFS:
             result: ChangeSummary = self._map(pair)
             assert isinstance(result, ChangeMap)
@@ -215,12 +271,6 @@ class ChangeDetection(Pipeline):
         else:
             result = self._stream(pair, Path(path), None if picture is None else Path(picture))
         result.source, result.model = f"{pair[0].name} + {pair[1].name}", self.name
-        for scene in pair:
-            scene.close()
-        if summary is not None:
-            Path(summary).parent.mkdir(parents=True, exist_ok=True)
-            Path(summary).write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False), encoding="utf-8")
-            result.files["summary"] = str(summary)
         return result
 
     def _stream(self, pair: Pair, path: Path, picture: Path | None) -> ChangeSummary:
@@ -238,10 +288,24 @@ class ChangeDetection(Pipeline):
                     names = layers["after"]
                     result.buildings = count_buildings(written, pair[0].height, pair[0].width, names, "after")
                 if picture is not None:
-                    picture.parent.mkdir(parents=True, exist_ok=True)
-                    overlay(pair[1], written, layers).save(picture)
+                    with whole(picture) as work:
+                        overlay(pair[1], written, layers).save(work)
                     result.files["picture"] = str(picture)
         return result
+
+
+def _check_outputs(pair: Pair, path: str | Path | None, picture: str | Path | None, summary: str | Path | None) -> None:
+    """Raise for what could not be written, or would be written over the pair, before a scene is mapped."""
+    if path is not None:
+        check_ending(path, MAPS)
+    if picture is not None:
+        check_ending(picture)
+    given = [(scene.path or Path(scene.name)).resolve() for scene in pair]
+    for out in (path, picture, summary):
+        if out is not None:
+            check_place(out)
+            if Path(out).resolve() in given:
+                raise bad_input(f"{out} is one of the pair; give the output a name of its own", "path")
 
 
 class SemanticChangeDetection(ChangeDetection):

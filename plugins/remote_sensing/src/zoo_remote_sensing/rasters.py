@@ -7,7 +7,7 @@ GeoTIFF: memory grows with the window that is asked for.
 from __future__ import annotations
 
 import contextlib
-import os
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from zoo.files import check_place, existing, whole
+from zoo.images import read_picture
 from zoo_registry import errors, optional
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -65,7 +67,8 @@ class Scene:
     """One date: size, bands and place on the ground, and its pixels window by window.
 
     ``bands`` are the three (or ``in_chans``) band numbers that :meth:`read` returns, counted from 1. ``value_range``
-    (low, high) is mapped to 0 to 255; without it the values must be uint8.
+    (low, high) is mapped to 0 to 255; without it the values must be uint8. A scene in a file is opened when it is read
+    and after :meth:`close` again.
     """
 
     name: str
@@ -78,8 +81,10 @@ class Scene:
     #: what rasterio needs to write a file at the same place: crs and transform, or ground control points
     place: dict[str, Any] = field(default_factory=dict)
     value_range: tuple[float, float] | None = None
-    pixels: np.ndarray | None = field(default=None, repr=False)  #: (H, W, bands), of scenes in memory
-    file: Any = field(default=None, repr=False)  #: an open rasterio data set otherwise
+    pixels: np.ndarray | None = field(default=None, repr=False)  #: (H, W, chosen bands), of scenes in memory
+    valid: np.ndarray | None = field(default=None, repr=False)  #: (H, W) bool, of scenes in memory: where data are
+    path: Path | None = None  #: of scenes in files
+    file: Any = field(default=None, repr=False)  #: the open rasterio data set
 
     @property
     def transform(self) -> Any:
@@ -94,33 +99,68 @@ class Scene:
         return abs(self.transform.a * self.transform.e - self.transform.b * self.transform.d) * metres**2
 
     def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """A window of the chosen bands, (height, width, bands) uint8."""
+        """A window of the chosen bands, (height, width, bands) uint8. Raises BadFile for a damaged file."""
         if self.pixels is not None:
-            return self.pixels[top : top + height, left : left + width]
-        from rasterio.windows import Window
-
-        window = Window(left, top, width, height)
-        values = self.file.read(list(self.bands), window=window).transpose(1, 2, 0)
-        if self.value_range is not None:
-            low, high = self.value_range
-            scaled = (values.astype(np.float32) - low) * (255.0 / (high - low))
-            values = np.nan_to_num(scaled).clip(0, 255).round().astype(np.uint8)
-        return values
+            return scaled(self.pixels[top : top + height, left : left + width], self.value_range)
+        return scaled(self._values(top, left, height, width), self.value_range)
 
     def read_valid(self, top: int, left: int, height: int, width: int) -> np.ndarray | None:
-        """Where a window has data, (height, width) bool; None: everywhere (the file marks no pixels as missing)."""
-        if self.file is None:
-            return None
+        """Where a window has data, (height, width) bool; None: everywhere (nothing marks pixels as missing).
+
+        Missing are pixels of the file's nodata value, alpha or mask band, and those that are no finite numbers.
+        """
+        if self.path is None:
+            return None if self.valid is None else self.valid[top : top + height, left : left + width]
         from rasterio.enums import MaskFlags
         from rasterio.windows import Window
 
-        if all(MaskFlags.all_valid in flags for flags in self.file.mask_flag_enums):
-            return None
-        return self.file.dataset_mask(window=Window(left, top, width, height)) != 0
+        file = self._opened()
+        found = None
+        if not all(MaskFlags.all_valid in flags for flags in file.mask_flag_enums):
+            with self._named():
+                found = file.dataset_mask(window=Window(left, top, width, height)) != 0
+        if self.dtype.startswith("float"):
+            finite = np.isfinite(self._values(top, left, height, width)).all(-1)
+            found = finite if found is None else found & finite
+        return found
+
+    def _values(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        from rasterio.windows import Window
+
+        file = self._opened()
+        with self._named():
+            return file.read(list(self.bands), window=Window(left, top, width, height)).transpose(1, 2, 0)
+
+    def _opened(self) -> Any:
+        if self.file is None:
+            assert self.path is not None
+            self.file = open_raster(self.path)
+        return self.file
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """GDAL's errors do not say which file they are about."""
+        from rasterio.errors import RasterioIOError
+
+        try:
+            yield
+        except RasterioIOError as error:
+            reason = error.__cause__ or error
+            raise errors.BadFile(f"{self.name} cannot be read; is it cut short? ({reason})", path=self.name) from error
 
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
+            self.file = None
+
+
+def scaled(values: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
+    """Values of a scene as uint8: (low, high) become 0 and 255; what is no number becomes 0."""
+    if value_range is None:
+        return values
+    low, high = value_range
+    found = (values.astype(np.float32) - low) * (255.0 / (high - low))
+    return np.nan_to_num(found).clip(0, 255).round().astype(np.uint8)
 
 
 def open_scene(
@@ -130,75 +170,120 @@ def open_scene(
     value_range: Sequence[float] | None = None,
     channels: int = 3,
 ) -> Scene:
-    """A GeoTIFF (its header only), a picture, a PIL image or an array (H, W, ``channels``) of uint8.
+    """A GeoTIFF (its header only), a picture, a PIL image or an array (H, W, bands).
 
-    Raises BadArgument for what cannot be read, and MissingExtra for a GeoTIFF without rasterio.
+    ``bands``: which ``channels`` of them are read, counted from 1 (default: the first ones of a GeoTIFF, all of an
+    array). ``value_range``: (low, high), for values that are not uint8. Transparent parts of pictures have no data.
+
+    Raises BadArgument for what does not fit, BadFile for what cannot be read, LocalFileMissing for no file, and
+    MissingExtra for a GeoTIFF without rasterio.
     """
     if isinstance(source, Scene):
         return source
+    limits = None if value_range is None else _limits(value_range)
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != channels:
+        if source.ndim != 3 or source.dtype.kind not in "uif":
             raise bad_input(
                 f"an array of {source.dtype} and shape {source.shape} was given; expected uint8 (H, W, {channels})"
             )
-        return _in_memory(source, "array")
+        chosen = _chosen(bands, source.shape[2], channels, "the array", every=True)
+        finite = np.asarray(np.isfinite(source).all(-1)) if source.dtype.kind == "f" else None
+        return _in_memory(source, "array", chosen, limits, finite)
     if isinstance(source, Image.Image):
-        return _in_memory(_colours(source, channels, "image"), "image")
+        return _picture(source, "image", bands, limits, channels)
     if not isinstance(source, (str, Path)):
         raise bad_input(f"a {type(source).__name__} was given; expected a file, a PIL image or an array of uint8")
-    path = Path(source)
+    path = existing(Path(source).expanduser(), "a picture or a GeoTIFF")
     if path.suffix.lower() in GEOTIFFS:
-        return _open_raster(path, bands, value_range, channels)
-    try:
-        with Image.open(path) as image:
-            return _in_memory(_colours(image, channels, str(path)), str(path))
-    except OSError as error:
-        raise bad_input(
-            f"{path} is not an image that can be read ({error}); expected {', '.join(EXTENSIONS)}"
-        ) from error
+        return _scene_of_raster(path, bands, limits, channels)
+    return _picture(path, str(path), bands, limits, channels)
 
 
-def _colours(image: Image.Image, channels: int, name: str) -> np.ndarray:
-    if channels != 3:
+def _picture(
+    source: Any, name: str, bands: Sequence[int] | None, limits: tuple[float, float] | None, channels: int
+) -> Scene:
+    colours = read_picture(source)
+    if bands is None and channels != 3:
         raise bad_input(f"{name} is a picture of 3 colours; the model takes {channels} bands: give GeoTIFFs or arrays")
-    return np.asarray(image.convert("RGB"))
+    return _in_memory(np.asarray(colours), name, _chosen(bands, 3, channels, name), limits, _opaque(source))
 
 
-def _in_memory(pixels: np.ndarray, name: str) -> Scene:
+def _opaque(source: Any) -> np.ndarray | None:
+    """Where a picture is not transparent, (H, W) bool; None: everywhere."""
+    with contextlib.ExitStack() as stack:
+        image = source if isinstance(source, Image.Image) else stack.enter_context(Image.open(source))
+        if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+            return None
+        alpha = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))[..., 3]
+    return None if alpha.all() else alpha > 0
+
+
+def _in_memory(
+    pixels: np.ndarray, name: str, chosen: tuple[int, ...], limits: tuple[float, float] | None, valid: np.ndarray | None
+) -> Scene:
+    dtype = pixels.dtype.name
+    _check_type(dtype, limits, name)
     height, width, count = pixels.shape
-    return Scene(name, height, width, tuple(range(1, count + 1)), count, pixels=pixels)
+    if chosen != tuple(range(1, count + 1)):
+        pixels = pixels[..., [band - 1 for band in chosen]]
+    return Scene(name, height, width, chosen, count, dtype, value_range=limits, pixels=pixels, valid=valid)
 
 
-def _open_raster(path: Path, bands: Sequence[int] | None, value_range: Sequence[float] | None, channels: int) -> Scene:
-    rasterio = require_rasterio(f"reading {path.name}")
-    try:
-        with without_place_warning():
-            file = rasterio.open(path)
-    except rasterio.errors.RasterioIOError as error:
-        raise bad_input(f"{path} is not a raster that can be read ({error})") from error
+def _chosen(
+    bands: Sequence[int] | None, count: int, channels: int, name: str, *, every: bool = False
+) -> tuple[int, ...]:
+    """The numbers of the bands that are read, from 1. ``every``: without ``bands`` there must be no others."""
     chosen = tuple(int(b) for b in bands) if bands is not None else tuple(range(1, channels + 1))
     if len(chosen) != channels:
         raise bad_input(f"bands is {list(chosen)}; the model takes {channels} bands", "bands")
-    if file.count < max(chosen) or min(chosen) < 1:
+    if count < max(chosen) or min(chosen) < 1 or (every and bands is None and count != channels):
         raise bad_input(
-            f"{path} has {file.count} band{'s' if file.count != 1 else ''}; expected bands {list(chosen)} "
+            f"{name} has {count} band{'s' if count != 1 else ''}; expected bands {list(chosen)} "
             "(red, green, blue; bands=(3, 2, 1) chooses others)"
         )
-    dtype = file.dtypes[chosen[0] - 1]
-    limits = None
-    if value_range is not None:
-        limits = (float(value_range[0]), float(value_range[1]))
-        if limits[0] >= limits[1]:
-            raise bad_input(f"value_range is {limits}; expected (low, high) with low < high", "value_range")
-    elif dtype != "uint8":
+    return chosen
+
+
+def _limits(value_range: Sequence[float]) -> tuple[float, float]:
+    found = tuple(float(value) for value in value_range)
+    if len(found) != 2 or not all(map(math.isfinite, found)) or found[0] >= found[1]:
+        raise bad_input(f"value_range is {found}; expected (low, high), two numbers with low < high", "value_range")
+    return found[0], found[1]
+
+
+def _check_type(dtype: str, limits: tuple[float, float] | None, name: str) -> None:
+    if limits is None and dtype != "uint8":
         raise bad_input(
-            f"{path} holds {dtype}; expected uint8. Give the values that become 0 and 255 as value_range=(low, high), "
+            f"{name} holds {dtype}; expected uint8. Give the values that become 0 and 255 as value_range=(low, high), "
             "for example (0, 3000) for Sentinel-2 reflectances"
         )
-    scene = Scene(
-        str(path), file.height, file.width, chosen, file.count, dtype, file.crs, place(file), limits, file=file
-    )
-    return scene
+
+
+def open_raster(path: Path) -> Any:
+    """An open rasterio data set. Raises BadFile for what is none, MissingExtra without rasterio."""
+    rasterio = require_rasterio(f"reading {path.name}")
+    try:
+        with without_place_warning():
+            return rasterio.open(path)
+    except rasterio.errors.RasterioIOError as error:
+        raise errors.BadFile(f"{path} is not a raster that can be read ({error})", path=str(path)) from error
+
+
+def _scene_of_raster(
+    path: Path, bands: Sequence[int] | None, limits: tuple[float, float] | None, channels: int
+) -> Scene:
+    file = open_raster(path)
+    try:
+        chosen = _chosen(bands, file.count, channels, str(path))
+        dtype = file.dtypes[chosen[0] - 1]
+        _check_type(dtype, limits, str(path))
+    except errors.BadArgument:
+        file.close()
+        raise
+    return Scene(
+        str(path), file.height, file.width, chosen, file.count, dtype, file.crs, place(file), limits,
+        path=path, file=file,
+    )  # fmt: skip
 
 
 def place(file: Any) -> dict[str, Any]:
@@ -241,30 +326,35 @@ def _same_grid(one: Any, other: Any) -> bool:
 class MapWriter:
     """Maps of classes written block by block, as GeoTIFF at the place of ``like``; use it in a ``with``.
 
-    ``layers``: name -> names of the classes. The file appears under its name once it is complete.
+    ``layers``: name -> names of the classes. The file appears under its name once it is complete. Raises BadArgument
+    for another ending, StoreError where the file cannot be written.
     """
 
     def __init__(self, path: str | Path, like: Scene, layers: Mapping[str, Sequence[str]], palette: Any = None) -> None:
         self.path = Path(path)
         if self.path.suffix.lower() not in GEOTIFFS:
             raise bad_input(f"{self.path} ends in {self.path.suffix or 'nothing'}; expected .tif", "path")
-        rasterio = require_rasterio(f"writing {self.path.name}")
-        self.layers = dict(layers)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.part = self.path.with_name(f".{self.path.stem}.{os.getpid()}.part.tif")
-        blocks: dict[str, Any] = {}
+        require_rasterio(f"writing {self.path.name}")
+        check_place(self.path)
+        self.like, self.layers, self.palette = like, dict(layers), palette
+
+    def _open(self, work: Path) -> Any:
+        import rasterio
+
+        like, blocks = self.like, {}
         if like.height >= 256 and like.width >= 256:
             blocks = {"tiled": True, "blockxsize": 256, "blockysize": 256}
         with without_place_warning():
-            self.file = rasterio.open(
-                self.part, "w", driver="GTiff", height=like.height, width=like.width, count=len(self.layers),
+            file = rasterio.open(
+                work, "w", driver="GTiff", height=like.height, width=like.width, count=len(self.layers),
                 dtype="uint8", compress="deflate", nodata=NO_DATA, BIGTIFF="IF_SAFER", **blocks, **like.place,
             )  # fmt: skip
         for i, (name, classes) in enumerate(self.layers.items(), start=1):
-            self.file.set_band_description(i, name)
-            self.file.update_tags(i, classes=", ".join(f"{k} {label}" for k, label in enumerate(classes)))
-        if palette is not None and len(self.layers) == 1:  # TIFF knows a palette for single bands only
-            self.file.write_colormap(1, {i: (*map(int, c), 255) for i, c in enumerate(palette)})
+            file.set_band_description(i, name)
+            file.update_tags(i, classes=", ".join(f"{k} {label}" for k, label in enumerate(classes)))
+        if self.palette is not None and len(self.layers) == 1:  # TIFF knows a palette for single bands only
+            file.write_colormap(1, {i: (*map(int, c), 255) for i, c in enumerate(self.palette)})
+        return file
 
     def write(self, top: int, left: int, maps: Mapping[str, np.ndarray]) -> None:
         """``maps``: (height, width) uint8 by the names of the layers."""
@@ -272,26 +362,39 @@ class MapWriter:
 
         height, width = next(iter(maps.values())).shape
         window = Window(left, top, width, height)
-        self.file.write(np.stack([maps[name] for name in self.layers]), window=window)
+        with self._named():
+            self.file.write(np.stack([maps[name] for name in self.layers]), window=window)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        from rasterio.errors import RasterioIOError
+
+        try:
+            yield
+        except RasterioIOError as error:
+            reason = error.__cause__ or error
+            raise errors.StoreError(f"{self.path} cannot be written: {reason}", path=str(self.path)) from error
 
     def __enter__(self) -> MapWriter:
+        with contextlib.ExitStack() as stack, self._named():
+            self.file = self._open(stack.enter_context(whole(self.path)))
+            stack.callback(self._close)  # before the file gets its name
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self.file.close()
-        if kind is None:
-            os.replace(self.part, self.path)
-        else:
-            self.part.unlink(missing_ok=True)
+    def _close(self) -> None:
+        with self._named():
+            self.file.close()
+
+    def __exit__(self, *reason: Any) -> None:
+        self._stack.__exit__(*reason)
 
 
 class MapReader:
     """Windows of a file that :class:`MapWriter` wrote; use it in a ``with``, and call it with a box."""
 
     def __init__(self, path: Path, layers: Mapping[str, Sequence[str]]) -> None:
-        rasterio = require_rasterio(f"reading {path.name}")
-        with without_place_warning():
-            self.file = rasterio.open(path)
+        self.file = open_raster(path)
         self.names = list(layers)
 
     def __call__(self, top: int, left: int, height: int, width: int) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,57 +13,39 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
+from zoo.files import existing
 from zoo.pipelines import progress_bar
 from zoo.validation import Measured
+from zoo_registry import errors
 
 from . import metrics
+from .folders import AFTER, BEFORE, files_of, find_folder, together
 from .palettes import Colour, colours
 from .pipelines import ChangeDetection, DamageAssessment, SemanticChangeDetection
-from .rasters import EXTENSIONS, GEOTIFFS, bad_input, require_rasterio
+from .rasters import GEOTIFFS, NO_DATA, bad_input, open_raster
 
-#: names of the folders: ChangeMamba's own, LEVIR's and Mamba-FCS's, SECOND's
-BEFORE, AFTER = ("T1", "A", "im1"), ("T2", "B", "im2")
+#: names of the folders of labels
 CHANGE = ("GT", "label", "GT_CD", "OUT")
 LABEL_BEFORE, LABEL_AFTER = ("GT_T1", "labelA", "label1"), ("GT_T2", "labelB", "label2")
-
-
-def _folder(data: Path, names: Sequence[str], *, needed: bool = True) -> Path | None:
-    for name in names:
-        if (data / name).is_dir():
-            return data / name
-    if not needed:
-        return None
-    raise bad_input(f"{data} has no folder {' or '.join(names)}", "data")
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """The rasters of a folder by their names without ending."""
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in EXTENSIONS and p.name[0] != "."}
-
-
-def _together(folders: Sequence[Path], limit: int | None) -> list[tuple[str, list[Path]]]:
-    """(name, its file in every folder). Raises BadArgument for files that are missing in a folder."""
-    found = [_files(folder) for folder in folders]
-    if not found[0]:
-        raise bad_input(f"{folders[0]} holds no images; expected {', '.join(EXTENSIONS)}", "data")
-    for folder, files in zip(folders[1:], found[1:], strict=True):
-        missing = sorted(found[0].keys() - files.keys())
-        if missing:
-            raise bad_input(f"{folder} has no file for {len(missing)} of {folders[0].name}'s, as {missing[0]}", "data")
-    return [(name, [files[name] for files in found]) for name in list(found[0])[:limit]]
 
 
 def read_label(path: Path, palette: Sequence[Colour] | None = None) -> np.ndarray:
     """(H, W) class numbers from a file of one band, or of a label set's colours (``palette``).
 
-    Raises BadArgument for a colour that is none of the palette's.
+    Raises BadArgument for a colour that is none of the palette's, BadFile for what cannot be read.
     """
     if path.suffix.lower() in GEOTIFFS:
-        with require_rasterio(f"reading {path.name}").open(path) as file:
+        with open_raster(path) as file:
             values = file.read().transpose(1, 2, 0)
     else:
-        with Image.open(path) as image:
-            values = np.asarray(image if image.mode in ("L", "P", "RGB", "I", "1") else image.convert("RGB"))
+        try:
+            with Image.open(existing(path, "a picture of labels")) as image:
+                plain = image.mode in ("L", "P", "RGB", "1") or image.mode.startswith("I")  # 16 bits: class numbers
+                values = np.asarray(image if plain else image.convert("RGB"))
+        except errors.ZooError:
+            raise
+        except (OSError, SyntaxError) as error:
+            raise errors.BadFile(f"{path} is no picture that can be read ({error})", path=str(path)) from error
     values = values if values.ndim == 3 else values[..., None]
     if values.shape[2] < 3:
         return values[..., 0].astype(np.int64)
@@ -92,6 +75,11 @@ def binary(values: np.ndarray) -> np.ndarray:
     if not (found <= {0, 1} or found <= {0, 255}):
         raise ValueError(f"the change label holds {sorted(found)[:5]}; expected 0 and 1, or 0 and 255")
     return (values > 0).astype(np.int64)
+
+
+def known(found: dict[str, float]) -> dict[str, float | None]:
+    """None for measures without a meaning, as kappa where truth and map hold one and the same class."""
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 def _run(
@@ -134,14 +122,14 @@ def validate_binary(
     ``bands`` and ``value_range`` are those of the pipeline; ``limit``: at most so many pairs.
     """
     data, began = Path(data), time.perf_counter()
-    folders = [_folder(data, names) for names in (BEFORE, AFTER, CHANGE)]
-    samples = _together([f for f in folders if f is not None], limit)
+    folders = [find_folder(data, names) for names in (BEFORE, AFTER, CHANGE)]
+    samples = together([f for f in folders if f is not None], limit)
     pipe = ChangeDetection(model, tile, overlap, bands=bands, value_range=value_range)
     measure = metrics.BinaryChange()
     for files, maps in _run(pipe, samples, progress):
         measure.update(binary(read_label(files[2])), maps["change"])
     return Measured(
-        model=pipe.name, data=str(data), samples=len(samples), metrics=measure.compute(),
+        model=pipe.name, data=str(data), samples=len(samples), metrics=known(measure.compute()),
         seconds=time.perf_counter() - began,
     )  # fmt: skip
 
@@ -167,9 +155,9 @@ def validate_semantic(
     their own, as Mamba-FCS does (default: what the model's authors do). ``limit``: at most so many pairs.
     """
     data, began = Path(data), time.perf_counter()
-    folders = [_folder(data, names) for names in (BEFORE, AFTER, LABEL_BEFORE, LABEL_AFTER)]
-    folders.append(_folder(data, ("GT_CD",), needed=False))
-    samples = _together([f for f in folders if f is not None], limit)
+    folders = [find_folder(data, names) for names in (BEFORE, AFTER, LABEL_BEFORE, LABEL_AFTER)]
+    folders.append(find_folder(data, ("GT_CD",), needed=False))
+    samples = together([f for f in folders if f is not None], limit)
     pipe = SemanticChangeDetection(model, tile, overlap, bands=bands, value_range=value_range)
     card = pipe.info.card if pipe.info is not None else None
     codes = codes or ("dates" if card is not None and card.system == "mamba_fcs" else "pairs")
@@ -181,7 +169,7 @@ def validate_semantic(
         truth = [t * (moved > 0) for t in truth]
         measure.update(truth, [maps[key] * (maps["change"] > 0) for key in ("before", "after")])
     return Measured(
-        model=pipe.name, data=str(data), samples=len(samples), metrics=measure.compute(),
+        model=pipe.name, data=str(data), samples=len(samples), metrics=known(measure.compute()),
         seconds=time.perf_counter() - began, notes=f"scored on the codes of {codes}",
     )  # fmt: skip
 
@@ -202,11 +190,11 @@ def validate_damage(
     NAME_post_disaster_target.png: buildings 0 and 1, damage 0 to 4. ``limit``: at most so many pairs.
     """
     data, began = Path(data), time.perf_counter()
-    images = _folder(data, ("images",))
-    labels = _folder(data, ("masks", "targets"))
+    images = find_folder(data, ("images",))
+    labels = find_folder(data, ("masks", "targets"))
     assert images is not None
     assert labels is not None
-    pictures, masks = _files(images), _files(labels)
+    pictures, masks = files_of(images), files_of(labels)
     tail = "_target" if labels.name == "targets" else ""
     samples = []
     for stem in [s for s in pictures if s.split("_")[-2:] == ["pre", "disaster"]][:limit]:
@@ -224,7 +212,7 @@ def validate_damage(
         building, damage = (read_label(path) for path in paths[2:4])
         measure.update(binary(building), damage, maps["building"], maps["damage"])
     return Measured(
-        model=pipe.name, data=str(data), samples=len(samples), metrics=measure.compute(),
+        model=pipe.name, data=str(data), samples=len(samples), metrics=known(measure.compute()),
         seconds=time.perf_counter() - began, per_class=measure.per_class(),
         notes="grades are scored where a building truly stands",
     )  # fmt: skip
@@ -246,8 +234,10 @@ def validate_pixels(model: nn.Module, data: str | Path, *, rows: int = 16, progr
     measure = metrics.Classes(names)
     found = pipe(cubes).classes
     truth = read_labels(labels)
-    measure.update(np.where(truth == 0, metrics.IGNORE, truth - 1), found)
+    if truth.shape != found.shape:
+        raise bad_input(f"{labels} has {truth.shape} pixels and {cubes} {found.shape}; expected as many", "data")
+    measure.update(np.where((truth == 0) | (found == NO_DATA), metrics.IGNORE, truth - 1), found)
     return Measured(
-        model=pipe.name, data=str(data), samples=int((truth > 0).sum()), metrics=measure.compute(),
+        model=pipe.name, data=str(data), samples=int((truth > 0).sum()), metrics=known(measure.compute()),
         seconds=time.perf_counter() - began, per_class=measure.per_class(), notes="samples are labelled pixels",
     )  # fmt: skip
