@@ -1,7 +1,9 @@
-"""The vision plugin's verbs of the command line: ``zoo classify``, ``zoo embed-images``, ``zoo segment-images``."""
+"""The vision plugin's verbs of the command line: ``zoo classify``, ``zoo embed-images``, ``zoo segment-images``,
+``zoo detect``."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,70 @@ def segment_images(
         rows.append(row)
         if not as_json:
             click.echo(shown)
+    if as_json:
+        output.emit(rows)
+    return 1 if failed else 0
+
+
+@click.command()
+@click.argument("name")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option(
+    "--min-score", default=0.3, show_default=True, type=click.FloatRange(0, 1), help="Leave out what is less."
+)
+@click.option("--coco", "results", type=click.Path(dir_okay=False), help="Write COCO's results format to this .json.")
+@click.option("--numbers", type=click.Path(file_okay=False), help="Folder for one .png of object numbers each.")
+@click.option("--save-picture", "pictures", type=click.Path(file_okay=False), help="Draw the answers into this folder.")
+@click.option("--short-side", type=click.IntRange(min=1), help="Pixels of the resized picture's shorter side.")
+@click.option("--keep-going", is_flag=True, help="Go on after a file that cannot be read.")
+@output.loading_options
+@output.as_json
+def detect(
+    name: str,
+    inputs: tuple[str, ...],
+    min_score: float,
+    results: str | None,
+    numbers: str | None,
+    pictures: str | None,
+    short_side: int | None,
+    keep_going: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Find the objects in INPUTS (image files, folders, patterns) with the detector NAME.
+
+    \b
+        zoo detect vmamba_tiny_s1l8_mask_rcnn.coco photos/ --checkpoint FILE --save-picture drawn --coco found.json
+    """
+    import zoo
+    from zoo.cli.predict import picture_name
+    from zoo.files import check_ending, check_place, whole
+    from zoo.pipelines import Failure
+
+    if results is not None:
+        check_ending(results, [".json"])
+        check_place(results)
+    arguments = output.loading(options) | ({} if short_side is None else {"short_side": short_side})
+    pipe = zoo.pipeline(name, "object-detection", min_score=min_score, **arguments)
+    rows, entries, failed = [], [], False
+    for i, result in enumerate(pipe.stream(list(inputs), keep_going=keep_going)):
+        row, shown = result.to_dict(), str(result)
+        if isinstance(result, Failure):
+            failed = True
+        else:
+            file = picture_name(result.source, i)
+            entries += result.coco(Path(result.source).name)  # type: ignore[attr-defined]
+            if numbers is not None:
+                row["numbers"] = str(result.save(Path(numbers) / file))  # type: ignore[attr-defined]
+            if pictures is not None:
+                row["picture"] = str(result.save_picture(Path(pictures) / file))
+                shown += f"  -> {row['picture']}"
+        rows.append(row)
+        if not as_json:
+            click.echo(shown)
+    if results is not None:
+        with whole(results) as work:
+            work.write_text(json.dumps(entries), encoding="utf-8")
     if as_json:
         output.emit(rows)
     return 1 if failed else 0

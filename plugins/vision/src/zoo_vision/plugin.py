@@ -36,12 +36,16 @@ def zoo_pipelines() -> Mapping[str, str]:
         "image-embedding": "zoo_vision.pipelines:ImageEmbedding",
         "image-backbone": "zoo_vision.features:ImageFeatures",
         "semantic-segmentation": "zoo_vision.scenes:SemanticSegmentation",
+        "object-detection": "zoo_vision.objects:ObjectDetection",
     }
 
 
 @hookimpl
 def zoo_validators() -> Mapping[str, str]:
-    return {"image-classification": "zoo_vision.validation:validate_folder"}
+    return {
+        "image-classification": "zoo_vision.validation:validate_folder",
+        "object-detection": "zoo_vision.validation:validate_coco",
+    }
 
 
 @hookimpl
@@ -50,6 +54,7 @@ def zoo_commands() -> Mapping[str, str]:
         "classify": "zoo_vision.commands:classify",
         "embed-images": "zoo_vision.commands:embed_images",
         "segment-images": "zoo_vision.commands:segment_images",
+        "detect": "zoo_vision.commands:detect",
     }
 
 

@@ -6,7 +6,6 @@ import colorsys
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from zoo.files import check_ending, whole
-from zoo.images import EXTENSIONS, open_image
-from zoo.pipelines import Pipeline, Result
+from zoo.pipelines import Result
 from zoo_registry import errors
 
 from .pictures import legend_card
-from .pipelines import transform_settings
+from .resized import ResizedPictures
 from .segmentation import resize
 
 #: numbers of full-size logits that are held at once
@@ -79,7 +77,7 @@ def palette(count: int) -> list[tuple[int, int, int]]:
     return found
 
 
-class SemanticSegmentation(Pipeline):
+class SemanticSegmentation(ResizedPictures):
     """Image files to a class for every pixel.
 
     As mmsegmentation tests: the picture is resized, its sides in proportion, until the shorter is ``short_side`` long,
@@ -89,43 +87,10 @@ class SemanticSegmentation(Pipeline):
     """
 
     task = "semantic-segmentation"
-    extensions = EXTENSIONS
 
     def __init__(self, model: nn.Module, short_side: int | None = None, long_side: int | None = None) -> None:
-        super().__init__(model)
-        self.in_chans = int(getattr(model, "in_chans", 3))
-        settings = transform_settings(model, self.preprocess)
-        self.mean, self.std = (torch.tensor(settings[k]).view(-1, 1, 1) for k in ("mean", "std"))
-        self.short_side = int(short_side or self.preprocess.get("short_side", 512))
-        self.long_side = int(long_side or self.preprocess.get("long_side", 4 * self.short_side))
-        if not 0 < self.short_side <= self.long_side:
-            raise errors.BadArgument(
-                f"short_side is {self.short_side}, long_side {self.long_side}; expected 0 < short_side <= long_side",
-                argument="short_side",
-                accepted=[],
-            )
+        super().__init__(model, short_side, long_side, usual=(512, 2048))
         self.names = self.labels()
-
-    def read(self, source: Any) -> Image.Image:
-        if isinstance(source, Tensor):
-            raise errors.BadArgument(
-                "a tensor was given; expected a file, a PIL image or an array. Call the model on tensors",
-                argument="inputs",
-                accepted=[],
-            )
-        return open_image(source, self.in_chans)
-
-    def prepare(self, sample: Image.Image) -> Tensor:
-        """(in_chans, h, w), resized and normalised."""
-        values = torch.from_numpy(np.array(sample)).float()
-        values = values.unsqueeze(0) if values.dim() == 2 else values.permute(2, 0, 1)
-        resized = resize(values[None], self.size_of(sample.width, sample.height))[0]
-        return (resized.round() / 255 - self.mean) / self.std
-
-    def size_of(self, width: int, height: int) -> tuple[int, int]:
-        """(h, w) that a picture of ``width`` and ``height`` goes through the network at."""
-        scale = min(self.short_side / min(width, height), self.long_side / max(width, height))
-        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
     def finish(self, output: Tensor, sample: Image.Image) -> Scene:
         if not isinstance(output, Tensor) or output.dim() != 3:

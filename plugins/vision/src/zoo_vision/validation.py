@@ -1,7 +1,10 @@
-"""Measuring a classifier on a folder of images, with timm's data set, transforms and loader."""
+"""Measuring a classifier on a folder of images, with timm's data set, transforms and loader; a detector on COCO's
+annotations, with pycocotools."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import time
 from pathlib import Path
@@ -10,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo.files import read_json
 from zoo.pipelines import progress_bar
 from zoo.validation import Measured
-from zoo_registry import errors
+from zoo_registry import errors, optional
 
+from .objects import ObjectDetection
 from .pipelines import ImageClassification
 
 
@@ -114,3 +119,120 @@ def _names(pipe: ImageClassification) -> list[tuple[str, list[str]]]:
     if pipe.names is not None:
         found.append(("label", pipe.names))
     return found
+
+
+# -- detection -------------------------------------------------------------------------------------------------------
+
+#: pycocotools' first six numbers
+_PRECISIONS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
+
+
+def validate_coco(
+    model: nn.Module,
+    annotations: str | Path,
+    *,
+    images: str | Path | None = None,
+    batch_size: int = 1,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Measured:
+    """Average precision of boxes, and of masks where the network has them, on a file of COCO's format.
+
+    DATA is the annotations' .json (``instances_val2017.json``); ``images`` the folder of the pictures (default: the
+    folder ``val2017`` for ``instances_val2017.json``, beside the annotations or one above, else the folder of the
+    file). Categories are matched to the model's labels by name, else, if their number is the model's, in the order of
+    their ids. ``limit``: the first so many images. The measure is pycocotools' (Lin et al., arXiv 1405.0312): the mean
+    over thresholds of 0.5 to 0.95 of the overlap, and over categories.
+
+    Raises ``zoo.errors.BadArgument`` for a file of another format, missing pictures, and categories that do not fit;
+    ``MissingExtra`` without pycocotools.
+    """
+    coco_module: Any = optional("pycocotools.coco", "measuring on COCO's annotations", "ssm-zoo-vision[coco]")
+    evaluation: Any = optional("pycocotools.cocoeval", "measuring on COCO's annotations", "ssm-zoo-vision[coco]")
+    table = read_json(annotations)
+    if not isinstance(table, dict) or not all(isinstance(table.get(k), list) for k in _COCO_LISTS):
+        raise errors.BadArgument(
+            f"{annotations} is no file of COCO's format; expected a table with the lists {', '.join(_COCO_LISTS)}",
+            argument="data",
+            accepted=[],
+        )
+    began = time.perf_counter()
+    pipe = ObjectDetection(model)
+    ids, matching = match_categories(table["categories"], pipe)
+    folder = _pictures_of(Path(annotations), images)
+    entries = sorted(table["images"], key=lambda entry: entry["id"])[:limit]
+    if missing := [e["file_name"] for e in entries if not (folder / e["file_name"]).is_file()]:
+        raise errors.BadArgument(
+            f"{len(missing)} of {len(entries)} pictures are not in {folder}, the first {missing[0]}; give their folder "
+            "as images=",
+            argument="images",
+            accepted=[],
+        )
+    rows: list[dict[str, Any]] = []
+    found = pipe.stream([folder / e["file_name"] for e in entries], batch_size=batch_size)
+    with progress_bar(progress and sys.stderr.isatty(), len(entries), pipe.name) as advance:
+        for entry, result in zip(entries, found, strict=True):
+            rows += result.coco(entry["id"])  # type: ignore[attr-defined]
+            advance()
+    rows = [row | {"category_id": ids[row["category_id"]]} for row in rows if row["category_id"] in ids]
+    metrics: dict[str, float | None] = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        truth = coco_module.COCO()
+        truth.dataset = table
+        truth.createIndex()
+        for kind, name in (("bbox", "box"), ("segm", "mask")):
+            if kind == "segm" and not getattr(model, "has_masks", False):
+                continue
+            metrics |= {f"{name} {k}": v for k, v in _precisions(truth, rows, kind, entries, evaluation).items()}
+    return Measured(
+        model=pipe.name, data=str(annotations), samples=len(entries), metrics=metrics,
+        seconds=time.perf_counter() - began, notes=matching,
+    )  # fmt: skip
+
+
+_COCO_LISTS = ("images", "annotations", "categories")
+
+
+def _precisions(
+    truth: Any, rows: list[dict[str, Any]], kind: str, entries: list[dict[str, Any]], evaluation: Any
+) -> dict[str, float | None]:
+    if not rows:
+        return dict.fromkeys(_PRECISIONS, 0.0)
+    if kind == "segm":
+        masks: Any = optional("pycocotools.mask", "measuring masks", "ssm-zoo-vision[coco]")
+        rows = [r | {"segmentation": masks.frPyObjects(r["segmentation"], *r["segmentation"]["size"])} for r in rows]
+    else:
+        rows = [{k: v for k, v in r.items() if k != "segmentation"} for r in rows]
+    measured = evaluation.COCOeval(truth, truth.loadRes(rows), kind)
+    measured.params.imgIds = [e["id"] for e in entries]
+    measured.evaluate()
+    measured.accumulate()
+    measured.summarize()
+    values = measured.stats[: len(_PRECISIONS)].tolist()
+    return {k: v if v >= 0 else None for k, v in zip(_PRECISIONS, values, strict=True)}  # -1: no such object
+
+
+def match_categories(categories: list[dict[str, Any]], pipe: ObjectDetection) -> tuple[dict[int, int], str]:
+    """From the model's class to the file's category id, and in words how they were matched."""
+    by_name = {c["name"].casefold(): int(c["id"]) for c in categories}
+    names = [n.casefold() for n in pipe.names or []]
+    known = {i: by_name[n] for i, n in enumerate(names) if n in by_name}
+    if len(known) == len(by_name):
+        return known, "categories matched by name"
+    if (count := int(getattr(pipe.model, "num_classes", 0))) == len(categories) and not known:
+        return dict(enumerate(sorted(by_name.values()))), "categories matched in the order of their ids"
+    lacking = sorted(set(by_name) - set(names))
+    raise errors.BadArgument(
+        f"the file has {len(by_name)} categories, the model {count} classes; the model has no {lacking[0]!r}. Expected "
+        "equal names, or equal numbers of classes without a name in common",
+        argument="data",
+        accepted=[],
+    )
+
+
+def _pictures_of(annotations: Path, images: str | Path | None) -> Path:
+    if images is not None:
+        return Path(images)
+    own = annotations.stem.split("_")[-1]
+    near = [annotations.parent / own, annotations.parent.parent / own]
+    return next((folder for folder in near if folder.is_dir()), annotations.parent)

@@ -226,14 +226,14 @@ class TwoStageDetector(Detector):
     def forward(self, x: Tensor, regions: Tensor | None = None) -> dict[str, list[Tensor]]:
         """Images (batch, in_chans, H, W), and regions (batch, n, 4) of them that heads look at.
 
-        Returns ``objectness``, logits (batch, anchors, h, w) for each map, and ``anchor_deltas`` (batch, anchors * 4,
+        Returns ``objectness``, logits (batch, anchors, h, w) for each map, and ``anchor_deltas`` (batch, anchors, 4,
         h, w). With ``regions`` also, a list over the stages each: ``regions`` (batch, n, 4) that the stage looked at,
         ``class_logits`` (batch, n, classes + 1), ``box_deltas`` (batch, n, classes or 1, 4), and ``mask_logits``
         (batch, n, classes, 28, 28) of the last stage's regions.
         """
         maps = self.maps(x)
         objectness, deltas = self.rpn_head(maps)
-        found = {"objectness": objectness, "anchor_deltas": deltas}
+        found = {"objectness": objectness, "anchor_deltas": [m.unflatten(1, (-1, 4)) for m in deltas]}
         if regions is None:
             return found
         if regions.shape[::2] != (len(x), 4):
@@ -380,10 +380,13 @@ class OneStageDetector(Detector):
         return ["bbox_head.retina_cls"]
 
     def forward(self, x: Tensor) -> dict[str, list[Tensor]]:
-        """Images (batch, in_chans, H, W) to ``class_logits`` (batch, anchors * classes, h, w), anchor by anchor, and
-        ``anchor_deltas`` (batch, anchors * 4, h, w) for each map."""
+        """Images (batch, in_chans, H, W) to ``class_logits`` (batch, anchors, classes, h, w) and ``anchor_deltas``
+        (batch, anchors, 4, h, w) for each map."""
         logits, deltas = self.bbox_head(self.maps(x))
-        return {"class_logits": logits, "anchor_deltas": deltas}
+        return {
+            "class_logits": [m.unflatten(1, (-1, self.num_classes)) for m in logits],
+            "anchor_deltas": [m.unflatten(1, (-1, 4)) for m in deltas],
+        }
 
     def _detect(self, maps: list[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         logits, deltas = self.bbox_head(maps)

@@ -88,18 +88,21 @@ def region_features(maps: Sequence[Tensor], strides: Sequence[int], regions: Seq
     three by two pixels of it is the average of six points.
     """
     flat = torch.cat(list(regions))
-    image = torch.repeat_interleave(
-        torch.arange(len(regions), device=flat.device), torch.tensor([len(r) for r in regions], device=flat.device)
-    )
-    rois = torch.cat([image[:, None].to(flat.dtype), flat], dim=1)
+    image = torch.cat([flat.new_full((len(r), 1), i) for i, r in enumerate(regions)])
+    rois = torch.cat([image, flat], dim=1)
     level = pyramid_level(flat, len(maps))
-    channels, dtype = maps[0].shape[1], maps[0].dtype
-    out = torch.zeros(len(flat), channels, side, side, device=flat.device)
+    dtype = maps[0].dtype
+    out = flat.new_zeros(len(flat), maps[0].shape[1], side, side)
     for i, (m, stride) in enumerate(zip(maps, strides, strict=True)):
+        m = m.float()  # torchvision has no kernel for bfloat16
+        if torch.compiler.is_compiling():  # how many regions a map sees is not known then: it looks at all
+            seen = roi_align(m, rois, side, 1 / stride, sampling_ratio=0, aligned=True)
+            out = torch.where((level == i)[:, None, None, None], seen, out)
+            continue
         (at,) = torch.where(level == i)
-        if len(at):  # torchvision has no kernel for bfloat16
-            found = roi_align(m.float(), rois[at], side, 1 / stride, sampling_ratio=0, aligned=True)
-            out = out.index_copy(0, at, found)
+        if len(at):
+            seen = roi_align(m, rois[at], side, 1 / stride, sampling_ratio=0, aligned=True)
+            out = out.index_copy(0, at, seen)
     return out.to(dtype)
 
 
