@@ -200,3 +200,64 @@ def test_the_cards_figures_hold():
     found = recipe("graph", "train_demo").figures(zoo.load(MODEL))
     for metric in zoo.info(MODEL).weights.metrics:
         assert found[metric.name] == pytest.approx(metric.value, abs=0.002)
+
+
+def test_folders_of_folders(tmp_path):
+    """Each folder with tables is one sample, beside the files; what a sample's folder holds is none of its own."""
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "edges.csv").write_text("source,target\n0,1\n")
+        np.savez(tmp_path / name / "nodes.npz", x=np.ones((2, 5)))
+    np.savez(tmp_path / "c.npz", x=np.ones((3, 5)), edge_index=[[0], [1]])
+    pipe = GraphPredictions(GraphMamba(node_dim=5, dim_h=8, layers=1, level="node"))
+    assert [(r.source, len(r.rows)) for r in pipe(tmp_path)] == [
+        (str(tmp_path / "a"), 2), (str(tmp_path / "b"), 2), (str(tmp_path / "c.npz"), 3),
+    ]  # fmt: skip
+
+
+def test_options_that_do_not_fit(tmp_path):
+    node = GraphMamba(node_dim=5, dim_h=8, layers=1, level="node")
+    for options, match in (
+        ({"links": "pairs.csv"}, "answers for each node"),
+        ({"labels": ["a", "a"]}, "a name of its own"),
+        ({"encoding": "laplacian"}, "reads none"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            GraphPredictions(node, **options)
+    with pytest.raises(zoo.errors.BadArgument, match="encoding is 'sine'"):
+        GraphPredictions(GraphMamba(node_dim=5, dim_h=8, layers=1, pe_dim=2), encoding="sine")
+    with pytest.raises(zoo.errors.BadArgument, match="reads no graphs"):
+        GraphPredictions(torch.nn.Linear(1, 1))
+
+
+def test_what_was_trained_is_read_alike(tmp_path, broadcast, monkeypatch):
+    """The encoding and the direction of edges are part of what was trained."""
+    monkeypatch.chdir(tmp_path)
+    broadcast.write_folder("trees", 10, 1)
+    small = ["--set", "dim_h=8", "--set", "layers=1", "--set", "pe_dim=3", "--epochs", "1", "--json", "--directed"]
+    options = ["graphmamba_pattern", "trees", "--out", "trained", "--encoding", "random-walk", *small]
+    assert CliRunner().invoke(train_graphs, options, catch_exceptions=False).exit_code == 0
+    pipe = zoo.pipeline("./trained")
+    assert (pipe.encoding, pipe.directed) == ("random-walk", True)
+    asked = zoo.pipeline("./trained", encoding="laplacian", directed=False)
+    assert (asked.encoding, asked.directed) == ("laplacian", False)
+    same = zoo.pipeline("./trained", encoding="random-walk", directed=True)
+    assert pipe("trees").rows == same("trees").rows
+    assert pipe("trees").rows != asked("trees").rows
+
+
+def test_training_says_what_it_cannot_train(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "g.json").write_text("{}")
+    for name, match in (("graphmamba_pcqm_contact", "scores pairs of nodes"), ("vim_tiny", "reads no graphs")):
+        done = CliRunner().invoke(train_graphs, [name, "g.json", "--out", "out"])
+        assert done.exit_code == 2
+        assert match in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_are_written_whole_or_not(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(predict_graphs, [MODEL, str(SAMPLE), "--out", str(tmp_path / "file" / "a.csv")])
+    assert isinstance(done.exception, zoo.errors.StoreError)
+    assert "Traceback" not in done.output

@@ -93,6 +93,9 @@ def test_bad_edges(edges, tmp_path):
 
 
 BAD_NODES = {
+    "node,p,p\na,1,2\nb,3,4\nc,5,6\n": "the column 'p' is there twice",
+    "node,p\na,1\nb\nc,3\n": "line 3: 1 cells; expected 2, node, p",
+    "# of a roof\nnode,p\na,1\n# b is new\nb,x\nc,3\n": "line 5: p is 'x'",
     "name,p\na,1\na,2\n": "node names are not unique",
     "thing,p\na,1\n": "expected node, \\[graph\\], \\[label\\]",
     "node,p\na,1\nb,\nc,3\n": "line 3: p is ''; expected a number",
@@ -110,18 +113,21 @@ def test_bad_nodes(nodes, tmp_path):
 def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match=r"expected edges\.csv beside nodes\.csv"):
         read_graphs(tmp_path)
-    with pytest.raises(ValueError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         read_graphs(tmp_path / "missing.json")
     with pytest.raises(ValueError, match=r"expected a folder with edges\.csv"):
         read_graphs(tmp_path / "g.txt")
     for name, text, message in (
-        ("a.json", "not json", "is not JSON"),
+        ("a.json", "not json", "is no JSON"),
         ("b.json", "{}", "no lists nodes and links"),
         ("c.json", '{"nodes": [{"x": [1]}], "links": []}', "a node without id"),
         ("d.json", '{"nodes": [{"id": 1, "x": [1]}, {"id": 2, "x": [1, 2]}], "links": []}', r"have \[1, 2\] values"),
         ("e.json", '{"nodes": [], "links": []}', "no nodes"),
+        ("n.json", '{"nodes": [{"id": 1, "a": 1, "b": 2}, {"id": 2, "b": 1, "c": 2}], "links": []}', "no number a"),
+        ("o.json", '{"nodes": [{"id": 1, "x": [[1, 2], [3, 4]]}], "links": []}', "have shape"),
+        ("p.json", '{"nodes": [{"id": 1, "x": [1e300]}], "links": []}', "not finite"),
         ("f.graphml", "<x>", "is no GraphML file"),
-        ("g.npz", "text", "is no npz file"),
+        ("g.npz", "text", "is no .npz or .npy file"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -133,10 +139,66 @@ def test_bad_files(tmp_path):
         ({"x": x, "edge_index": [[0], [3]]}, "names nodes from 0 to 3, and there are 3"),
         ({"x": x, "edge_index": [[0], [1]], "sizes": [1]}, "sizes add up to 1"),
         ({"x": x, "edge_index": [[0], [2]], "sizes": [1, 2]}, "1 edges join nodes of different graphs"),
+        ({"x": x, "edge_index": [[0], [1]], "sizes": [4, -1]}, r"sizes are \[4, -1\]"),
+        ({"x": x, "edge_index": [[0], [1]], "sizes": [3.0]}, r"sizes are \[3.0\]"),
+        ({"x": x, "edge_index": [[0, 1], [1, 2]], "edge_attr": np.ones((1, 2))}, "edge_attr has shape .* 2 rows"),
+        ({"x": x, "edge_index": [[0], [1]], "y": [1, 2]}, "y has shape .* 3 nodes or 1 graphs"),
+        ({"x": x[..., None], "edge_index": [[0], [1]]}, "x has shape"),
     ):
         np.savez(tmp_path / "h.npz", **arrays)
         with pytest.raises(ValueError, match=message):
             read_graphs(tmp_path / "h.npz")
+
+
+TABLES = [
+    ("source,target\na,b\nb,c\n", "node,p\na,1\nb,2\nc,3\n", "utf-8-sig"),
+    ("source;target\na;b\nb;c\n", "node;p\na;1\nb;2\nc;3\n", "utf-8"),
+    ("source, target\na, b\nb, c\n", "node, p\na, 1\nb, 2\nc, 3\n", "utf-8"),
+    ("# an edge list\nsource\ttarget\na\tb\n# more\nb\tc\n\n", "node,p\na,1\nb,2\nc,3\n", "utf-8"),
+    ("#source,target\r\na,b\r\nb,c\r\n", "node,p\r\na,1\r\nb,2\r\nc,3\r\n", "utf-8"),
+]
+
+
+@pytest.mark.parametrize(("edges", "nodes", "encoding"), TABLES)
+def test_dialects(tmp_path, edges, nodes, encoding):
+    (tmp_path / "edges.csv").write_bytes(edges.encode(encoding))
+    (tmp_path / "nodes.csv").write_bytes(nodes.encode(encoding))
+    (graph,) = read_graphs(tmp_path)
+    assert graph.nodes == ["a", "b", "c"]
+    assert graph.x.tolist() == [[1], [2], [3]]
+    assert graph.edge_index.tolist() == [[0, 1, 1, 2], [1, 2, 0, 1]]
+
+
+def test_an_edge_in_both_directions_counts_once(tmp_path):
+    """As torch_geometric and many lists hold undirected edges; twice the same edge stays two."""
+
+    def read(pairs, weights=None, directed=False):
+        arrays = {"x": np.ones((3, 1)), "edge_index": np.array(pairs).T}
+        np.savez(tmp_path / "g.npz", **arrays, **({} if weights is None else {"edge_attr": weights}))
+        (graph,) = read_graphs(tmp_path / "g.npz", directed=directed)
+        attributes = [None] * graph.edge_index.shape[1] if graph.edge_attr is None else graph.edge_attr[:, 0].tolist()
+        return sorted(zip(*graph.edge_index.tolist(), attributes, strict=True))
+
+    both = [(0, 1, None), (1, 0, None), (1, 2, None), (2, 1, None)]
+    assert read([(0, 1), (1, 2)]) == both
+    assert read([(0, 1), (1, 0), (1, 2), (2, 1)]) == both
+    assert read([(0, 1), (1, 0), (2, 1)]) == both
+    assert read([(0, 1), (0, 1), (1, 0)]) == [(0, 1, None)] * 2 + [(1, 0, None)] * 2
+    assert read([(0, 1), (1, 0)], directed=True) == both[:2]
+    assert read([(0, 1), (1, 0)], np.array([5.0, 5.0])) == [(0, 1, 5.0), (1, 0, 5.0)]
+    assert read([(0, 1), (1, 0)], np.array([5.0, 6.0])) == [(0, 1, 5.0), (0, 1, 6.0), (1, 0, 5.0), (1, 0, 6.0)]
+
+
+def test_one_number_a_node(tmp_path):
+    np.savez(tmp_path / "g.npz", x=np.arange(3.0), edge_index=[[0], [1]], y=np.array(1))
+    (graph,) = read_graphs(tmp_path / "g.npz")
+    assert graph.x.tolist() == [[0], [1], [2]]
+    assert np.atleast_1d(graph.y).tolist() == [1]
+
+
+def test_labels_of_some_nodes_are_none(tmp_path):
+    (graph,) = read_graphs(write_tables(tmp_path / "g", nodes="node,label,p\na,x,1\nb,,2\nc,y,3\n"))
+    assert graph.y is None
 
 
 def test_links(tmp_path):

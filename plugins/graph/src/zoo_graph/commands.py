@@ -87,22 +87,30 @@ def train_graphs(
     import torch
 
     import zoo
+    from zoo.files import refused
+    from zoo_registry import WeightsCard
 
+    from .encodings import checked_encoding
     from .files import read_graphs
     from .training import fit, score
     from .validation import numbered
 
+    arguments = output.pairs(choices, "--set")
+    shape = zoo.create(name, device="meta", **arguments)
+    if getattr(shape, "level", None) not in ("node", "graph"):
+        kind = "scores pairs of nodes" if hasattr(shape, "level") else "reads no graphs"
+        raise click.UsageError(f"{name} {kind}; expected a model of nodes or graphs")
+    encoding = checked_encoding(shape.pe_dim, encoding)
     graphs = read_graphs(data, directed=directed)
     if len(graphs) < 10:
         raise click.UsageError(f"{data} holds {len(graphs)} graphs; at least 10 are needed")
-    arguments = output.pairs(choices, "--set")
-    shape = zoo.create(name, device="meta", **arguments)
     own = {"node_dim": 0 if graphs[0].x is None else graphs[0].x.shape[1]}
     if graphs[0].edge_attr is not None:
         own["edge_dim"] = graphs[0].edge_attr.shape[1]
     names = None
     if shape.kind == "classification":
-        names = numbered(graphs, None)
+        with refused(data):
+            names = numbered(graphs, None)
         own["out_dim"] = len(names)
     torch.manual_seed(seed)
     model = zoo.create(name, **{**own, **arguments}).to(device)
@@ -123,6 +131,10 @@ def train_graphs(
         value = -found if model.kind == "regression" else found
         split = f"{len(parts[2])} graphs"
         metrics = training.measured({what: value}, dataset=data.name, split=split, command="train-graphs")
+        # What a pipeline must know to read graphs as training did.
+        facts = {"directed": directed} | ({"encoding": encoding} if encoding is not None else {})
+        model.zoo_info.weights = WeightsCard(tag="own", where=f"trained on {data.name}", preprocess=facts)
+        model.zoo_info.tag = None
         zoo.save(model.cpu(), out, labels=names, metrics=metrics)
     if as_json:
         output.emit({what: value, "graphs": [len(p) for p in parts], "folder": str(out)})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo_registry import errors
+
 #: Dense matrices of this many nodes squared are made for each graph.
 LARGEST = 4096
 
@@ -47,3 +49,18 @@ def random_walk_encoding(edge_index: Tensor, nodes: int, count: int) -> Tensor:
 
 
 ENCODINGS = {"laplacian": laplacian_encoding, "random-walk": random_walk_encoding}
+
+
+def checked_encoding(pe_dim: int, given: str | None, trained: str | None = None) -> str | None:
+    """The encoding for a model with ``pe_dim`` columns of it: ``given``, else that of its training, else "laplacian";
+    None for a model without. Raises BadArgument for a name that there is not, or where the model reads none."""
+    if given is not None and not pe_dim:
+        raise errors.BadArgument(
+            f"encoding is {given!r}, and the model reads none (pe_dim is 0)", argument="encoding", accepted=[]
+        )
+    found = (given or trained or "laplacian") if pe_dim else None
+    if found is not None and found not in ENCODINGS:
+        raise errors.BadArgument(
+            f"encoding is {found!r}; expected one of {', '.join(ENCODINGS)}", argument="encoding", accepted=[*ENCODINGS]
+        )
+    return found

@@ -9,19 +9,23 @@ a folder            ``edges.csv`` (source, target, numbers ...) beside ``nodes.c
 ``*.graphml``       node and edge attributes that are numbers, by name; needs networkx
 ==================  =================================================================================================
 
-Edges are undirected (both directions are used) unless ``directed``.
+Tables have a row of names; their cells are parted by commas, semicolons or tabs; rows that begin with # are comments.
+Edges are undirected (both directions are used; an edge that is listed in both counts once) unless ``directed``.
 """
 
 from __future__ import annotations
 
 import csv
-import json
+import io
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from zoo.files import existing, read_arrays, read_json, read_text, refused
 
 EXTENSIONS = (".npz", ".json", ".graphml")
 _NODE, _GRAPH = ("node", "id", "name"), ("graph",)
@@ -43,20 +47,20 @@ class Graph:
 def read_graphs(source: str | Path, *, directed: bool = False) -> list[Graph]:
     """The graphs of a file or folder (see the module's text).
 
-    Raises ValueError for another format, a table without the needed columns, an edge to a node that is not there,
-    values that are not numbers, and features of unequal widths; the message names file, row and value.
+    Raises BadFile (a ValueError) for another format, a table without the needed columns, an edge to a node that is not
+    there, values that are not numbers, and features of unequal widths; the message names file, row and value.
+    LocalFileMissing for no file.
     """
     path = Path(source)
-    if path.is_dir():
-        return _from_folder(path, directed)
-    if path.name in ("edges.csv", "nodes.csv"):
-        return _from_folder(path.parent, directed)
     readers = {".npz": _from_npz, ".json": _from_json, ".graphml": _from_graphml}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: expected a folder with edges.csv and nodes.csv, or one of {', '.join(readers)}")
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    return readers[path.suffix.lower()](path, directed)
+    with refused(path):
+        if path.is_dir():
+            return _from_folder(path, directed)
+        if path.name in ("edges.csv", "nodes.csv"):
+            return _from_folder(path.parent, directed)
+        if path.suffix.lower() not in readers:
+            raise ValueError(f"{path}: expected a folder with edges.csv and nodes.csv, or one of {', '.join(readers)}")
+        return readers[path.suffix.lower()](existing(path, "a file with graphs"), directed)
 
 
 def make_graph(
@@ -74,7 +78,7 @@ def make_graph(
     names = [str(n) for n in nodes]
     number = {n: i for i, n in enumerate(names)}
     if len(number) != len(names):
-        twice = next(n for n in names if names.count(n) > 1)
+        twice = next(n for n, count in Counter(names).items() if count > 1)
         raise ValueError(f"{where}: the node {twice!r} is there twice")
     if not names:
         raise ValueError(f"{where}: no nodes; expected one or more")
@@ -89,24 +93,40 @@ def make_graph(
     index = np.array(pairs, np.int64).reshape(-1, 2).T
     attributes = None if edge_features is None else _matrix(edge_features, len(pairs), where, "edge")
     if not directed:
-        back = index[:, index[0] != index[1]][::-1]
+        back = _without_reverse(index, attributes)
         if attributes is not None:
-            attributes = np.concatenate([attributes, attributes[index[0] != index[1]]])
-        index = np.concatenate([index, back], axis=1)
+            attributes = np.concatenate([attributes, attributes[back]])
+        index = np.concatenate([index, index[::-1, back]], axis=1)
     features = None if x is None else _matrix(x, len(names), where, "node")
     return Graph(names, features, index, attributes, y, name)
 
 
+def _without_reverse(index: np.ndarray, attributes: np.ndarray | None) -> np.ndarray:
+    """The numbers of the edges, loops aside, whose other direction is not listed with the same features."""
+    features = [b""] * index.shape[1] if attributes is None else [row.tobytes() for row in attributes]
+    keys = list(zip(*index.tolist(), features, strict=True))
+    listed, seen, found = Counter(keys), Counter[tuple[Any, ...]](), []
+    for i, (a, b, own) in enumerate(keys):
+        seen[a, b, own] += 1
+        if a != b and seen[a, b, own] > listed[b, a, own]:
+            found.append(i)
+    return np.array(found, np.int64)
+
+
 def _matrix(rows: Any, count: int, where: str, what: str) -> np.ndarray | None:
+    if len(rows) != count:
+        raise ValueError(f"{where}: {len(rows)} rows of {what} features for {count} {what}s")
     widths = {len(row) for row in rows}
     if len(widths) > 1:
         raise ValueError(f"{where}: {what} features have {sorted(widths)} values; expected as many for every {what}")
-    if len(rows) != count:
-        raise ValueError(f"{where}: {len(rows)} rows of {what} features for {count} {what}s")
     try:
-        found = np.array(rows, np.float32).reshape(count, -1)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is told below
+            found = np.array(rows, np.float32)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: a {what} feature is not a number ({error})") from error
+    if found.ndim > 2:
+        raise ValueError(f"{where}: {what} features have shape {found.shape}; expected ({what}s, features)")
+    found = found.reshape(count, -1) if count else np.zeros((0, next(iter(widths), 0)), np.float32)
     if not np.isfinite(found).all():
         raise ValueError(
             f"{where}: {what} {int(np.argwhere(~np.isfinite(found))[0][0]) + 1} has a feature that is not finite"
@@ -117,15 +137,48 @@ def _matrix(rows: Any, count: int, where: str, what: str) -> np.ndarray | None:
 # -- tables
 
 
-def _table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+@dataclass
+class _Table:
+    """A table with a row of names. ``rows`` by these names, ``lines``: where each one stands in the file."""
+
+    columns: list[str]
+    rows: list[dict[str, str]]
+    lines: list[int]
+
+
+def _table(path: Path) -> _Table:
+    """Raises BadFile for what is no text, and ValueError for names that are there twice and rows of other widths."""
+    text = read_text(path)
+    comment = any(line.startswith("#") for line in text.splitlines()[:1])
+    first = next((line for line in text.splitlines() if line.strip() and not line.startswith("#")), "")
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), skipinitialspace=True, strict=True
+    )
+    found: _Table | None = None
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file ({error})") from error
-    first = text.partition("\n")[0]
-    rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in first else ","))
-    columns = list(rows[0]) if rows else [c.strip() for c in first.split(",")]
-    return columns, rows
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if not any(cells):
+                continue
+            if found is None and comment and cells[0].lstrip("# ").lower() in ("source", "from", *_NODE):
+                cells[0] = cells[0].lstrip("# ")  # the row of names behind a mark
+            if cells[0].startswith("#"):
+                continue
+            if found is None:
+                if twice := [name for name, count in Counter(cells).items() if count > 1]:
+                    raise ValueError(f"{path}: the column {twice[0]!r} is there twice")
+                found = _Table(cells, [], [])
+                continue
+            if len(cells) != len(found.columns):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cells; expected {len(found.columns)}, "
+                    f"{', '.join(found.columns)}"
+                )
+            found.rows.append(dict(zip(found.columns, cells, strict=True)))
+            found.lines.append(reader.line_num)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: no table ({error})") from error
+    return found or _Table([], [], [])
 
 
 def _numbers(row: Mapping[str, str], columns: Sequence[str], path: Path, line: int) -> list[float]:
@@ -146,27 +199,38 @@ def _from_folder(folder: Path, directed: bool) -> list[Graph]:
     edge_file, node_file, node_array = folder / "edges.csv", folder / "nodes.csv", folder / "nodes.npz"
     if not edge_file.is_file() or not (node_file.is_file() or node_array.is_file()):
         raise ValueError(f"{folder}: expected edges.csv beside nodes.csv or nodes.npz")
-    columns, rows = _table(edge_file)
-    source, target = _column(columns, ("source", "from")), _column(columns, ("target", "to"))
+    edges = _table(edge_file)
+    source, target = _column(edges.columns, ("source", "from")), _column(edges.columns, ("target", "to"))
     if source is None or target is None:
-        raise ValueError(f"{edge_file}: columns {', '.join(columns)}; expected source and target, then numbers")
-    own = [c for c in columns if c not in (source, target) and c.strip().lower() not in _GRAPH]
-    pairs = [(row[source], row[target]) for row in rows]
-    values = [_numbers(row, own, edge_file, i) for i, row in enumerate(rows, start=2)] if own else None
+        raise ValueError(f"{edge_file}: columns {', '.join(edges.columns)}; expected source and target, then numbers")
+    own = [c for c in edges.columns if c not in (source, target) and c.strip().lower() not in _GRAPH]
+    pairs = [(row[source], row[target]) for row in edges.rows]
+    values = [_numbers(row, own, edge_file, i) for row, i in zip(edges.rows, edges.lines, strict=True)] if own else None
     if not node_file.is_file():
-        with np.load(node_array) as arrays:
-            if "x" not in arrays:
-                raise ValueError(f"{node_array}: arrays {', '.join(arrays)}; expected x (nodes, features)")
-            x = arrays["x"]
-            nodes = [str(n) for n in arrays["node"]] if "node" in arrays else [str(i) for i in range(len(x))]
+        arrays = read_arrays(node_array)
+        if "x" not in arrays:
+            raise ValueError(f"{node_array}: arrays {', '.join(arrays)}; expected x (nodes, features)")
+        x = _rows(arrays["x"])
+        nodes = [str(n) for n in arrays["node"]] if "node" in arrays else [str(i) for i in range(len(x))]
         return [make_graph(nodes, x, pairs, values, where=str(folder), directed=directed, name=folder.name)]
-    return _with_node_table(folder, node_file, pairs, values, directed)
+    return _with_node_table(folder, node_file, pairs, values, edges.lines, directed)
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """Features as (rows, features); one number each may come as (rows,)."""
+    return x[:, None] if x.ndim == 1 else x
 
 
 def _with_node_table(
-    folder: Path, path: Path, pairs: list[tuple[str, str]], values: list[list[float]] | None, directed: bool
+    folder: Path,
+    path: Path,
+    pairs: list[tuple[str, str]],
+    values: list[list[float]] | None,
+    lines: list[int],
+    directed: bool,
 ) -> list[Graph]:
-    columns, rows = _table(path)
+    table = _table(path)
+    columns, rows = table.columns, table.rows
     node, graph, label = _column(columns, _NODE), _column(columns, _GRAPH), _column(columns, _LABEL)
     if node is None:
         raise ValueError(f"{path}: columns {', '.join(columns)}; expected node, [graph], [label], then numbers")
@@ -181,18 +245,20 @@ def _with_node_table(
     for i, (first, second) in enumerate(pairs):
         for end in (first, second):
             if end not in home:
-                raise ValueError(f"{folder / 'edges.csv'}, line {i + 2}: the node {end!r} is not in {path.name}")
+                raise ValueError(f"{folder / 'edges.csv'}, line {lines[i]}: the node {end!r} is not in {path.name}")
         if home[first] != home[second]:
-            raise ValueError(f"{folder / 'edges.csv'}, line {i + 2}: {first!r} and {second!r} are in different graphs")
+            raise ValueError(
+                f"{folder / 'edges.csv'}, line {lines[i]}: {first!r} and {second!r} are in different graphs"
+            )
         edges.setdefault(home[first], []).append(i)
     found = []
     for name, members in groups.items():
         chosen = edges.get(name, [])
-        labels = [rows[i][label] for i in members] if label else None
+        labels = [rows[i][label] for i in members] if label and all(rows[i][label] for i in members) else None
         found.append(
             make_graph(
                 [rows[i][node] for i in members],
-                [_numbers(rows[i], own, path, i + 2) for i in members] if own else None,
+                [_numbers(rows[i], own, path, table.lines[i]) for i in members] if own else None,
                 [pairs[i] for i in chosen],
                 None if values is None else [values[i] for i in chosen],
                 where=f"{folder}, graph {name}" if graph else str(folder),
@@ -210,19 +276,19 @@ def _with_node_table(
 
 
 def _from_npz(path: Path, directed: bool) -> list[Graph]:
-    try:
-        with np.load(path) as file:
-            arrays = {k: file[k] for k in file.files}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no npz file of plain arrays ({error})") from error
+    arrays = read_arrays(path)
     if "x" not in arrays or "edge_index" not in arrays:
         raise ValueError(f"{path}: arrays {', '.join(arrays)}; expected x (nodes, features) and edge_index (2, edges)")
-    x, index = np.atleast_2d(arrays["x"]), arrays["edge_index"]
+    x, index = _rows(arrays["x"]), arrays["edge_index"]
+    if x.ndim != 2:
+        raise ValueError(f"{path}: x has shape {x.shape}; expected (nodes, features)")
     if index.ndim != 2 or index.shape[0] != 2 or not np.issubdtype(index.dtype, np.integer):
         raise ValueError(f"{path}: edge_index is {index.dtype} of shape {index.shape}; expected integers (2, edges)")
     if index.size and (index.min() < 0 or index.max() >= len(x)):
         raise ValueError(f"{path}: edge_index names nodes from {index.min()} to {index.max()}, and there are {len(x)}")
     sizes = arrays.get("sizes", np.array([len(x)]))
+    if sizes.ndim != 1 or not np.issubdtype(sizes.dtype, np.integer) or (sizes < 1).any():
+        raise ValueError(f"{path}: sizes are {sizes.tolist()}; expected the number of nodes of each graph, 1 or more")
     if int(sizes.sum()) != len(x):
         raise ValueError(f"{path}: sizes add up to {int(sizes.sum())}, and there are {len(x)} nodes")
     bounds = np.r_[0, np.cumsum(sizes)]
@@ -230,6 +296,16 @@ def _from_npz(path: Path, directed: bool) -> list[Graph]:
     if (home[0] != home[1]).any():
         raise ValueError(f"{path}: {int((home[0] != home[1]).sum())} edges join nodes of different graphs")
     y, attributes = arrays.get("y"), arrays.get("edge_attr")
+    if attributes is not None:
+        attributes = _rows(attributes)
+        if len(attributes) != index.shape[1]:
+            raise ValueError(f"{path}: edge_attr has shape {attributes.shape}; expected {index.shape[1]} rows")
+    if y is not None:
+        y = np.atleast_1d(y)
+        if len(y) not in (len(x), len(sizes)):
+            raise ValueError(
+                f"{path}: y has shape {y.shape}; expected one for each of {len(x)} nodes or {len(sizes)} graphs"
+            )
     found = []
     for i, size in enumerate(sizes.tolist()):
         start, chosen = bounds[i], home[0] == i
@@ -239,7 +315,7 @@ def _from_npz(path: Path, directed: bool) -> list[Graph]:
                 [str(n) for n in range(size)],
                 x[start : start + size],
                 [(str(a), str(b)) for a, b in (index[:, chosen] - start).T],
-                None if attributes is None else np.atleast_2d(attributes[chosen].T).T,
+                None if attributes is None else attributes[chosen],
                 where=str(path),
                 directed=directed,
                 y=labels,
@@ -250,10 +326,7 @@ def _from_npz(path: Path, directed: bool) -> list[Graph]:
 
 
 def _from_json(path: Path, directed: bool) -> list[Graph]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+    document = read_json(path)
     several = document.get("graphs") if isinstance(document, dict) else document
     graphs = [document] if several is None else several
     if not isinstance(graphs, list) or not graphs:
@@ -273,8 +346,8 @@ def _from_node_link(graph: Any, name: str, path: Path, directed: bool) -> Graph:
         edges = [(str(edge["source"]), str(edge["target"])) for edge in links]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: a node without id, or an edge without source and target ({error})") from error
-    x = [_features(node, ("id", *_LABEL)) for node in graph["nodes"]]
-    values = [_features(edge, ("source", "target", "key")) for edge in links]
+    x = _features(graph["nodes"], ("id", *_LABEL), f"{path}: node")
+    values = _features(links, ("source", "target", "key"), f"{path}: edge")
     labels = [next((node[k] for k in _LABEL if k in node), None) for node in graph["nodes"]]
     own = next((graph[k] for k in _LABEL if k in graph), None)
     known = own if own is not None else labels if all(v is not None for v in labels) else None
@@ -290,12 +363,25 @@ def _from_node_link(graph: Any, name: str, path: Path, directed: bool) -> Graph:
     )
 
 
-def _features(entry: Mapping[str, Any], without: Sequence[str]) -> list[float]:
-    """``x`` of a node or an edge, or its numbers, sorted by their names."""
-    if "x" in entry and isinstance(entry["x"], list):
-        return entry["x"]
-    numbers = {k: v for k, v in entry.items() if k not in without and isinstance(v, (int, float))}
-    return [float(numbers[k]) for k in sorted(numbers)]
+def _features(entries: Sequence[Mapping[str, Any]], without: Sequence[str], what: str) -> list[list[float]]:
+    """``x`` of each node or edge, or its numbers, sorted by their names. Raises ValueError where the names differ."""
+    found: list[list[float]] = []
+    names: list[str] | None = None
+    for i, entry in enumerate(entries, start=1):
+        if isinstance(entry.get("x"), list):
+            own, row = ["x"], entry["x"]
+        else:
+            own = sorted(k for k, v in entry.items() if k not in without and isinstance(v, (int, float)))
+            row = [float(entry[k]) for k in own]
+        if names is not None and own != names:
+            missing, more = sorted({*names} - {*own}), sorted({*own} - {*names})
+            raise ValueError(
+                f"{what} {i} has {'no number ' + missing[0] if missing else 'a number ' + more[0]!r}, and those before "
+                "it have" + ("" if missing else " none") + "; expected the same numbers in all"
+            )
+        names = own
+        found.append(row)
+    return found
 
 
 def _from_graphml(path: Path, directed: bool) -> list[Graph]:
@@ -316,14 +402,16 @@ def _from_graphml(path: Path, directed: bool) -> list[Graph]:
 
 
 def read_links(path: str | Path, graph: Graph) -> np.ndarray:
-    """Pairs of nodes to score, (2, links), from a table with the columns source and target."""
-    columns, rows = _table(Path(path))
-    source, target = _column(columns, ("source", "from")), _column(columns, ("target", "to"))
-    if source is None or target is None:
-        raise ValueError(f"{path}: columns {', '.join(columns)}; expected source and target")
-    number = {n: i for i, n in enumerate(graph.nodes)}
-    for line, row in enumerate(rows, start=2):
-        for end in (row[source], row[target]):
-            if end not in number:
-                raise ValueError(f"{path}, line {line}: the node {end!r} is not in the graph {graph.name!r}")
-    return np.array([[number[row[source]], number[row[target]]] for row in rows], np.int64).reshape(-1, 2).T
+    """Pairs of nodes to score, (2, links), from a table with the columns source and target. Raises BadFile."""
+    with refused(path):
+        table = _table(Path(path))
+        source, target = _column(table.columns, ("source", "from")), _column(table.columns, ("target", "to"))
+        if source is None or target is None:
+            raise ValueError(f"{path}: columns {', '.join(table.columns)}; expected source and target")
+        number = {n: i for i, n in enumerate(graph.nodes)}
+        for row, line in zip(table.rows, table.lines, strict=True):
+            for end in (row[source], row[target]):
+                if end not in number:
+                    raise ValueError(f"{path}, line {line}: the node {end!r} is not in the graph {graph.name!r}")
+        pairs = [[number[row[source]], number[row[target]]] for row in table.rows]
+    return np.array(pairs, np.int64).reshape(-1, 2).T

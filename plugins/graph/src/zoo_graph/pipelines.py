@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zoo.files import refused, whole
 from zoo.pipelines import Pipeline, Result
+from zoo_registry import errors
 
 from .batching import join
+from .encodings import checked_encoding
 from .files import EXTENSIONS, Graph, read_graphs, read_links
-from .training import settings_for
+from .training import seeded, settings_for
 
 
 @dataclass(kw_only=True)
@@ -46,8 +49,7 @@ class GraphAnswers(Result):
     def save_csv(self, path: str | Path) -> Path:
         """One line a row, with the rows' names as columns."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with whole(path) as work, work.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(self.rows[0]) if self.rows else ["graph"])
             writer.writeheader()
             writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in self.rows)
@@ -64,7 +66,8 @@ class GraphPredictions(Pipeline):
 
     labels: names of the classes or outputs, for weights whose card has none. links: a table of pairs (source, target)
     for link models. directed: edges count in their own direction only. encoding: "laplacian" or "random-walk", for
-    models with ``pe_dim``. seed: of orders and walks that are drawn at random, so that an answer can be had again.
+    models with ``pe_dim``. Both as in training (``zoo train-graphs``) unless given. seed: of orders and walks that are
+    drawn at random, so that an answer can be had again.
     """
 
     task = "node-classification"
@@ -75,28 +78,42 @@ class GraphPredictions(Pipeline):
         model: nn.Module,
         labels: Sequence[str] | None = None,
         links: str | Path | None = None,
-        directed: bool = False,
+        directed: bool | None = None,
         encoding: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(model)
+        if not hasattr(model, "level"):
+            raise errors.BadArgument(f"{type(model).__name__} reads no graphs", argument="model", accepted=[])
         self.level, self.kind = str(model.level), str(model.kind)
         if self.level == "link" and links is None:
             raise ValueError("the model scores pairs of nodes; give links=, a table with the columns source and target")
+        if self.level != "link" and links is not None:
+            raise errors.BadArgument(
+                f"links are for models that score pairs of nodes; {self.name} answers for each {self.level}",
+                argument="links",
+                accepted=[],
+            )
         self.pe_dim = int(model.pe_dim)  # type: ignore[arg-type]
-        if self.pe_dim and encoding is None:
-            encoding = str(self.preprocess.get("encoding", "laplacian"))
+        encoding = checked_encoding(self.pe_dim, encoding, self.preprocess.get("encoding"))
+        directed = bool(self.preprocess.get("directed", False)) if directed is None else directed
         self.links, self.directed, self.encoding, self.seed = links, directed, encoding, seed
         count = int(model.out_dim)  # type: ignore[arg-type]
         word = "class" if self.kind == "classification" else "output"
         self.names = list(labels or self.labels() or [f"{word} {i}" for i in range(count)])
         if len(self.names) != count:
             raise ValueError(f"there are {len(self.names)} labels, and the model has {count} outputs; give labels=")
+        if len(set(self.names)) != count:
+            raise ValueError(f"labels are {', '.join(self.names)}; expected a name of its own for each output")
 
     def expand(self, inputs: Any) -> tuple[list[Any], bool]:
-        """A folder with edges.csv is one sample; other folders are searched."""
-        if isinstance(inputs, (str, Path)) and (Path(inputs) / "edges.csv").is_file():
-            return [Path(inputs)], True
+        """A folder with edges.csv is one sample; other folders are searched, for files and for such folders."""
+        if isinstance(inputs, (str, Path)) and (folder := Path(inputs).expanduser()).is_dir():
+            if (folder / "edges.csv").is_file():
+                return [folder], True
+            if tables := {file.parent for file in folder.rglob("edges.csv")}:
+                files = [f for f in folder.rglob("*") if self._wanted(f) and f.parent not in tables]
+                return sorted([*tables, *files]), False
         if isinstance(inputs, list) and inputs and all(isinstance(g, Graph) for g in inputs):
             return [inputs], True
         if isinstance(inputs, list):
@@ -108,7 +125,7 @@ class GraphPredictions(Pipeline):
         if isinstance(source, Graph):
             graphs = [source]
         else:
-            graphs = source if isinstance(source, list) else read_graphs(source, directed=self.directed)
+            graphs = list(source) if isinstance(source, (list, tuple)) else read_graphs(source, directed=self.directed)
         pairs = None
         if self.level == "link" and self.links is not None:
             if len(graphs) != 1:
@@ -117,6 +134,10 @@ class GraphPredictions(Pipeline):
         return Sample(graphs, pairs)
 
     def prepare(self, sample: Sample) -> dict[str, Tensor]:
+        with refused(", ".join(graph.name for graph in sample.graphs[:3])):
+            return self._prepared(sample)
+
+    def _prepared(self, sample: Sample) -> dict[str, Tensor]:
         settings = settings_for(self.model)
         batch = join(sample.graphs, **settings, encoding=self.encoding, encoding_size=self.pe_dim)
         for what, found, encoder in (
@@ -137,8 +158,7 @@ class GraphPredictions(Pipeline):
     def forward(self, batch: Any) -> list[Tensor]:
         found = []
         for inputs in batch:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
+            with seeded(self.seed, self.device):
                 given = {"x": None, **inputs}
                 found.append(self.model(**given))
         return found

@@ -5,9 +5,10 @@ Source: bowang-lab/Graph-Mamba ``configs/Mamba`` (rate 1e-3, decay 0.01, gradien
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -59,6 +60,14 @@ def settings_for(model: nn.Module) -> dict[str, bool]:
         "integers": bool(len(model.node_encoder.embeddings)),  # type: ignore[union-attr, arg-type]
         "integer_edges": edges is not None and bool(len(edges.embeddings)),
     }
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers that follow ``seed`` within; the caller's go on after it as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def fit(
@@ -144,8 +153,7 @@ def answers(
     more = {**settings_for(model), "encoding": encoding, "encoding_size": int(getattr(model, "pe_dim", 0))}
     device = next(model.parameters()).device
     outputs, targets = [], []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         for i in range(0, len(graphs), batch_size):
             batch = join(graphs[i : i + batch_size], **more)  # type: ignore[arg-type]
             outputs.append(model(**batch.to(device).inputs()).float().cpu())

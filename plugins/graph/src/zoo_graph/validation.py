@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from zoo.files import refused
 from zoo.validation import Measured
 from zoo_registry import errors
 
@@ -24,7 +25,9 @@ def numbered(graphs: Sequence[Graph], names: Sequence[str] | None) -> list[str]:
     Raises ValueError for graphs without labels and for a label that ``names`` does not hold.
     """
     if any(g.y is None for g in graphs):
-        raise ValueError(f"the graph {next(g.name for g in graphs if g.y is None)!r} has no labels")
+        raise ValueError(
+            f"the graph {next(g.name for g in graphs if g.y is None)!r} has no labels, or not for all of its nodes"
+        )
     every = {str(v) for g in graphs for v in np.atleast_1d(np.asarray(g.y))}
     known = list(names) if names is not None else sorted(every, key=lambda v: (not v.lstrip("-").isdigit(), len(v), v))
     if unknown := sorted(every - set(known)):
@@ -35,7 +38,12 @@ def numbered(graphs: Sequence[Graph], names: Sequence[str] | None) -> list[str]:
 
 
 def validate_graphs(
-    model: nn.Module, data: str | Path, *, batch_size: int = 32, directed: bool = False, encoding: str | None = None
+    model: nn.Module,
+    data: str | Path,
+    *,
+    batch_size: int = 32,
+    directed: bool | None = None,
+    encoding: str | None = None,
 ) -> Measured:
     """Accuracy of the classes (and of each class), or the mean absolute error of regression.
 
@@ -48,20 +56,15 @@ def validate_graphs(
             "link models are not measured here; node and graph models are", argument="model", accepted=[]
         )
     began = time.perf_counter()
-    try:
-        graphs = read_graphs(data, directed=directed)
+    with refused(data):
+        graphs = read_graphs(data, directed=pipe.directed)
         if pipe.kind == "classification":
             plain = [str(i) for i in range(len(pipe.names))]
             numbered(graphs, pipe.names if pipe.labels() is not None else plain)
         output, target = answers(model, graphs, batch_size=batch_size, encoding=pipe.encoding)
-    except ValueError as error:
-        raise errors.BadArgument(str(error), argument="data", accepted=[]) from error
-    if target is None:
-        raise errors.BadArgument(f"{data}: not all graphs have numbers as targets", argument="data", accepted=[])
-    try:
+        if target is None:
+            raise ValueError(f"{data}: not all graphs have numbers as targets")
         check_targets(pipe.kind, output, target)
-    except ValueError as error:
-        raise errors.BadArgument(f"{data}: {error}", argument="data", accepted=[]) from error
     per_class: dict[str, dict[str, float]] = {}
     if pipe.kind == "classification":
         right = output.argmax(1) == target

@@ -85,11 +85,14 @@ def answers(
     stands before the file's name. Returns the exit status, 1 where an input failed. Raises click.UsageError for one
     file and several inputs.
     """
+    from zoo.files import check_place
     from zoo.pipelines import Failure
 
     sources, _ = pipe.expand(list(inputs))
     if out is not None and len(sources) > 1 and out.suffix == ".csv":
         raise click.UsageError(f"--out is {out}, and there are {len(sources)} inputs; give a folder")
+    if out is not None:
+        check_place(out)
     rows, failed = [], 0
     for i, result in enumerate(pipe.stream(list(inputs), keep_going=keep_going)):
         row = result.to_dict()
