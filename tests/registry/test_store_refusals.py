@@ -87,6 +87,58 @@ def test_too_many_requests_and_odd_answers(hub, client, commit, cache):
     assert "HF_ENDPOINT" in refused(client, cache, "HubUnavailable", revision=commit).message
 
 
+def test_how_long_the_hub_asks_to_wait(hub, client, commit, cache):
+    hub.fault("/resolve/", status=429, retry_after="30")
+    error = refused(client, cache, "HubUnavailable", revision=commit)
+    assert "asks to wait 30 s" in error.message
+    assert hub.count("HEAD") == 1  # nobody waits that long unasked
+    hub.heal()
+    hub.fault("/resolve/", status=429, retry_after="2", times=1)
+    assert fetch(client, cache, revision=commit)["data"] == [SHA]
+
+
+def test_a_storage_host_that_is_blocked_is_named(hub, client, commit, cache):
+    hub.fault("/cdn/", status=403)
+    assert (
+        "localhost, where the Hub keeps large files" in refused(client, cache, "AccessDenied", revision=commit).message
+    )
+
+
+FILE = """
+from zoo_registry import store
+result = str(store.hub_file(**{asked}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "words"),
+    [
+        ({"repo_id": "a/b/c"}, "BadName", "'a/b/c' is no repository"),
+        ({"repo_id": ""}, "BadName", "'' is no repository"),
+        ({"filename": ""}, "BadName", "'' is no file of a repository"),
+        ({"filename": "../x.bin"}, "BadName", "'../x.bin' is no file of a repository"),
+        ({"filename": "/etc/passwd"}, "BadName", "is no file of a repository"),
+        ({"sha256": "12"}, "BadName", "expected 64 hexadecimal digits"),
+        ({"token": "hf_secret\n"}, "AccessDenied", "copy it again"),
+        ({"token": "hf_secr\u00e9t"}, "AccessDenied", "copy it again"),
+        ({"token": True}, "AccessDenied", "token=True was given and there is no token"),
+    ],
+)
+def test_what_no_hub_could_answer(hub, client, commit, cache, asked, kind, words):
+    given = {"repo_id": "org/repo", "filename": "model.safetensors", "cache_dir": str(cache), **asked}
+    with pytest.raises(Failed) as caught:
+        client(FILE.format(asked=given))
+    assert caught.value.error == kind
+    assert words in caught.value.message
+    assert "secr" not in caught.value.message
+    assert hub.count("HEAD") == hub.count("GET") == 0
+
+
+def test_digests_in_capital_letters(hub, client, commit, cache):
+    given = {"repo_id": "org/repo", "filename": "model.safetensors", "cache_dir": str(cache), "sha256": SHA.upper()}
+    assert client(FILE.format(asked=given)).endswith("model.safetensors")
+
+
 def test_timeouts(hub, client, commit, cache):
     hub.fault("/resolve/", silent=3.5)
     error = refused(client, cache, "HubTimeout", revision=commit)
@@ -152,6 +204,39 @@ def test_the_hub_cannot_be_reached(hub, commit, tmp_path):
     assert caught.value.error == "HubUnavailable"
     for word in ["http://127.0.0.1:9", "cannot be reached", str(tmp_path / "hub"), "hf download", "HF_HUB_OFFLINE"]:
         assert word in caught.value.message, caught.value.message
+
+
+@pytest.mark.parametrize("endpoint", ["huggingface.co", ""])
+def test_an_endpoint_that_is_no_address(hub, commit, tmp_path, endpoint):
+    with Client(hub.env(tmp_path) | {"HF_ENDPOINT": endpoint}) as lost, pytest.raises(Failed) as caught:
+        fetch(lost, tmp_path / "hub", revision=commit)
+    assert f"HF_ENDPOINT is {endpoint!r}; expected an address" in caught.value.message
+
+
+def test_a_proxy_is_named_without_its_password(hub, commit, tmp_path):
+    env = hub.env(tmp_path) | {"http_proxy": "http://me:secret@127.0.0.1:9"}
+    with Client(env) as behind, pytest.raises(Failed) as caught:
+        fetch(behind, tmp_path / "hub", revision=commit)
+    assert "through the proxy 127.0.0.1:9" in caught.value.message
+    assert "secret" not in caught.value.message
+
+
+def test_a_copy_that_serves_is_not_said_to_be_missing(hub, client, commit, tmp_path):
+    asked = {"repo_id": "org/repo", "filename": "model.safetensors", "cache_dir": str(tmp_path / "hub")}
+    path = client(FILE.format(asked=asked))
+    noted = """
+import logging
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("zoo.store").addHandler(handler)
+"""
+    with Client(hub.env(tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}) as cut_off:
+        found, (said,) = cut_off(noted + FILE.format(asked=asked) + "\nresult = [result, said]")
+    assert found == path
+    assert "cannot be reached" in said
+    assert "Using the copy in the cache" in said
+    assert "not in the cache" not in said
 
 
 def test_a_cached_file_needs_no_reachable_hub(hub, client, commit, tmp_path):

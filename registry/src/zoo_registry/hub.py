@@ -18,6 +18,7 @@ from typing import Any
 from . import _disk as disk
 from .errors import (
     AccessDenied,
+    BadName,
     FileNotInRepo,
     HashMismatch,
     HubTimeout,
@@ -74,8 +75,10 @@ def get(file: HubFile, access: Access = Access()) -> Path:
 
     A file that is in the cache is served without asking the Hub. Its digest (from the card, or the sha256 that the
     Hub names the file by) is checked once; a cached file that is damaged is moved aside and fetched again, one that
-    is wrong on arrival is moved aside and refused (HashMismatch).
+    is wrong on arrival is moved aside and refused (HashMismatch). Raises BadName for what cannot be a repository or a
+    file in one.
     """
+    _check_request(file, access)
     path = None if access.force_download else cached(file, access.cache_dir)
     offline = access.local_files_only or _offline()
     if path is not None and access.newest and not offline and not is_commit(file.revision):
@@ -91,6 +94,30 @@ def get(file: HubFile, access: Access = Access()) -> Path:
                 raise
             disk.log.warning("%s Fetching it again.", damaged)
     return _transfer(file, access)
+
+
+def _check_request(file: HubFile, access: Access) -> None:
+    """Refuse what no Hub could answer, before it is asked. A token is never part of a message."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(file.repo_id)
+    except hub.HFValidationError as error:
+        raise BadName(f"{file.repo_id!r} is no repository: {_first_line(error)}", **file.facts) from error
+    parts = file.filename.split("/")
+    if not file.filename or "\\" in file.filename or any(part in ("", ".", "..") for part in parts):
+        raise BadName(
+            f"{file.filename!r} is no file of a repository; expected its path there, as model.safetensors or a/b.bin",
+            **file.facts,
+        )
+    if file.sha256 is not None and not _is_sha256(file.sha256.lower()):
+        raise BadName(f"sha256 is {file.sha256!r}; expected 64 hexadecimal digits", **file.facts)
+    if isinstance(access.token, str) and not re.fullmatch(r"[\x21-\x7e]+", access.token):
+        raise AccessDenied(
+            "the token is empty or holds spaces, line ends or letters beyond ASCII, which no token does; copy it again",
+            **file.facts,
+        )
 
 
 def cached(file: HubFile, cache_dir: str | Path | None = None) -> Path | None:
@@ -158,10 +185,11 @@ def _metadata(file: HubFile, access: Access) -> Any:
             break
         except Exception as error:
             explained = explain(error, file, access, asking=True)
-            if attempt == 2 or type(explained) is not HubUnavailable:
+            wait = max(_retry_after(error) or 0, 1)
+            if attempt == 2 or type(explained) is not HubUnavailable or wait > 10:
                 raise explained from error
             disk.log.info("%s; trying once more", explained)
-            time.sleep(1)
+            time.sleep(wait)
     if facts.commit_hash is None or facts.etag is None:
         raise HubUnavailable(
             f"the answer for {url} does not come from a Hub (no commit or etag in it). Check HF_ENDPOINT, the proxy, "
@@ -197,7 +225,9 @@ def check(path: Path, file: HubFile, *, arrived: bool = False, etag: str | None 
     """
     try:
         blob = path.resolve(strict=True)
-        expected = file.sha256 or etag or (blob.name if _is_sha256(blob.name) else None)
+        expected = (
+            (file.sha256.lower() if file.sha256 else None) or etag or (blob.name if _is_sha256(blob.name) else None)
+        )
         if expected is None and not arrived:
             expected = disk.recorded_digest(path)
         if expected is None:
@@ -279,6 +309,10 @@ def explain(error: Exception, file: HubFile, access: Access, *, asking: bool = F
         return explain(error.__cause__, file, access, asking=True)
     if isinstance(error, hub.OfflineModeIsEnabled):
         return _not_cached(file, access)
+    if isinstance(error, hub.LocalTokenNotFoundError):
+        return AccessDenied(
+            "token=True was given and there is no token; log in with `hf auth login` or set HF_TOKEN", **file.facts
+        )
 
     facts: dict[str, Any] = dict(file.facts)
     response = getattr(error, "response", None)
@@ -321,6 +355,13 @@ def explain(error: Exception, file: HubFile, access: Access, *, asking: bool = F
 
 def _explain_status(status: int, error: Exception, file: HubFile, facts: dict[str, Any], name: str) -> StoreError:
     if status in (401, 403):
+        storage = _other_host(error)
+        if storage:
+            return AccessDenied(
+                f"{name}{storage}, where the Hub keeps large files, refuses {file} ({status}): a proxy or firewall may "
+                "block it; try again, or fetch the file elsewhere and pass checkpoint=",
+                **facts,
+            )
         return AccessDenied(
             f"{name}the Hub refuses {file} ({status}): the token is wrong or lacks the right to read it. Log in with "
             "`hf auth login` or set HF_TOKEN",
@@ -329,7 +370,13 @@ def _explain_status(status: int, error: Exception, file: HubFile, facts: dict[st
     if status == 404:
         return FileNotInRepo(f"{name}the Hub does not have {file} (404)", **facts)
     if status == 429:
-        return HubUnavailable(f"{name}the Hub asks to wait (429, too many requests) before sending {file}", **facts)
+        seconds = _retry_after(error)
+        wait = "a while" if seconds is None else f"{seconds} s"
+        return HubUnavailable(
+            f"{name}the Hub asks to wait {wait} before sending {file} (429, too many requests); try again then. Who is "
+            "logged in (`hf auth login`, HF_TOKEN) may ask more often",
+            **facts,
+        )
     kind = "has a fault of its own" if status >= 500 else "refuses the request"
     return HubUnavailable(
         f"{name}the Hub {kind} ({status}) for {file}; try again later, or fetch it elsewhere and pass checkpoint=",
@@ -350,8 +397,10 @@ def _explain_transfer(
         isinstance(error, OSError) and isinstance(error, (NotADirectoryError, FileExistsError))
     ):
         return disk.read_only(cache, error)
+    there = cached(file, access.cache_dir) is not None
+    where = f"It is not in the cache {cache}; revision {file.revision or 'main'}"
     beforehand = (
-        f"It is not in the cache {cache}; revision {file.revision or 'main'}. To fetch it beforehand: {file.command}"
+        "HF_HUB_OFFLINE=1 does not ask the Hub" if there else f"{where}. To fetch it beforehand: {file.command}"
     )
     from huggingface_hub import constants
 
@@ -369,12 +418,48 @@ def _explain_transfer(
             **facts,
         )
     if kinds & {"ConnectError", "NetworkError", "ProxyError", "ConnectionError", "TransportError"}:
+        if not constants.ENDPOINT.startswith(("http://", "https://")):
+            return HubUnavailable(
+                f"{name}the environment variable HF_ENDPOINT is {constants.ENDPOINT!r}; expected an address that "
+                "begins with https:// or http://, or none for the Hub's own",
+                **facts,
+            )
+        through = _proxies()
+        why = f"{_first_line(error) or type(error).__name__}{f'; {through}' if through else ''}"
+        tail = "" if there else "; HF_HUB_OFFLINE=1 does not try"
         return HubUnavailable(
-            f"{name}{constants.ENDPOINT} cannot be reached for {file} ({_first_line(error) or type(error).__name__}). "
-            f"{beforehand}; HF_HUB_OFFLINE=1 does not try",
-            **facts,
+            f"{name}{constants.ENDPOINT} cannot be reached for {file} ({why}). {beforehand}{tail}", **facts
         )
     return StoreError(f"{name}{file} cannot be had: {type(error).__name__}: {_first_line(error)}", **facts)
+
+
+def _retry_after(error: BaseException) -> int | None:
+    """The seconds that an answer asks to wait, where it says so in seconds."""
+    headers = getattr(getattr(error, "response", None), "headers", None) or {}
+    said = headers.get("Retry-After", "")
+    return int(said) if said.isdigit() else None
+
+
+def _other_host(error: BaseException) -> str | None:
+    """The host that an answer came from, if that is not the Hub itself."""
+    from urllib.parse import urlsplit
+
+    from huggingface_hub import constants
+
+    url = getattr(getattr(error, "response", None), "url", None)
+    host = urlsplit(str(url)).hostname if url is not None else None
+    return host if host and host != urlsplit(constants.ENDPOINT).hostname else None
+
+
+def _proxies() -> str:
+    """What the environment says of proxies, without their passwords."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    proxy = getproxies().get(urlsplit(constants.ENDPOINT).scheme) or getproxies().get("all")
+    return f"through the proxy {proxy.rpartition('@')[2]}" if proxy else ""
 
 
 def _first_line(error: BaseException) -> str:
