@@ -123,7 +123,11 @@ def test_bad_files(tmp_path):
         ("c.json", '{"nodes": [{"x": [1]}], "links": []}', "a node without id"),
         ("d.json", '{"nodes": [{"id": 1, "x": [1]}, {"id": 2, "x": [1, 2]}], "links": []}', r"have \[1, 2\] values"),
         ("e.json", '{"nodes": [], "links": []}', "no nodes"),
-        ("n.json", '{"nodes": [{"id": 1, "a": 1, "b": 2}, {"id": 2, "b": 1, "c": 2}], "links": []}', "no number a"),
+        (
+            "n.json",
+            '{"nodes": [{"id": 1, "a": 1, "b": 2}, {"id": 2, "b": 1}], "links": []}',
+            "node 2 lacks the number 'a'",
+        ),
         ("o.json", '{"nodes": [{"id": 1, "x": [[1, 2], [3, 4]]}], "links": []}', "have shape"),
         ("p.json", '{"nodes": [{"id": 1, "x": [1e300]}], "links": []}', "not finite"),
         ("f.graphml", "<x>", "is no GraphML file"),

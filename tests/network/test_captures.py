@@ -4,7 +4,8 @@ import struct
 
 import pytest
 
-from zoo_network.captures import read_capture, write_pcap
+from zoo_network.captures import read_capture, stream_packets, write_pcap
+from zoo_registry import errors
 
 from .packet_writer import block, ethernet, ipv4, pcap, pcapng, udp
 
@@ -82,3 +83,33 @@ def test_damaged_files():
         read_capture(section + struct.pack("<III", 6, 6, 0))
     with pytest.raises(ValueError, match="no byte-order mark"):
         read_capture(b"\x0a\x0d\x0d\x0a" + bytes(24))
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_capture(tmp_path / "none.pcap")
+    with pytest.raises(errors.BadFile, match="is a folder"):
+        read_capture(tmp_path)
+    with pytest.raises(errors.BadFile, match="0 bytes in memory is empty"):
+        read_capture(b"")
+
+
+@pytest.mark.parametrize("cut", [4, 8, 11])
+def test_a_section_that_is_cut_off(cut):
+    """The first block must be there; a later one that is not is the end of the file."""
+    with pytest.raises(ValueError, match="ends within its first block"):
+        read_capture(pcapng(FRAMES)[:cut])
+    found = read_capture(pcapng(FRAMES) + pcapng(FRAMES)[:cut])
+    assert len(found) == 2
+    assert "ends within the header of a block" in found.notes[0]
+
+
+def test_packets_come_one_by_one(tmp_path):
+    """The packets before a damaged place are given before it is found."""
+    data = pcap(FRAMES) + struct.pack("<IIII", 0, 0, 1 << 30, 1 << 30)
+    (tmp_path / "a.pcap").write_bytes(data)
+    for source in (tmp_path / "a.pcap", data):
+        stream = stream_packets(source, [])
+        assert [next(stream).data for _ in FRAMES] == [d for _, d in FRAMES]
+        with pytest.raises(errors.BadFile, match="packet 3"):
+            next(stream)

@@ -15,7 +15,7 @@ import zoo_network
 from zoo.cli.predict import predict as predict_command
 from zoo_network.captures import read_capture
 from zoo_network.commands import classify_flows, pretrain_flows, train_flows
-from zoo_network.data import label_set, read_folder, read_splits, representation_for
+from zoo_network.data import files_in, label_set, read_folder, read_splits, representation_for
 from zoo_network.flows import FlowBytes, split_flows
 
 from .packet_writer import ethernet, ipv4, ipv6, pcap, udp
@@ -195,3 +195,80 @@ def test_the_cards_figures_hold():
     found, _ = scores(predict(zoo.load(MODEL), test.flows), test.labels, train.CLASSES)
     for metric in zoo.info(MODEL).weights.metrics:
         assert found[metric.name] == pytest.approx(metric.value, abs=0.002)
+
+
+def test_link_types_that_are_not_taken_apart(pipe):
+    """Wireless captures look as if nothing in them were IP; that is said."""
+    notes = pipe(pcap([(0, bytes(60)), (1, bytes(60))], link=127)).notes
+    assert notes == ["2 packets of the link type 127, which is not taken apart, belong to no flow"]
+
+
+def test_captures_put_together(pipe):
+    """Packets that are out of order in time: the file's order counts, and the flow's times are its first and last."""
+    frame = ethernet(ipv4(udp(b"abc"), 17))
+    answer = pipe(pcap([(50, frame), (60, frame), (10, frame), (20, frame)]))
+    assert (answer.flows[0].first, answer.flows[0].last) == (10, 60)
+    assert answer.notes == ["1 packets are earlier than the one before: flows are in the order of the file"]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"timeout": 0.0}, "timeout is 0"),
+        ({"timeout": float("nan")}, "timeout is nan"),
+        ({"labels": ["a"] * 8}, "'a' is there twice"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"flows_per_batch": 0}, "flows_per_batch is 0"),
+    ],
+)
+def test_options_that_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        zoo.pipeline(MODEL, **options)
+    if "timeout" in options:
+        run = CliRunner().invoke(classify_flows, [MODEL, str(SAMPLE), "--timeout", str(options["timeout"])])
+        assert match in str(run.exception)
+
+
+def test_label_files_of_other_editors(tmp_path, pipe):
+    text = "\r\n".join(pipe.names)
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert label_set(tmp_path / "names.txt") == pipe.names
+
+
+def test_hidden_files_are_no_captures(tmp_path, pipe):
+    """What a file manager leaves beside captures is neither one of them nor a class."""
+    for place in ("a/1.pcap", "a/._1.pcap", ".cache/2.pcap", "b/3.pcap"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_bytes(SAMPLE.read_bytes() if "._" not in place else b"\0\5\x16\7")
+    assert read_folder(tmp_path, pipe.representation).classes == ["a", "b"]
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        files_in(tmp_path / "absent")
+
+
+def test_damaged_pictures_and_empty_parts(tmp_path, pipe):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"1\.png"):
+        read_folder(tmp_path, pipe.representation)
+    frames = pcap([(0, ethernet(ipv6(udp(b"x"), 17), 0x86DD))])
+    for part in ("train", "valid", "test"):
+        (tmp_path / "s" / part / "a").mkdir(parents=True)
+        (tmp_path / "s" / part / "a" / "1.pcap").write_bytes(frames if part == "valid" else SAMPLE.read_bytes())
+    with pytest.raises(ValueError, match="valid holds no flows of IPv4"):
+        read_splits(tmp_path / "s", pipe.representation)
+
+
+def test_a_trained_model_splits_as_it_was_trained(tmp_path, traffic, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    traffic.write_folder("captures", 3, 1)
+    small = ["--set", "embed_dim=16", "--set", "depth=1", "--epochs", "1", "--warmup", "0", "--json", "--bidirectional"]
+    run = CliRunner().invoke(train_flows, ["netmamba_classifier", "captures", "--out", "tuned", *small])
+    assert run.exit_code == 0, run.output
+    capture = sorted(Path("captures").rglob("*.pcap"))[0]
+    joined, apart = zoo.pipeline("./tuned")(capture), zoo.pipeline("./tuned", bidirectional=False)(capture)
+    assert len(joined.flows) < len(apart.flows)
+    assert len(joined.flows) == len(split_flows(read_capture(capture).packets, bidirectional=True))
+    for option in (["--loss", "focal"], ["--smoothing", "1"], ["--layer-decay", "0"]):
+        run = CliRunner().invoke(train_flows, ["netmamba_classifier", "captures", "--out", "other", *option])
+        assert run.exit_code == 2
+    assert not Path("other").exists()

@@ -375,10 +375,8 @@ def _features(entries: Sequence[Mapping[str, Any]], without: Sequence[str], what
             row = [float(entry[k]) for k in own]
         if names is not None and own != names:
             missing, more = sorted({*names} - {*own}), sorted({*own} - {*names})
-            raise ValueError(
-                f"{what} {i} has {'no number ' + missing[0] if missing else 'a number ' + more[0]!r}, and those before "
-                "it have" + ("" if missing else " none") + "; expected the same numbers in all"
-            )
+            said = f"lacks the number {missing[0]!r}" if missing else f"also has the number {more[0]!r}"
+            raise ValueError(f"{what} {i} {said}, unlike those before it; expected the same numbers in all")
         names = own
         found.append(row)
     return found

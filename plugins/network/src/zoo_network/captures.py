@@ -6,11 +6,15 @@ draft-ietf-opsawg-pcapng (section header, interface description, enhanced, simpl
 
 from __future__ import annotations
 
+import mmap
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from zoo.files import existing, refused, whole
 
 #: first four bytes -> (byte order, ticks a second)
 _PCAP = {
@@ -48,28 +52,41 @@ class Capture:
 def read_capture(source: str | Path | bytes) -> Capture:
     """Read a pcap or pcapng file (a path, or the bytes themselves).
 
-    A file that ends within a packet gives the packets before it and a note. Raises ValueError for a file of another
-    format, an empty one and one whose structure is damaged, naming the file and the place.
+    A file that ends within a packet gives the packets before it and a note. Raises BadFile (a ValueError) for a file of
+    another format, an empty one and one whose structure is damaged, naming the file and the place; LocalFileMissing.
     """
-    if isinstance(source, bytes):
-        data, name = source, f"{len(source)} bytes in memory"
-    else:
-        data, name = Path(source).read_bytes(), str(source)
-    capture = Capture([])
+    notes: list[str] = []
+    return Capture(list(stream_packets(source, notes)), notes)
+
+
+def stream_packets(source: str | Path | bytes, notes: list[str]) -> Iterator[Packet]:
+    """The packets of :func:`read_capture` one by one, so that a capture may be larger than memory. What a reader must
+    know is appended to ``notes`` on the way."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
+        with refused("the bytes"):
+            yield from _packets(data, f"{len(data)} bytes in memory", notes)
+        return
+    path = existing(source, "a capture in the format pcap or pcapng")
+    with refused(path), path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path} is empty; expected a capture in the format pcap or pcapng")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            yield from _packets(mapped, str(path), notes)
+
+
+def _packets(data: bytes | mmap.mmap, name: str, notes: list[str]) -> Iterator[Packet]:
     start = data[:4]
     if start in _PCAP:
-        packets = _pcap(data, name, capture.notes)
-    elif start == _SECTION:
-        packets = _pcapng(data, name, capture.notes)
-    else:
-        what = "is empty" if not data else f"begins with the bytes {start.hex(' ')}"
-        hint = "; unpack it first" if start[:2] == b"\x1f\x8b" else ""
-        raise ValueError(f"{name} {what}; expected a capture in the format pcap or pcapng{hint}")
-    capture.packets.extend(packets)
-    return capture
+        return _pcap(data, name, notes)
+    if start == _SECTION:
+        return _pcapng(data, name, notes)
+    what = f"begins with the bytes {start.hex(' ')}" if start else "is empty"
+    hint = "; unpack it first" if start[:2] == b"\x1f\x8b" else ""
+    raise ValueError(f"{name} {what}; expected a capture in the format pcap or pcapng{hint}")
 
 
-def _pcap(data: bytes, name: str, notes: list[str]) -> Iterator[Packet]:
+def _pcap(data: bytes | mmap.mmap, name: str, notes: list[str]) -> Iterator[Packet]:
     order, ticks = _PCAP[data[:4]]
     if len(data) < 24:
         raise ValueError(f"{name} ends within its file header ({len(data)} of 24 bytes); it is not a whole capture")
@@ -101,18 +118,20 @@ class _Interface:
     snapshot: int
 
 
-def _pcapng(data: bytes, name: str, notes: list[str]) -> Iterator[Packet]:
+def _pcapng(data: bytes | mmap.mmap, name: str, notes: list[str]) -> Iterator[Packet]:
     order, position = "<", 0
     interfaces: list[_Interface] = []
     while position < len(data):
+        if position + 12 > len(data):
+            if not position:
+                raise ValueError(f"{name} ends within its first block ({len(data)} bytes); it is not a whole capture")
+            notes.append("the file ends within the header of a block")
+            return
         if data[position : position + 4] == _SECTION:
             magic = data[position + 8 : position + 12]
             if magic not in _ORDERS:
                 raise ValueError(f"{name}: the section at byte {position} has no byte-order mark; the file is damaged")
             order, interfaces = _ORDERS[magic], []
-        if position + 12 > len(data):
-            notes.append("the file ends within the header of a block")
-            return
         kind, size = struct.unpack_from(order + "II", data, position)
         if size < 12 or size % 4 or size > _LARGEST:
             raise ValueError(f"{name}: the block at byte {position} says that it has {size} bytes; the file is damaged")
@@ -177,5 +196,6 @@ def write_pcap(
         seconds = int(time)  # apart: nanoseconds since 1970 are more digits than a float has
         carried, part = divmod(round((time - seconds) * ticks), ticks)
         out.append(struct.pack("<IIII", seconds + carried, part, len(data), len(data)) + data)
-    Path(path).write_bytes(b"".join(out))
+    with whole(path) as work:
+        work.write_bytes(b"".join(out))
     return Path(path)

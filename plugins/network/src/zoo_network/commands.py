@@ -41,8 +41,10 @@ def classify_flows(
     """
     import zoo
 
-    own = {"bidirectional": bidirectional, "timeout": timeout, "labels": labels}
-    arguments = output.loading(options) | {k: v for k, v in own.items() if v} | output.pairs(choices, "--option")
+    own = {"bidirectional": bidirectional or None, "timeout": timeout, "labels": labels}
+    arguments = (
+        output.loading(options) | {k: v for k, v in own.items() if v is not None} | output.pairs(choices, "--option")
+    )
     pipe = zoo.pipeline(name, "traffic-classification", **arguments)
     return output.answers(pipe, inputs, out, keep_going=keep_going, as_json=as_json, between="\n  ")
 
@@ -56,9 +58,9 @@ def classify_flows(
 @training.batch_size(64)
 @training.rate(2e-3, "For a batch of 256; scaled to the batch.")
 @click.option("--warmup", default=20, show_default=True, type=click.IntRange(min=0), help="Epochs.")
-@click.option("--layer-decay", default=0.75, show_default=True, type=float)
+@click.option("--layer-decay", default=0.75, show_default=True, type=click.FloatRange(0, 1, min_open=True))
 @click.option("--loss", default="cross-entropy", show_default=True, help="Or class-balanced, ldam.")
-@click.option("--smoothing", default=0.1, show_default=True, type=float)
+@click.option("--smoothing", default=0.1, show_default=True, type=click.FloatRange(0, 1, max_open=True))
 @click.option("--augment", is_flag=True, help="Every run of five packets of a flow is a sample.")
 @click.option("--bidirectional", is_flag=True, help="Both directions of a connection are one flow.")
 @training.run_options("embed_dim=96")
@@ -95,17 +97,24 @@ def train_flows(
     import torch
 
     import zoo
+    from zoo.files import refused
+    from zoo_registry import WeightsCard
 
     from .data import read_splits, representation_for
     from .netmamba import NetMamba, NetMambaPretrain
-    from .training import finetune, predict, scores, start_from
+    from .training import LOSSES, finetune, predict, scores, start_from
 
+    if loss not in LOSSES:
+        raise click.UsageError(f"--loss is {loss!r}; expected {', '.join(LOSSES)}")
     arguments = output.pairs(choices, "--set")
     shape = zoo.create(name, device="meta", **arguments)
     if not isinstance(shape, NetMamba):
         raise click.UsageError(f"{name} is a {type(shape).__name__}; expected a classifier (netmamba_classifier)")
     representation = representation_for(shape.byte_length, {})
-    train, valid, test = read_splits(folder, representation, seed=seed, augment=augment, bidirectional=bidirectional)
+    with refused(folder):
+        train, valid, test = read_splits(
+            folder, representation, seed=seed, augment=augment, bidirectional=bidirectional
+        )
     torch.manual_seed(seed)
     model = zoo.create(name, **{**arguments, "num_classes": len(train.classes)})
     assert isinstance(model, NetMamba)
@@ -138,6 +147,10 @@ def train_flows(
         )
         found, per_class = scores(predict(model, test.flows), test.labels, test.classes)
         metrics = training.measured(found, dataset=folder.name, split="test", command="train-flows")
+        # How captures were split is part of what was trained.
+        facts = {"bidirectional": bidirectional}
+        model.zoo_info.weights = WeightsCard(tag="own", where=f"trained on {folder.name}", preprocess=facts)
+        model.zoo_info.tag = None
         zoo.save(model.cpu(), out, labels=train.classes, metrics=metrics)
     if as_json:
         output.emit({"test": found, "per_class": per_class, "flows": [len(train), len(valid), len(test)]})

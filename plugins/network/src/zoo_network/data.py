@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from zoo.files import read_text
+from zoo_registry import errors
+
 from .captures import read_capture
 from .flows import FlowBytes, split_flows
 
@@ -44,7 +47,7 @@ def label_set(name: str | Path) -> list[str]:
     if str(name) in known:
         text = (own / f"{name}.txt").read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
+        text = read_text(name)
     else:
         raise ValueError(f"labels is {str(name)!r}; expected one of {', '.join(known)}, or a text file, a name a line")
     return [line.strip() for line in text.splitlines() if line.strip()]
@@ -74,10 +77,9 @@ def read_flows(
     representation has no bytes, are left out.
     """
     if path.suffix.lower() in PICTURES:
-        from PIL import Image
+        from zoo.images import open_image
 
-        with Image.open(path) as image:
-            flow = np.asarray(image.convert("L"), dtype=np.uint8).reshape(1, -1)
+        flow = np.asarray(open_image(path, 1), dtype=np.uint8).reshape(1, -1)
         if flow.shape[1] != representation.size:
             raise ValueError(f"{path} holds {flow.shape[1]} bytes; expected {representation.size}, a byte a pixel")
         return flow
@@ -92,11 +94,17 @@ def read_flows(
 
 
 def files_in(folder: str | Path) -> list[Path]:
-    """Captures and pictures anywhere below ``folder`` (or the file itself), sorted."""
+    """Captures and pictures anywhere below ``folder`` (or the file itself), sorted; hidden ones (.name) are none.
+
+    Raises LocalFileMissing where there is nothing of that name.
+    """
     folder = Path(folder)
     if folder.is_file():
         return [folder]
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in CAPTURES + PICTURES and p.is_file())
+    if not folder.is_dir():
+        raise errors.LocalFileMissing(f"there is no file or folder {str(folder)!r} (in {Path.cwd()})", path=str(folder))
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in CAPTURES + PICTURES and p.is_file())
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def read_folder(
@@ -114,7 +122,7 @@ def read_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; expected FOLDER/CLASS/FILES ({', '.join(CAPTURES + PICTURES)})")
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and files_in(p))
+    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and files_in(p))
     if not found:
         raise ValueError(
             f"{folder} has no subfolder with captures or pictures; expected {folder}/CLASS/FILE "
@@ -147,6 +155,9 @@ def read_splits(
     if all((folder / name).is_dir() for name in SPLITS):
         train = read_folder(folder / "train", representation, **kind)  # type: ignore[arg-type]
         rest = [read_folder(folder / n, representation, classes=train.classes, **kind) for n in SPLITS[1:]]  # type: ignore[arg-type]
+        for name, part in zip(SPLITS, (train, *rest), strict=True):
+            if not len(part):
+                raise ValueError(f"{folder / name} holds no flows of IPv4; expected some to train, validate and test")
         return train, rest[0], rest[1]
     whole = read_folder(folder, representation, **kind)  # type: ignore[arg-type]
     order = np.random.default_rng(seed).permutation(len(whole))

@@ -7,12 +7,15 @@ Source: wangtz19/NetMamba ``dataset/dataset_common.py`` (bytes) and the splitter
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from zoo_registry import errors
 
 from .captures import Packet
 from .packets import Endpoints, header, network_layer, raw_start
@@ -95,21 +98,21 @@ class Flow:
     kept: list[Packet] = field(default_factory=list)
     packets: int = 0
     bytes: int = 0  #: on the wire
-    first: float = 0.0  #: time of the first packet, seconds since 1970
+    first: float = 0.0  #: the earliest and the latest time of its packets, seconds since 1970
     last: float = 0.0
 
     def add(self, packet: Packet, keep: int) -> None:
-        if not self.packets:
-            self.first = packet.time
+        # Captures that were put together are not always in the order of their times.
+        self.first = min(self.first, packet.time) if self.packets else packet.time
+        self.last = max(self.last, packet.time) if self.packets else packet.time
         if len(self.kept) < keep:
             self.kept.append(packet)
         self.packets += 1
         self.bytes += packet.length
-        self.last = packet.time
 
 
 def split_flows(
-    packets: Sequence[Packet], *, keep: int = 5, bidirectional: bool = False, timeout: float | None = None
+    packets: Iterable[Packet], *, keep: int = 5, bidirectional: bool = False, timeout: float | None = None
 ) -> list[Flow]:
     """Flows by five-tuple, in the order of their first packets; packets without IP belong to none.
 
@@ -117,12 +120,14 @@ def split_flows(
     were trained on flows of one direction). timeout: a five-tuple that was silent for longer (seconds) begins a new
     flow; None: never, as the original. A fragment without ports follows its datagram's first fragment.
     """
-    if timeout is not None and timeout <= 0:
-        raise ValueError(f"timeout is {timeout}; expected a positive number of seconds, or None")
+    if timeout is not None and not timeout > 0:
+        raise errors.BadArgument(
+            f"timeout is {timeout}; expected a positive number of seconds, or None", argument="timeout", accepted=[]
+        )
     flows: list[Flow] = []
     current: dict[Endpoints, Flow] = {}
     datagrams: dict[tuple[str, str, int, int], Endpoints] = {}
-    limit = keep or len(packets)
+    limit = keep or sys.maxsize
     for packet in packets:
         kind, ip = network_layer(packet)
         if not kind:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from .captures import Packet
 
+#: Link types (LINKTYPE_*) that are taken apart: BSD loopback, Ethernet, raw IP, Linux cooked.
+LINKS = {0, 1, 12, 14, 101, 108, 113, 228, 229, 276}
 _VLAN = {0x8100, 0x88A8, 0x9100}
 _IPV4, _IPV6, _PPPOE = 0x0800, 0x86DD, 0x8864
 _IPIP, _ICMP, _TCP, _UDP, _SCTP = 4, 1, 6, 17, 132
@@ -59,6 +61,8 @@ def network_layer(packet: Packet) -> tuple[int, bytes]:
     Link types: Ethernet (VLAN tags, also stacked; PPPoE sessions), raw IP, BSD loopback, Linux cooked v1 and v2.
     """
     data, link = packet.data, packet.link
+    if link not in LINKS:
+        return 0, b""
     if link == 1:
         kind, start = _u16(data, 12), 14
     elif link == 113:
@@ -67,10 +71,8 @@ def network_layer(packet: Packet) -> tuple[int, bytes]:
         kind, start = _u16(data, 0), 20
     elif link in (12, 14, 101, 228, 229):
         kind, start = _by_version(data), 0
-    elif link in (0, 108):
-        kind, start = _by_version(data[4:]), 4
     else:
-        return 0, b""
+        kind, start = _by_version(data[4:]), 4
     while kind in _VLAN:
         kind, start = _u16(data, start + 2), start + 4
     if kind == _PPPOE:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zoo.files import whole
 from zoo.pipelines import Pipeline, Result
+from zoo_registry import errors
 
-from .captures import Capture, read_capture
+from .captures import Capture, Packet, stream_packets
 from .data import CAPTURES, label_set, representation_for
 from .flows import Flow, split_flows, to_tensor
-from .packets import NAMES
+from .packets import LINKS, NAMES
 
 COLUMNS = (
     "source", "source_port", "destination", "destination_port", "protocol", "packets", "bytes", "first", "last",
@@ -65,8 +68,7 @@ class TrafficClasses(Result):
     def save_csv(self, path: str | Path) -> Path:
         """One row a flow, columns :data:`COLUMNS`."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with whole(path) as work, work.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             for flow in self.flows:
@@ -81,6 +83,25 @@ class Sample(NamedTuple):
     notes: list[str]
 
 
+class _Seen:
+    """Packets as they come, counted: all, those of link types that are not taken apart, and steps back in time."""
+
+    def __init__(self, packets: Iterable[Packet]) -> None:
+        self.packets = packets
+        self.count = self.back = 0
+        self.foreign: Counter[int] = Counter()
+
+    def __iter__(self) -> Iterator[Packet]:
+        last = -math.inf
+        for packet in self.packets:
+            self.count += 1
+            self.back += packet.time < last
+            last = packet.time
+            if packet.link not in LINKS:
+                self.foreign[packet.link] += 1
+            yield packet
+
+
 class FlowPipeline(Pipeline):
     """What the tasks of flows share: captures to flows, flows to the bytes that a model was trained on."""
 
@@ -91,31 +112,41 @@ class FlowPipeline(Pipeline):
     def __init__(
         self,
         model: nn.Module,
-        bidirectional: bool,
+        bidirectional: bool | None,
         timeout: float | None,
         flows_per_batch: int,
         **representation: int | None,
     ) -> None:
         super().__init__(model)
         if flows_per_batch < 1:
-            raise ValueError(f"flows_per_batch is {flows_per_batch}; expected 1 or more")
+            raise errors.BadArgument(
+                f"flows_per_batch is {flows_per_batch}; expected 1 or more", argument="flows_per_batch", accepted=[]
+            )
+        split_flows([], timeout=timeout)  # says now what is wrong with it
         settings = {k: int(v) for k, v in self.preprocess.items() if k in representation}
         settings |= {k: v for k, v in representation.items() if v is not None}
         self.representation = representation_for(model.byte_length, settings)  # type: ignore[arg-type]
-        self.bidirectional, self.timeout, self.flows_per_batch = bidirectional, timeout, flows_per_batch
+        own = bool(self.preprocess.get("bidirectional", False))
+        self.bidirectional = own if bidirectional is None else bidirectional
+        self.timeout, self.flows_per_batch = timeout, flows_per_batch
 
     def read(self, source: Any) -> Sample:
-        """A path, the file's bytes, or a :class:`~zoo_network.captures.Capture`."""
-        capture = source if isinstance(source, Capture) else read_capture(source)
+        """A path, the file's bytes, or a :class:`~zoo_network.captures.Capture`; holds the first packets of flows."""
+        whole_capture = isinstance(source, Capture)
+        notes = list(source.notes) if whole_capture else []
+        seen = _Seen(source.packets if whole_capture else stream_packets(source, notes))
         flows = split_flows(
-            capture.packets,
+            seen,
             keep=self.representation.packets,
             bidirectional=self.bidirectional,
             timeout=self.timeout,
         )
-        notes = list(capture.notes)
-        if others := len(capture.packets) - sum(flow.packets for flow in flows):
+        for link, count in sorted(seen.foreign.items()):
+            notes.append(f"{count} packets of the link type {link}, which is not taken apart, belong to no flow")
+        if others := seen.count - sum(seen.foreign.values()) - sum(flow.packets for flow in flows):
             notes.append(f"{others} packets without IP belong to no flow")
+        if seen.back:
+            notes.append(f"{seen.back} packets are earlier than the one before: flows are in the order of the file")
         if ipv6 := sum(flow.version == 6 for flow in flows):
             notes.append(f"{ipv6} flows of IPv6 have no {self.answer}: the model was trained on the bytes of IPv4")
         return Sample(flows, notes)
@@ -131,8 +162,9 @@ class TrafficClassification(FlowPipeline):
 
     top_k: classes of each flow in ``shares``. labels: class names for weights whose card has none: a list, a published
     set's name (ciciot2022, iscxvpn2016, iscxtor2016, ustc_tfc2016) or a text file. bidirectional, timeout: as in
-    :func:`zoo_network.flows.split_flows`. packets, header_bytes, payload_bytes: the bytes of a flow, for models that
-    were trained on others than 5 x (80 + 240). flows_per_batch: how many go through the model at a time.
+    :func:`zoo_network.flows.split_flows` (bidirectional: as in training unless given). packets, header_bytes,
+    payload_bytes: the bytes of a flow, for models that were trained on others than 5 x (80 + 240). flows_per_batch: how
+    many go through the model at a time.
     """
 
     task = "traffic-classification"
@@ -143,7 +175,7 @@ class TrafficClassification(FlowPipeline):
         model: nn.Module,
         top_k: int = 3,
         labels: str | Sequence[str] | None = None,
-        bidirectional: bool = False,
+        bidirectional: bool | None = None,
         timeout: float | None = None,
         packets: int | None = None,
         header_bytes: int | None = None,
@@ -160,13 +192,15 @@ class TrafficClassification(FlowPipeline):
             payload_bytes=payload_bytes,
         )
         if top_k < 1:
-            raise ValueError(f"top_k is {top_k}; expected 1 or more")
+            raise errors.BadArgument(f"top_k is {top_k}; expected 1 or more", argument="top_k", accepted=[])
         self.top_k = top_k
         count = int(model.num_classes)  # type: ignore[arg-type]
         named = label_set(labels) if isinstance(labels, str) else labels
         self.names = list(named or self.labels() or [f"class {i}" for i in range(count)])
         if len(self.names) != count:
             raise ValueError(f"there are {len(self.names)} labels, and the model has {count} classes; give labels=")
+        if twice := [name for name, times in Counter(self.names).items() if times > 1]:
+            raise ValueError(f"the label {twice[0]!r} is there twice; expected a name of its own for each class")
 
     def prepare(self, sample: Sample) -> Tensor:
         return self.rows(sample)

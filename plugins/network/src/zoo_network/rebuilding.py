@@ -123,7 +123,7 @@ class TrafficRebuilding(FlowPipeline):
         model: nn.Module,
         mask_ratio: float = 0.9,
         seed: int = 0,
-        bidirectional: bool = False,
+        bidirectional: bool | None = None,
         timeout: float | None = None,
         packets: int | None = None,
         header_bytes: int | None = None,

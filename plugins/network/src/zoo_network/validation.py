@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from zoo.files import refused
 from zoo.validation import Measured
 from zoo_registry import errors
 
@@ -24,7 +25,7 @@ def validate_folder(
     batch_size: int = 128,
     limit: int | None = None,
     augment: bool = False,
-    bidirectional: bool = False,
+    bidirectional: bool | None = None,
 ) -> Measured:
     """Accuracy and weighted precision, recall and F1 over the flows of DATA/CLASS/FILE, one subfolder a class.
 
@@ -37,13 +38,13 @@ def validate_folder(
         raise errors.BadArgument(
             f"{type(model).__name__} classifies no flows; expected a NetMamba classifier", argument="model", accepted=[]
         )
-    pipe = TrafficClassification(model)
+    pipe = TrafficClassification(model, bidirectional=bidirectional)
     named = pipe.names if pipe.labels() is not None else None
     began = time.perf_counter()
-    try:
-        flows = read_folder(data, pipe.representation, classes=named, augment=augment, bidirectional=bidirectional)
-    except ValueError as error:
-        raise errors.BadArgument(str(error), argument="data", accepted=[]) from error
+    with refused(data):
+        flows = read_folder(data, pipe.representation, classes=named, augment=augment, bidirectional=pipe.bidirectional)
+        if not len(flows):
+            raise ValueError(f"{data} holds no flows of IPv4")
     if len(flows.classes) != model.num_classes:
         raise errors.BadArgument(
             f"{data} has {len(flows.classes)} classes, the model {model.num_classes}; expected a subfolder for each",
