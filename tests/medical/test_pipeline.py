@@ -7,9 +7,13 @@ import torch
 from torch import nn
 
 import zoo
+from zoo.cli import run
 from zoo_medical.label_sets import LABEL_SETS
 from zoo_medical.montage import montage
 from zoo_medical.pipelines import MedicalSegmentation
+
+#: a VM-UNet of a moment
+SMALL = {"dims": [8, 16, 32, 64], "dims_decoder": [64, 32, 16, 8], "depths": [1] * 4, "depths_decoder": [1] * 4}
 
 
 class Threshold(nn.Module):
@@ -200,3 +204,147 @@ def test_sequences_on_different_grids(tmp_path):
     volume(tmp_path / "b.nii", affine=np.diag([2.0, 1.0, 1.0, 1.0]))
     with pytest.raises(ValueError, match="another grid"):
         MedicalSegmentation(Threshold(2), patch=(8, 8, 8))((tmp_path / "a.nii", tmp_path / "b.nii"))
+
+
+def test_lengths_in_other_units_become_millimetres(tmp_path):
+    data = volume(tmp_path / "mm.nii")
+    pipeline = MedicalSegmentation(Threshold(), patch=(16, 16, 8), normalisation="none")
+    expected = pipeline(tmp_path / "mm.nii")
+    for unit, scale in (("meter", 0.001), ("micron", 1000.0)):
+        image = nibabel.Nifti1Image(data, np.diag([scale, scale, scale, 1.0]))
+        image.header.set_xyzt_units(unit)
+        nibabel.save(image, tmp_path / "scan.nii")
+        answer = pipeline(tmp_path / "scan.nii")
+        assert answer.volumes_ml == pytest.approx(expected.volumes_ml, rel=1e-5)
+        np.testing.assert_allclose(answer.affine, expected.affine, rtol=1e-5)
+
+
+def test_channels_where_itk_writes_them(tmp_path):
+    data = np.random.default_rng(0).normal(size=(8, 9, 7, 1, 2)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(data, np.eye(4)), tmp_path / "scan.nii")
+    found = MedicalSegmentation(Threshold(2), patch=(8, 8, 8)).read(tmp_path / "scan.nii").data
+    np.testing.assert_array_equal(found, data[:, :, :, 0].transpose(3, 0, 1, 2))
+
+
+@pytest.mark.parametrize("dtype", [[("R", "u1"), ("G", "u1"), ("B", "u1")], "complex64"])
+def test_voxels_that_are_no_numbers(tmp_path, dtype):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), dtype), np.eye(4)), tmp_path / "scan.nii")
+    with pytest.raises(zoo.errors.BadFile, match=r"scan\.nii: holds voxels of"):
+        MedicalSegmentation(Threshold(), patch=(8, 8, 8))(tmp_path / "scan.nii")
+
+
+def test_what_is_no_file():
+    for wrong in (np.zeros((4, 4, 4)), None, (), (np.zeros(3),)):
+        with pytest.raises(zoo.errors.BadArgument, match="expected the path of a scan"):
+            MedicalSegmentation(Threshold(), patch=(8, 8, 8)).read(wrong)
+
+
+class OneClass(Threshold):
+    """Logits of one class: above 0 where the first channel is above 0.5."""
+
+    num_classes = 1
+
+    def forward(self, x):
+        return (x[:, :1] - 0.5) * 0.2
+
+
+def test_one_class_is_a_logit_unless_the_network_says_otherwise(tmp_path):
+    data = volume(tmp_path / "scan.nii")
+    answer = MedicalSegmentation(OneClass(), patch=(16, 16, 8), normalisation="none")(tmp_path / "scan.nii")
+    assert np.array_equal(answer.labels, data)
+
+    class Probability(OneClass):
+        gives_probability = True
+
+        def forward(self, x):
+            return super().forward(x).sigmoid()
+
+    answer = MedicalSegmentation(Probability(), patch=(16, 16, 8), normalisation="none")(tmp_path / "scan.nii")
+    assert np.array_equal(answer.labels, data)
+    assert zoo.create("vm_unet_isic", **SMALL).gives_probability
+    assert not zoo.create("vm_unet_isic", num_classes=2, **SMALL).gives_probability
+
+
+def test_options_that_the_network_would_refuse_or_misread():
+    for options, message in (
+        ({"patch": (30, 32, 32)}, r"multiples of \[8, 8, 8\], as \[32, 32, 32\]"),
+        ({"patch": (32, 32)}, "three numbers"),
+        ({"patch": (0, 32, 32)}, "at least 1"),
+        ({"patch": (8.5, 32, 32)}, "at least 1"),
+        ({"orientation": "XYZ"}, "one letter of each pair"),
+        ({"orientation": "RAR"}, "one letter of each pair"),
+        ({"spacing": (float("nan"), 1, 1)}, "spacing is"),
+        ({"normalisation": (3.0, 1.0)}, "normalisation is"),
+        ({"mirror": (0, 0)}, "each once"),
+        ({"window_batch": 0}, "window_batch is 0"),
+        ({"anisotropy": float("nan")}, "anisotropy is nan"),
+        ({"label_set": ["body", "organ"]}, "has 2 names.*expected 6 different names"),
+        ({"label_set": ["background", "a", "b", "b", "c", "d"]}, "has 6 names, 5 of them different"),
+    ):
+        with pytest.raises(zoo.errors.BadArgument, match=message):
+            zoo.pipeline("umamba_micro.phantoms", **options)
+    with pytest.raises(zoo.errors.BadArgument, match=r"multiples of \[32, 32\]"):
+        zoo.pipeline(zoo.create("vm_unet_isic", **SMALL), patch=(100, 64))
+
+
+def test_a_label_map_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    volume(tmp_path / "scan.nii")
+    answer = MedicalSegmentation(Threshold(), patch=(16, 16, 8), normalisation="none")(tmp_path / "scan.nii")
+    for wrong in ("labels.png", "labels"):
+        with pytest.raises(zoo.errors.BadArgument, match=r"\.nii\.gz"):
+            answer.save(tmp_path / wrong)
+    before = answer.save(tmp_path / "labels.nii.gz").read_bytes()
+
+    def breaks(image, path):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nibabel, "save", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        answer.save(tmp_path / "labels.nii.gz")
+    assert (tmp_path / "labels.nii.gz").read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"scan.nii", "labels.nii.gz"}
+
+
+def test_commands_refuse_before_the_work(tmp_path, capsys):
+    volume(tmp_path / "scan.nii")
+    volume(tmp_path / "BIG.NII.GZ")
+    scan = str(tmp_path / "scan.nii")
+    assert run(["segment-volume", "umamba_micro.phantoms", scan, "--out", f"{scan}/out"]) == 3
+    assert "is a file" in capsys.readouterr().err
+    assert run(["segment-volume", "mambamim_pretrain", scan, "--out", str(tmp_path / "out")]) == 2
+    assert "mambamim_pretrain is for masked-pretraining" in capsys.readouterr().err
+    (tmp_path / "bad.nii").write_text("words")
+    given = [str(tmp_path / "BIG.NII.GZ"), str(tmp_path / "bad.nii")]
+    assert run(["segment-volume", "umamba_micro.phantoms", *given, "--out", str(tmp_path / "out")]) == 5
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["000_BIG.nii.gz"]  # what was done before is kept
+
+
+def test_labels_that_do_not_belong_to_their_scan(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    data = volume(tmp_path / "images" / "a.nii")
+    model = zoo.create("umamba_micro", num_classes=2)
+
+    def measured(labels, affine=None):
+        affine = np.eye(4) if affine is None else affine
+        nibabel.save(nibabel.Nifti1Image(labels, affine), tmp_path / "labels" / "a.nii")
+        return zoo.validate(model, tmp_path)
+
+    dice = measured(data.astype(np.uint8)).metrics["mean_dice"]
+    assert measured(data[..., None]).metrics["mean_dice"] == dice
+    for labels, affine, message in (
+        (data, np.diag([-1.0, 1.0, 1.0, 1.0]), r"another grid than its scan, up to 38\.0 mm"),
+        (data * 0.5, None, "no whole numbers"),
+        (data * 2, None, "labels 0 to 2; the model has 0 to 1"),
+        (data[:5], None, r"labels of shape \(5, 30, 12\)"),
+    ):
+        with pytest.raises(zoo.errors.BadFile, match=message):
+            measured(labels, affine)
+    (tmp_path / "labels" / "a.nii").write_bytes(b"words")
+    with pytest.raises(zoo.errors.BadFile, match="truncated or of another kind"):
+        zoo.validate(model, tmp_path)
+    volume(tmp_path / "images" / "a.nii.gz")
+    with pytest.raises(zoo.errors.BadArgument, match="same image twice"):
+        zoo.validate(model, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,16 @@ def segment_volume(
             --channels-together --checkpoint final_model_0.9038.pt --out labels
     """
     import zoo
+    from zoo.files import check_place
+    from zoo.loading import card_of
     from zoo.pipelines import Failure
 
     from .pipelines import Segmentation
 
+    check_place(Path(out))
+    task = card_of(name).task
+    if task != "medical-segmentation":
+        raise click.UsageError(f"{name} is for {task}; expected a model for medical-segmentation")
     arguments = output.loading(options) | {"mirror": mirror, "overlap": overlap, "series": series}
     arguments |= {"spacing": spacing, "anisotropy": anisotropy}
     pipe = zoo.pipeline(name, "medical-segmentation", **arguments)
@@ -80,5 +87,5 @@ def segment_volume(
 
 def label_name(source: str, number: int) -> str:
     """The input's name without its ending; the number keeps inputs of equal names apart."""
-    stem = Path(source.partition(" + ")[0]).name.partition(".nii")[0] or "scan"
+    stem = re.sub(r"\.nii(\.gz)?$", "", Path(source.partition(" + ")[0]).name, flags=re.IGNORECASE) or "scan"
     return f"{number:03d}_{stem}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from zoo import errors
+from zoo.files import whole
 from zoo.pipelines import Pipeline, Result
 
 from . import dicom
@@ -41,13 +43,15 @@ class Segmentation(Result):
         """Write the label map as NIfTI (.nii or .nii.gz) with the input's affine, in mm."""
         import nibabel
 
-        if not str(path).endswith(NIFTI):
-            raise ValueError(f"{path}: a label map is written as .nii or .nii.gz")
+        if not str(path).lower().endswith(NIFTI):
+            raise errors.BadArgument(
+                f"{path}: a label map is written as .nii or .nii.gz", argument="path", accepted=list(NIFTI)
+            )
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         written = nibabel.Nifti1Image(self.labels, self.affine)
         written.header.set_xyzt_units("mm")
-        nibabel.save(written, str(path))
+        with whole(path) as work:
+            nibabel.save(written, str(work))
         return path
 
     def picture(self, slices: int = 9) -> Image.Image:
@@ -82,16 +86,25 @@ class VolumePipeline(Pipeline):
         shape = list((card.input.get("shape") if card is not None else None) or [])
         own = getattr(model, "input_size", None) or ([model.img_size] * 3 if hasattr(model, "img_size") else None)
         found = patch or own or self.preprocess.get("patch") or shape[1:]
-        if not found or len(found) not in (2, 3):
+        sides = len(own or shape[1:]) or None  # of the network's input, where that is known
+        if not found or len(found) not in (2, 3) or len(found) != (sides or len(found)) or not _whole(found):
+            expected = {2: "two numbers", 3: "three numbers"}.get(sides or 0, "two or three numbers")
             raise errors.BadArgument(
-                f"patch is {patch}; expected the sides of a window, two or three numbers", argument="patch", accepted=[]
-            )
+                f"patch is {found or patch}; expected the sides of a window, {expected} of at least 1",
+                argument="patch", accepted=[],
+            )  # fmt: skip
         self.patch = [int(p) for p in found]
+        if not anisotropy >= 1:
+            raise errors.BadArgument(
+                f"anisotropy is {anisotropy}; expected the largest ratio of voxel sides, 1 or more",
+                argument="anisotropy", accepted=[],
+            )  # fmt: skip
         self.anisotropy, self.series = anisotropy, series
         self.channels = list(getattr(model, "accepted_channels", None) or [int(getattr(model, "in_chans", 1))])
         self.spacing = _spacing(spacing if spacing is not None else self.preprocess.get("spacing"))
         self.spacing_asked = spacing is not None
-        self.orientation = self.preprocess.get("orientation", "RAS") if orientation == "card" else orientation
+        asked = self.preprocess.get("orientation", "RAS") if orientation == "card" else orientation
+        self.orientation = _orientation(asked)
         self.crop = bool(self.preprocess.get("crop", False)) if crop is None else crop
         self.normalise = _normaliser(normalisation or self.preprocess.get("normalisation") or "z-score")
         self.to_grid = self._grid_transforms()
@@ -152,7 +165,7 @@ class MedicalSegmentation(VolumePipeline):
     ``anisotropy``: the largest ratio of voxel sides that is accepted where ``spacing`` is not given. ``series``: which
     one of a DICOM folder with several. ``window_batch``: windows at a time. ``label_set``: names of the labels,
     background first, or of a set of :data:`zoo_medical.label_sets.LABEL_SETS`. Two-dimensional networks read axial
-    slices.
+    slices. A network of one class is read as logits, or as a probability if it says so (``gives_probability``).
     """
 
     task = "medical-segmentation"
@@ -179,9 +192,37 @@ class MedicalSegmentation(VolumePipeline):
                 f"overlap is {overlap}; expected a share of the window, 0 or more and below 1",
                 argument="overlap", accepted=[],
             )  # fmt: skip
+        if window_batch < 1:
+            raise errors.BadArgument(
+                f"window_batch is {window_batch}; expected 1 window or more", argument="window_batch", accepted=[]
+            )
         self.overlap, self.window_batch = overlap, window_batch
+        self._check_fit()
         asked = self.preprocess.get("mirror", False) if mirror is None else mirror
         self.flips = _flips(asked, len(self.patch))
+
+    def _check_fit(self) -> None:
+        """What the network can be asked that it is known to refuse, or to answer under wrong names."""
+        steps = getattr(self.model, "reduction", None) or getattr(self.model, "multiple", None) or 1
+        steps = [steps] * len(self.patch) if isinstance(steps, int) else list(steps)
+        if any(side % step for side, step in zip(self.patch, steps, strict=True)):
+            near = [-(-side // step) * step for side, step in zip(self.patch, steps, strict=True)]
+            raise errors.BadArgument(
+                f"patch is {self.patch}; {self.name} takes sides that are multiples of {steps}, as {near} (smaller "
+                "scans are filled up)",
+                argument="patch", accepted=[],
+            )  # fmt: skip
+        if self.label_set is None:
+            return
+        count = getattr(self.model, "num_classes", None)
+        classes = None if count is None else max(int(count), 2)  # one class has a background, too
+        if len(set(self.label_set)) != len(self.label_set) or len(self.label_set) != (classes or len(self.label_set)):
+            raise errors.BadArgument(
+                f"label_set has {len(self.label_set)} names, {len(set(self.label_set))} of them different; expected "
+                f"{'a name of its own' if classes is None else f'{classes} different names, one'} for each label, "
+                "background first",
+                argument="label_set", accepted=[],
+            )  # fmt: skip
 
     def named_labels(self, name: str) -> list[str] | None:
         return list(LABEL_SETS[name]) if name in LABEL_SETS else None
@@ -230,8 +271,9 @@ class MedicalSegmentation(VolumePipeline):
                 one[None], affine=torch.from_numpy(sample.grid), applied_operations=copy.deepcopy(sample.steps)
             )
             found = self.to_grid.inverse(placed).as_subclass(Tensor)[0].numpy()
-            if len(scores) == 1:  # the network gives one class as a probability
-                return (found > 0.5).astype(np.uint8)
+            if len(scores) == 1:
+                limit = 0.5 if getattr(self.model, "gives_probability", False) else 0.0  # the same of logits
+                return (found > limit).astype(np.uint8)
             if best is None:
                 best = found
             else:
@@ -240,12 +282,29 @@ class MedicalSegmentation(VolumePipeline):
         return labels
 
 
+def _whole(sides: Sequence[Any]) -> bool:
+    return all(isinstance(side, int) and side >= 1 for side in sides)
+
+
+def _orientation(given: str | None) -> str | None:
+    """Three directions, one of each axis of the body, in capitals; None keeps the file's."""
+    if given is None:
+        return None
+    code = given.upper()
+    if len(code) != 3 or any(len(set(code) & set(pair)) != 1 for pair in ("RL", "AP", "SI")):
+        raise errors.BadArgument(
+            f"orientation is {given!r}; expected one letter of each pair R L, A P, S I, as RAS or SPL",
+            argument="orientation", accepted=[],
+        )  # fmt: skip
+    return code
+
+
 def _spacing(given: Any) -> tuple[float, ...] | None:
     """Three numbers; two leave the distance of slices as it is."""
     if given is None:
         return None
     found = tuple(float(s) for s in given)
-    if len(found) not in (2, 3) or min(found) <= 0:
+    if len(found) not in (2, 3) or not all(0 < s < math.inf for s in found):
         raise errors.BadArgument(
             f"spacing is {given}; expected the mm of three axes, or of two for networks of slices",
             argument="spacing", accepted=[],
@@ -256,10 +315,11 @@ def _spacing(given: Any) -> tuple[float, ...] | None:
 def _flips(mirror: bool | Sequence[int], dims: int) -> list[tuple[int, ...]]:
     """The axes of a window (batch, channels, ...) to flip in each pass; the first pass flips none."""
     chosen = range(dims) if mirror is True else () if mirror is False else tuple(mirror)
-    if any(a not in range(dims) for a in chosen):
+    if any(a not in range(dims) for a in chosen) or len(set(chosen)) != len(chosen):
         raise errors.BadArgument(
-            f"mirror is {mirror!r}; expected True, False or axes of {list(range(dims))}", argument="mirror", accepted=[]
-        )
+            f"mirror is {mirror!r}; expected True, False or axes of {list(range(dims))}, each once",
+            argument="mirror", accepted=[],
+        )  # fmt: skip
     axes = [a + 2 for a in chosen]
     return [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
 
@@ -271,7 +331,7 @@ def _normaliser(wanted: str | Sequence[float]) -> Any:
         return NormalizeIntensity(channel_wise=True)
     if wanted == "none":
         return Identity()
-    if not isinstance(wanted, str) and len(wanted) == 2 and wanted[0] < wanted[1]:
+    if isinstance(wanted, Sequence) and not isinstance(wanted, str) and len(wanted) == 2 and wanted[0] < wanted[1]:
         return ScaleIntensityRange(a_min=wanted[0], a_max=wanted[1], b_min=0.0, b_max=1.0, clip=True)
     raise errors.BadArgument(
         f"normalisation is {wanted!r}; expected 'z-score', 'none' or (low, high)", argument="normalisation", accepted=[]

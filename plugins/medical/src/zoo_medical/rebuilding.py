@@ -43,6 +43,8 @@ class RebuiltVolume(Result):
     warning: str = "not for clinical use"
 
     def summary(self) -> str:
+        if not self.hidden_cells:  # of a volume of few cells
+            return f"none of its {self.cells} cells was hidden; give another seed or a larger mask_ratio"
         return (
             f"{self.hidden_cells} of {self.cells} cells rebuilt: loss {self.loss:.4f}, hidden voxels "
             f"{self.error:.4f} off on average"
@@ -53,9 +55,13 @@ class RebuiltVolume(Result):
         import nibabel
 
         if what not in VOLUMES:
-            raise ValueError(f"what is {what!r}; expected one of {', '.join(VOLUMES)}")
-        if not str(path).endswith(NIFTI):
-            raise ValueError(f"{path}: a volume is written as .nii or .nii.gz")
+            raise errors.BadArgument(
+                f"what is {what!r}; expected one of {', '.join(VOLUMES)}", argument="what", accepted=list(VOLUMES)
+            )
+        if not str(path).lower().endswith(NIFTI):
+            raise errors.BadArgument(
+                f"{path}: a volume is written as .nii or .nii.gz", argument="path", accepted=list(NIFTI)
+            )
         voxels = getattr(self, what)
         written = nibabel.Nifti1Image(voxels.astype(np.uint8) if what == "hidden" else voxels, self.affine)
         written.header.set_xyzt_units("mm")

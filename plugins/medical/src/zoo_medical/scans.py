@@ -15,6 +15,8 @@ from zoo import errors
 from . import dicom
 
 NIFTI = (".nii", ".nii.gz")
+#: what the units of a NIfTI header are in mm; a header that names none means mm
+MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 
 
 @dataclass
@@ -37,27 +39,34 @@ class Scan:
 def read_scan(source: str | Path | Sequence[str | Path], channels: Sequence[int], series: str | None = None) -> Scan:
     """One file or DICOM folder, or one for each channel, all on one grid.
 
-    A NIfTI file has 3 axes, or 4 with the channels last. ``channels``: the numbers that the model takes. ``series``:
-    see :func:`zoo_medical.dicom.read_series`. Raises ``LocalFileMissing``, or ValueError that names the file
-    and what is wrong with it.
+    A NIfTI file has 3 axes, or 4 with the channels last (5 where ITK wrote the channels behind an empty time axis).
+    ``channels``: the numbers that the model takes. ``series``: see :func:`zoo_medical.dicom.read_series`. Raises
+    ``LocalFileMissing``, or BadFile, which is a ValueError that names the file and what is wrong with it.
     """
-    paths = [Path(source)] if isinstance(source, (str, Path)) else [Path(p) for p in source]
-    if not paths:
-        raise ValueError("no file was given; expected one scan, or one file for each channel")
+    given: list[Any] = list(source) if isinstance(source, (list, tuple)) else [source]
+    if not given or not all(isinstance(one, (str, Path)) for one in given):
+        raise errors.BadArgument(
+            f"{' + '.join(type(one).__name__ for one in given) or 'no file'} was given; expected the path of a scan, "
+            "or a tuple of paths, one for each channel",
+            argument="inputs", accepted=[],
+        )  # fmt: skip
+    paths = [Path(one).expanduser() for one in given]
     parts: list[np.ndarray] = []
     affine = np.eye(4)
     for path in paths:
         data, grid = _read(path, series)
         if not np.isfinite(data).all():
-            raise ValueError(f"{path}: holds values that are not finite; repair the file first")
+            raise dicom.bad_file(f"{path}: holds values that are not finite; repair the file first")
         if not parts:
             affine = grid
         elif data.shape[1:] != parts[0].shape[1:] or not np.allclose(grid, affine, atol=1e-3):
-            raise ValueError(f"{path}: lies on another grid than {paths[0]}; resample the sequences to one grid first")
+            raise dicom.bad_file(
+                f"{path}: lies on another grid than {paths[0]}; resample the sequences to one grid first"
+            )
         parts.append(data)
     stacked = np.concatenate(parts)
     if len(stacked) not in channels:
-        raise ValueError(
+        raise dicom.bad_file(
             f"{', '.join(map(str, paths))}: {len(stacked)} channels, the model takes "
             f"{' or '.join(map(str, channels))}. Give one file for each channel as a tuple, or one file with a fourth "
             "axis"
@@ -73,27 +82,37 @@ def _read(path: Path, series: str | None) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise errors.LocalFileMissing(f"there is no file {str(path)!r}", path=str(path))
     if dicom.is_dicom(path):
-        raise ValueError(f"{path}: is one slice of a DICOM series; give the folder that holds the series")
-    return _read_nifti(path)
+        raise dicom.bad_file(f"{path}: is one slice of a DICOM series; give the folder that holds the series")
+    return read_nifti(path)
 
 
-def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(channels, i, j, k) float32 and the (4, 4) affine to mm. Raises BadFile."""
     import nibabel
 
-    bad = (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError,
+    bad = (OSError, EOFError, ValueError, TypeError, zlib.error, nibabel.filebasedimages.ImageFileError,
            nibabel.spatialimages.HeaderDataError)  # fmt: skip
     try:
         image = nibabel.load(str(path))
+        kind = image.get_data_dtype()  # type: ignore[attr-defined]
+        if kind.kind not in "uif":
+            raise dicom.bad_file(f"{path}: holds voxels of {kind}; expected one number a voxel")
         data = np.asarray(image.dataobj, dtype=np.float32)  # type: ignore[attr-defined]
+    except errors.BadFile:
+        raise
     except bad as error:
-        raise ValueError(
+        raise dicom.bad_file(
             f"{path}: cannot be read as NIfTI; is the file truncated or of another kind? ({error})"
         ) from error
     affine = np.asarray(image.affine, dtype=np.float64)  # type: ignore[attr-defined]
+    units = getattr(image.header, "get_xyzt_units", lambda: ("mm", "sec"))()[0]
+    affine[:3] *= MILLIMETRES.get(units, 1.0)
+    if data.ndim == 5 and data.shape[3] == 1:
+        data = data[:, :, :, 0]
     if data.ndim not in (2, 3, 4):
-        raise ValueError(f"{path}: {data.ndim} axes of shape {data.shape}; expected 3, or 4 with the channels last")
+        raise dicom.bad_file(f"{path}: {data.ndim} axes of shape {data.shape}; expected 3, or 4 with the channels last")
     if 0 in data.shape or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ValueError(f"{path}: shape {data.shape} with voxels of no volume; the header is broken")
+        raise dicom.bad_file(f"{path}: shape {data.shape} with voxels of no volume; the header is broken")
     if data.ndim == 2:
         data = data[:, :, None]
     return (data[None] if data.ndim == 3 else np.ascontiguousarray(np.moveaxis(data, 3, 0))), affine

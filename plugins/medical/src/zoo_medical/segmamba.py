@@ -228,6 +228,8 @@ class SegMamba(nn.Module):
     Source: arXiv 2401.13560, section 2.
     """
 
+    multiple: ClassVar[int] = 16  # of every side
+
     ends: ClassVar[dict[str, Any]] = {
         "num_classes": NewHead("out"),
         # the shortcut of the first block exists only where the channels differ
@@ -269,7 +271,7 @@ class SegMamba(nn.Module):
         self.out = OutBlock(3, f[0], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = check_input("SegMamba", x, self.in_chans, 3, 16)
+        x = check_input("SegMamba", x, self.in_chans, 3, self.multiple)
         owned = lean.lean(self, x)  # nothing but the decoder sees the skips, which it may write over
         maps = self.vit(x)
         y = self.decoder5(self.encoder5(maps.pop()), self.encoder4(maps.pop()), owned)

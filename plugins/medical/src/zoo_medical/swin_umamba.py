@@ -43,6 +43,8 @@ class SwinUMamba(nn.Module):
     Source: arXiv 2402.03302, section 2.
     """
 
+    multiple: ClassVar[int] = 32  # of every side
+
     def __init__(
         self,
         in_chans: int = 1,
@@ -103,7 +105,7 @@ class SwinUMamba(nn.Module):
         return () if self.deep_supervision else tuple(f"out_layers.{i}." for i in (1, 2, 3))
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        x = check_input("Swin-UMamba", x, self.in_chans, 2, 32)
+        x = check_input("Swin-UMamba", x, self.in_chans, 2, self.multiple)
         maps = self.vssm_encoder(self.stem(x))
         y5 = self.decoder6(maps[4], self.encoder5(maps[3]))
         y4 = self.decoder5(y5, self.encoder4(maps[2]))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from zoo import errors
 from zoo.pipelines import progress_bar
 from zoo.validation import Measured
 
-from .pipelines import MedicalSegmentation
-from .scans import NIFTI
+from .dicom import bad_file
+from .pipelines import MedicalSegmentation, Segmentation
+from .scans import NIFTI, read_nifti
 
 
 def validate_cases(
@@ -36,7 +39,7 @@ def validate_cases(
     channels) and ``labelsTr/CASE.nii.gz``; or ``images/`` and ``labels/`` with equal file names. ``overlap`` and
     ``mirror`` are the pipeline's; ``limit``: at most so many cases. A label counts in the cases that hold it.
 
-    Raises ``zoo.errors.BadArgument`` when the folder is not laid out so, ValueError for files that do not fit.
+    Raises ``zoo.errors.BadArgument`` when the folder is not laid out so, ``BadFile`` for files that do not fit.
     """
     cases = find_cases(Path(folder))[:limit]
     pipe = MedicalSegmentation(model, overlap=overlap, mirror=mirror)
@@ -48,7 +51,7 @@ def validate_cases(
     with progress_bar(progress and sys.stderr.isatty(), len(cases), pipe.name) as advance:
         for images, truth in cases:
             answer = pipe(images)
-            rows.append(compare(answer.labels, _truth(truth, answer.labels, classes), answer.spacing, classes))
+            rows.append(compare(answer.labels, _truth(truth, answer, classes), answer.spacing, classes))
             advance()
     per_class = {}
     for index in range(1, classes):
@@ -87,9 +90,13 @@ def compare(found: Any, truth: Any, spacing: tuple[float, ...], classes: int) ->
         distance = math.nan
         if index and a[:, index].any() and b[:, index].any():
             one, other = (m[:, index : index + 1] for m in (a, b))
-            distance = float(
-                compute_hausdorff_distance(one, other, include_background=True, percentile=95, spacing=list(spacing))
-            )
+            with warnings.catch_warnings():  # one part of MONAI calls another by an argument that it deprecates
+                warnings.filterwarnings("ignore", "monai.metrics.utils get_mask_edges", FutureWarning)
+                distance = float(
+                    compute_hausdorff_distance(
+                        one, other, include_background=True, percentile=95, spacing=list(spacing)
+                    )
+                )
         rows.append({"dice": dice[index], "hd95_mm": distance})
     return rows
 
@@ -105,7 +112,7 @@ def find_cases(folder: Path) -> list[tuple[Any, Path]]:
             argument="folder", accepted=["imagesTr/", "labelsTr/", "images/", "labels/"],
         )  # fmt: skip
     cases: list[tuple[Any, Path]] = []
-    for truth in sorted(p for p in (folder / labels).iterdir() if p.name.endswith(NIFTI)):
+    for truth in sorted(p for p in (folder / labels).iterdir() if p.name.endswith(NIFTI) and p.name[0] != "."):
         case = truth.name.partition(".nii")[0]
         channels = sorted((folder / images).glob(f"{case}_[0-9][0-9][0-9][0-9].nii*"))
         if not channels:
@@ -115,21 +122,40 @@ def find_cases(folder: Path) -> list[tuple[Any, Path]]:
                 f"{truth}: there is no {folder / images / case}_0000.nii.gz or {case}.nii.gz for these labels",
                 argument="folder", accepted=[],
             )  # fmt: skip
+        if len({c.name.partition(".nii")[0] for c in channels}) != len(channels):
+            raise errors.BadArgument(
+                f"{channels[0]} and {channels[1].name} are the same image twice; remove one of them",
+                argument="folder", accepted=[],
+            )  # fmt: skip
         cases.append((channels[0] if len(channels) == 1 else tuple(channels), truth))
     if not cases:
         raise errors.BadArgument(f"{folder / labels} holds no NIfTI files", argument="folder", accepted=[])
     return cases
 
 
-def _truth(path: Path, found: Any, classes: int) -> np.ndarray:
-    import nibabel
-
-    labels = np.asarray(nibabel.load(str(path)).dataobj)  # type: ignore[attr-defined]
-    if labels.shape != found.shape:
-        raise ValueError(f"{path}: labels of shape {labels.shape}, but its scan has {found.shape}")
+def _truth(path: Path, answer: Segmentation, classes: int) -> np.ndarray:
+    """(i, j, k) int64 on the grid of the scan. Raises BadFile for labels on another grid, and for other labels."""
+    labels, affine = read_nifti(path)
+    assert answer.labels is not None
+    assert answer.affine is not None
+    if len(labels) != 1 or labels.shape[1:] != answer.labels.shape:
+        raise bad_file(f"{path}: labels of shape {labels.shape[1:]}, but its scan has {answer.labels.shape}")
+    far = _corner_distance(affine, answer.affine, labels.shape[1:])
+    if far > 0.5 * min(answer.spacing):
+        raise bad_file(
+            f"{path}: lies on another grid than its scan, up to {far:.1f} mm away; resample it to the scan's"
+        )
+    if not np.isfinite(labels).all() or (labels != np.rint(labels)).any():
+        raise bad_file(f"{path}: holds values that are no whole numbers; expected labels")
     if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"{path}: labels {labels.min()} to {labels.max()}; the model has 0 to {classes - 1}")
-    return labels.astype(np.int64)
+        raise bad_file(f"{path}: labels {labels.min():g} to {labels.max():g}; the model has 0 to {classes - 1}")
+    return labels[0].astype(np.int64)
+
+
+def _corner_distance(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
+    """How far apart, in mm, two affines put a corner of a grid at most."""
+    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in shape))], float)
+    return float(np.linalg.norm((corners @ (one - other).T)[:, :3], axis=1).max())
 
 
 def _one_hot(labels: np.ndarray, classes: int) -> Tensor:

@@ -63,6 +63,7 @@ class VMUNet(nn.Module):
                 "the decoder mirrors the encoder"
             )
         self.in_chans, self.num_classes, self.multiple = in_chans, num_classes, 4 * 2 ** (levels - 1)
+        self.gives_probability = num_classes == 1
         self.accepted_channels = [3, 1] if in_chans == 3 else [in_chans]
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         rates_up = torch.linspace(0, drop_path_rate, sum(depths_decoder), device="cpu").tolist()[::-1]
@@ -101,7 +102,7 @@ class VMUNet(nn.Module):
         for i, layer in enumerate(self.layers_up):
             x = layer(x + skips[-i] if i else x)
         x = self.final_conv(self.final_up(x).permute(0, 3, 1, 2))
-        return x.sigmoid() if self.num_classes == 1 else x
+        return x.sigmoid() if self.gives_probability else x
 
 
 # -- the original's format --------------------------------------------------------------------------------------------
