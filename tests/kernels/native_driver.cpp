@@ -384,6 +384,17 @@ void cauchy(int64_t heads, int64_t channels, int64_t modes, int64_t nodes, int64
   }
 }
 
+void grouped_mlp(int64_t neighbours, int64_t channels, int64_t inner, int64_t blocks, int64_t dtype) {
+  int64_t batch = 2, points = 9, centres = 40;
+  Call c;
+  std::vector<int64_t> index;
+  for (int64_t i = 0; i < batch * centres * neighbours; ++i) index.push_back(i * 5 % points);
+  c({batch, points, centres, neighbours, channels, inner, blocks, kThreads, dtype == F64, c.in(batch * points * channels, dtype)});
+  c({c.in(batch * centres * channels, dtype), c.integers(index), c.in(blocks * inner * channels, dtype, 0.2), c.in(blocks * inner, dtype)});
+  c({c.in(blocks * channels * inner, dtype, 0.2), c.in(blocks * channels, dtype), c.out(batch * centres * channels, dtype)});
+  c.run("grouped_mlp", label({neighbours, channels, inner, blocks, dtype}));
+}
+
 void linear(int64_t rows, int64_t features, int64_t outputs, int64_t weight, int64_t dtype) {
   Call c;
   c({rows, features, outputs, kThreads, dtype == F64, c.in(rows * features, dtype), c.in(outputs * features, weight), weight, features});
@@ -473,6 +484,8 @@ void everything() {
     mamba3_step(2, 5, 8, 1, 0, dtype);
     mamba3_step(3, 17, 6, 3, 1, dtype);
     cauchy(1, 2, 17, 48, dtype);
+    grouped_mlp(1, 5, 3, 1, dtype);
+    grouped_mlp(12, 70, 66, 2, dtype);
     for (int64_t weight : {int64_t(dtype), int64_t(BF16), int64_t(F16), int64_t(I8)})
       for (int64_t features : {1, 15, 70}) linear(features % 3 + 1, features, 37, weight, dtype);
   }

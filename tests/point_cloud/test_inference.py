@@ -7,6 +7,7 @@ from torch import nn
 import zoo_kernels
 from zoo.layers import inference
 from zoo.layers import linear as linear_module
+from zoo_kernels import runtime
 from zoo_point_cloud import grouping, layers, pointmamba
 from zoo_point_cloud.geometry import gather
 from zoo_point_cloud.grouping import Grouper, PreBlock, group_and_pool
@@ -96,6 +97,42 @@ def stage(width: int = 12, **grouper):
     group = Grouper(width, 2, 5, **grouper)
     pre = PreBlock(group.out_channels, 16, 1, groups=1, expansion=1.0, bias=False, act="relu")
     return lively(nn.ModuleList([group, pre]))
+
+
+@pytest.mark.parametrize("sets", [grouping.FUSED, ()])
+def test_groups_in_one_operator_and_by_torch_s_products(monkeypatch, sets):
+    """On processors for which the operator is not the faster way torch's products serve, as they do other networks."""
+    calls = []
+    monkeypatch.setattr(grouping, "FUSED", sets)
+    monkeypatch.setattr(grouping, "grouped_mlp", lambda *given: calls.append(1) or zoo_kernels.grouped_mlp(*given))
+    torch.manual_seed(0)
+    for flags, fuses in (({}, True), ({"activation": "gelu"}, False), ({"groups": 3}, False), ({"bias": True}, True)):
+        calls.clear()
+        compare(lively(PCM(5, **{**SMALL, **flags})), torch.rand(3, 50, 3))
+        served = runtime.instruction_set() in sets and fuses
+        assert len(calls) == (6 if served else 0)  # two stages of three clouds
+
+
+def test_a_hook_on_a_layer_of_a_group_sees_its_rows():
+    group, pre = stage()
+    seen = []
+    pre.operation[0].net1[0].register_forward_hook(lambda _m, _i, y: seen.append(y.numel() // y.shape[-1]))
+    with torch.inference_mode():
+        group_and_pool(group, pre, torch.rand(2, 60, 3), torch.rand(2, 60, 12), None)
+    assert sum(seen) == 2 * 30 * 5
+
+
+@pytest.mark.parametrize("normalize", ["anchor", "center"])
+def test_what_all_points_have_in_common_costs_no_digits_and_no_rows(monkeypatch, normalize):
+    group, _ = stage(normalize=normalize)
+    p, x = torch.rand(2, 60, 3), torch.rand(2, 60, 12) + 20
+    groups = group.find(p, x, None)[1]
+    rows = gather(groups.x, groups.index).double()
+    middle = groups.centres.double().unsqueeze(2) if normalize == "anchor" else rows.mean(dim=2, keepdim=True)
+    expected = (rows - middle).flatten(1).std(dim=1)
+    monkeypatch.setattr(Grouper, "_differences", lambda *_: pytest.fail("the differences are made one by one"))
+    with torch.inference_mode():
+        torch.testing.assert_close(group.spread(groups).double(), expected, rtol=1e-5, atol=0)
 
 
 def test_differences_far_smaller_than_their_terms_keep_their_digits():

@@ -21,6 +21,7 @@ _LAZY = {
     "causal_conv1d": "zoo_kernels.ops.causal_conv1d",
     "causal_conv1d_step": "zoo_kernels.ops.causal_conv1d",
     "linear": "zoo_kernels.ops.linear",
+    "grouped_mlp": "zoo_kernels.ops.grouped_mlp",
     "cauchy": "zoo_kernels.ops.cauchy",
     "unit_roots": "zoo_kernels.ops.cauchy",
     "gated_rms_norm": "zoo_kernels.ops.rms_norm",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from zoo_kernels._status import self_check, status
     from zoo_kernels.ops.cauchy import cauchy, unit_roots
     from zoo_kernels.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+    from zoo_kernels.ops.grouped_mlp import grouped_mlp
     from zoo_kernels.ops.linear import linear
     from zoo_kernels.ops.linear_attention import linear_attention, linear_attention_step
     from zoo_kernels.ops.linear_scan import linear_scan, linear_scan_step
@@ -92,6 +94,7 @@ __all__ = [
     "causal_conv1d_step",
     "causal_conv1d_tree",
     "gated_rms_norm",
+    "grouped_mlp",
     "kernel_spectrum",
     "linear",
     "linear_attention",

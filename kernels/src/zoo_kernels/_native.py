@@ -79,6 +79,11 @@ def isa() -> str:
     return known()[-1]
 
 
+def instruction_set() -> str:
+    """:func:`isa`, or "" where nothing native can run here."""
+    return "" if isinstance(_load(), str) else isa()
+
+
 def unavailable() -> str | None:
     """Why nothing native can run here, or None."""
     library = _load()
@@ -94,6 +99,12 @@ def missing(*names: str) -> str | None:
         if not hasattr(library, f"zk_{name}__{isa()}"):
             return f"the native library has no {name} for {isa()}; run `python -m zoo_kernels.build`"
     return None
+
+
+def entry(name: str) -> Any:
+    """A function of the library that has no instruction set, or None where there is no library."""
+    library = _load()
+    return None if isinstance(library, str) else getattr(library, name)
 
 
 @functools.cache

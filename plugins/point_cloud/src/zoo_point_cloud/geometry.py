@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import importlib
 import platform
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from zoo_kernels import paths
+from zoo_kernels.runtime import on_threads
 
 #: Most pairs of points whose distances are held at once.
 _PAIRS = 1 << 24
@@ -268,18 +268,15 @@ def _tree_search(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]
     """
     from scipy.spatial import cKDTree
 
-    clouds, threads = [cloud.numpy() for cloud in points], torch.get_num_threads()
+    queries, clouds = [cloud.numpy() for cloud in query], [cloud.numpy() for cloud in points]
+    workers = torch.get_num_threads() if len(clouds) == 1 else 1
 
     def ask(cloud: int) -> tuple[Any, np.ndarray, np.ndarray]:
         tree = cKDTree(clouds[cloud])
-        wide, index = tree.query(query[cloud].numpy(), k=k + 1, workers=threads if len(clouds) == 1 else 1)
+        wide, index = tree.query(queries[cloud], k=k + 1, workers=workers)
         return tree, index[:, :k], (wide[:, 1:] <= wide[:, :-1] * (1 + 1e-6)).any(axis=1)
 
-    if min(threads, len(clouds)) > 1:
-        with ThreadPoolExecutor(min(threads, len(clouds))) as pool:
-            answers = list(pool.map(ask, range(len(clouds))))
-    else:
-        answers = [ask(cloud) for cloud in range(len(clouds))]
+    answers = on_threads(ask, len(clouds))
     index = torch.from_numpy(np.stack([found for _, found, _ in answers]).astype(np.int64, copy=False))
     for cloud, (tree, _, unclear) in enumerate(answers):
         if unclear.any():

@@ -8,7 +8,7 @@ centre, is applied to the points before they are gathered: k times less work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,15 +17,19 @@ from torch import Tensor, nn
 
 from zoo.layers.inference import results_only, untouched
 from zoo.layers.linear import linear
+from zoo_kernels import grouped_mlp, runtime
 
 from .geometry import farthest_point_sample, gather, nearest_neighbours
-from .layers import ConvNormAct, ResidualStack, activate, conv_norm, folded, folds, rowwise, stack_rows
+from .layers import ConvNormAct, ResidualStack, activate, conv_norm, folded, folds, rowwise, stack_rows, stacked_weights
 
 #: Numbers (rows of groups times their widest features) that are worked on at once, and the fewest rows.
 BLOCK, ROWS = 1 << 18, 1024
 #: The first layer is applied before gathering where features are no more than so many times the spread of the
 #: differences between them: beyond, subtracting afterwards costs digits.
 APART = 128.0
+#: Instruction sets for which one operator takes a stage's groups from the gathering to the maximum. On other processors
+#: torch's products are its maker's, and faster than that operator's own.
+FUSED = ("avx2", "avx512")
 #: A sum of squared differences comes from sums of their terms where it is no less than this part of them.
 CANCELLED = 64.0
 
@@ -107,25 +111,32 @@ class Grouper(nn.Module):
         return torch.tensor(found, dtype=groups.x.dtype).sqrt()
 
     def _deviation(self, groups: Groups, cloud: int) -> float:
-        """The unbiased variance of one cloud's differences, without making them where the digits allow.
+        """The unbiased variance of one cloud's differences, without making them where the digits allow."""
+        x, centres, index = groups.x[cloud], groups.centres[cloud], groups.index[cloud]
+        found = None
+        if x.dtype in (torch.float32, torch.float64):
+            found = self._from_sums(x, centres, index)
+            if found is None:  # what all points have in common is in no difference
+                common = x.mean(dim=0)
+                found = self._from_sums(x - common, centres - common, index)
+        square, total = self._differences(groups, cloud) if found is None else found
+        n = index.numel() * x.shape[-1]
+        return max(square - total * total / n, 0.0) / max(n - 1, 1)
+
+    def _from_sums(self, x: Tensor, centres: Tensor, index: Tensor) -> tuple[float, float] | None:
+        """Sum of squares and sum of one cloud's differences, from sums of their terms; None where too much cancels.
 
         With b the sum of a group's k neighbours x, the squares of x - c add up to ``sum |x|^2 - |b|^2 / k``, those
         around the group's own mean, and ``|b - k c|^2 / k``.
         """
-        x, centres, index = groups.x[cloud], groups.centres[cloud], groups.index[cloud]
-        n, k = index.numel() * x.shape[-1], index.shape[-1]
-        if x.dtype not in (torch.float32, torch.float64):
-            square, total = self._differences(groups, cloud)
-            return max(square - total * total / n, 0.0) / max(n - 1, 1)
+        k = index.shape[-1]
         sums = F.embedding_bag(index, x, mode="sum")
         squares = float(torch.linalg.vector_norm(x, dim=-1).double().square()[index].sum())
         square, total = squares - _square(sums) / k, 0.0
         if self.normalize == "anchor":
             apart = sums.sub_(centres, alpha=k)
             square, total = square + _square(apart) / k, float(apart.sum(dtype=torch.float64))
-        if square * CANCELLED < squares:
-            square, total = self._differences(groups, cloud)
-        return max(square - total * total / n, 0.0) / max(n - 1, 1)
+        return None if square * CANCELLED < squares else (square, total)
 
     def _differences(self, groups: Groups, cloud: int) -> tuple[float, float]:
         """Sum of squares and sum of one cloud's differences, made a few groups at a time."""
@@ -203,12 +214,18 @@ def _by_blocks(grouper: Grouper, pre: PreBlock, groups: Groups) -> Tensor:
     """The same, a few centres at a time."""
     scale = None if grouper.affine_alpha is None else grouper.spread(groups)
     conv, norm, act = pre.transfer.net  # type: ignore[union-attr]
+    early_of = _before_gathering(grouper, folded(conv, norm), groups)
     transfer = conv_norm(conv, norm, groups.x, act)
     rest = stack_rows(pre.operation, groups.x)  # type: ignore[arg-type]
+    weights = _fused(grouper, pre, groups.x)
     pooled = groups.x.new_empty(*groups.centres.shape[:2], conv.weight.shape[0])
     for cloud in range(len(pooled)):
         own = None if scale is None else scale[cloud : cloud + 1]
-        early = _before_gathering(grouper, folded(conv, norm), groups, cloud, own)
+        early = early_of(cloud, own)
+        if early is not None and weights is not None:
+            table, base = early
+            pooled[cloud] = grouped_mlp(table[None], base[None], groups.index[cloud : cloud + 1], *weights)[0]
+            continue
         for some, part in _parts(groups, cloud, pooled.shape[-1]):
             if early is None:
                 rows = transfer(grouper.rows(part, own)[0])
@@ -222,27 +239,47 @@ def _by_blocks(grouper: Grouper, pre: PreBlock, groups: Groups) -> Tensor:
     return pooled
 
 
+def _fused(grouper: Grouper, pre: PreBlock, x: Tensor) -> list[Tensor] | None:
+    """The residual blocks' weights for :func:`zoo_kernels.grouped_mlp`, or None where torch's products must serve:
+    for another network than the published one, or on a processor for which that operator is not the faster way."""
+    relu = type(pre.transfer.net[2]) is nn.ReLU  # type: ignore[union-attr]
+    if not relu or grouper.normalize == "center" or runtime.instruction_set() not in FUSED:
+        return None
+    return stacked_weights(pre.operation, x)  # type: ignore[arg-type]
+
+
 def _before_gathering(
-    grouper: Grouper, product: tuple[Tensor, Tensor], groups: Groups, cloud: int, scale: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """The first layer of one cloud's groups as a table (N, out) and what every centre adds to its rows of it (S, out).
+    grouper: Grouper, product: tuple[Tensor, Tensor], groups: Groups
+) -> Callable[[int, Tensor | None], tuple[Tensor, Tensor] | None]:
+    """The function ``(cloud, its scale)`` to the first layer of a cloud's groups: a table (N, out), and what every
+    centre adds to its rows of it (S, out).
 
     ``W [alpha * (x - c) / s + beta, c']`` is ``(W a / s) x`` of a neighbour and ``-(W a / s) c + W' c' + W beta`` of
     its centre. None where a difference is so small beside its terms that the digits would not do, or in half precision.
     """
-    (weight, bias), x, centres = product, groups.x[cloud], groups.centres[cloud]
+    (weight, bias), x = product, groups.x
     width = x.shape[-1]
-    per_point, per_centre = weight[:, :width], weight[:, width:]
-    if x.dtype not in (torch.float32, torch.float64):
-        return None
-    if grouper.affine_alpha is not None and grouper.affine_beta is not None and scale is not None:
-        size = float(torch.linalg.vector_norm(x)) / x.numel() ** 0.5
-        if not size <= APART * float(scale):
+    per_point = weight[:, :width].contiguous()
+    # A centre's coordinates count for nothing: so that its row need not be copied without them.
+    per_centre = F.pad(weight[:, width:], (0, width - grouper.channels))
+    alpha, beta = grouper.affine_alpha, grouper.affine_beta
+    if alpha is not None and beta is not None:
+        bias = torch.addmv(bias, per_point, beta.flatten())
+        per_point = per_point * alpha.flatten()
+
+    def early(cloud: int, scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        points, of_point = x[cloud], per_point
+        if x.dtype not in (torch.float32, torch.float64):
             return None
-        bias = torch.addmv(bias, per_point, grouper.affine_beta.flatten())
-        per_point = per_point * (grouper.affine_alpha.flatten() / (scale + 1e-5))
-    table = linear(x, per_point.contiguous())
-    base = linear(centres[:, : grouper.channels].contiguous(), per_centre.contiguous(), bias)
-    if grouper.normalize == "anchor":
-        base.sub_(table if groups.kept is None else table.index_select(0, groups.kept[cloud]))
-    return table, base
+        if scale is not None:
+            size = float(torch.linalg.vector_norm(points)) / points.numel() ** 0.5
+            if not size <= APART * float(scale):
+                return None
+            of_point = per_point / (scale + 1e-5)
+        table = linear(points, of_point)
+        base = linear(groups.centres[cloud], per_centre, bias)
+        if grouper.normalize == "anchor":
+            base.sub_(table if groups.kept is None else table.index_select(0, groups.kept[cloud]))
+        return table, base
+
+    return early

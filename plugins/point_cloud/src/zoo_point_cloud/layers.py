@@ -228,6 +228,23 @@ def stack_rows(operation: nn.Module, x: Tensor) -> Rows:
     return run
 
 
+def stacked_weights(operation: nn.Module, x: Tensor) -> list[Tensor] | None:
+    """``first, first_bias, second, second_bias`` of residual blocks with ReLUs, batch norms folded, one block after the
+    other along the first axis (see :func:`zoo_kernels.grouped_mlp`). None where they are something else, or watched."""
+    if not isinstance(operation, nn.Sequential) or not len(operation) or not untouched(*operation.modules()):
+        return None
+    parts = []
+    for block in operation:
+        if not isinstance(block, ResidualMLP) or len(block.net2) > 2:
+            return None
+        (conv1, norm1, act1), (conv2, norm2) = block.net1, block.net2
+        relus = type(act1) is nn.ReLU and type(block.act) is nn.ReLU
+        if not relus or not folds(conv1, norm1, x=x) or not folds(conv2, norm2, x=x):
+            return None
+        parts.append((*folded(conv1, norm1), *folded(conv2, norm2)))
+    return [torch.stack(part) for part in zip(*parts, strict=True)]
+
+
 class BiMamba(nn.Module):
     """A Mamba-1 mixer that walks a sequence both ways; the directions share x, z and the output projection.
 
