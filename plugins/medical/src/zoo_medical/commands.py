@@ -23,6 +23,8 @@ from zoo.cli import output
     "--spacing", nargs=3, type=float, help="Millimetres of a voxel that the network reads; default: the card's."
 )
 @click.option("--anisotropy", default=8.0, show_default=True, help="Largest ratio of voxel sides without --spacing.")
+@click.option("--normalisation", help='"z-score", "none", "min-max", or LOW,HIGH mapped to 0..1; default: the card\'s.')
+@click.option("--fit/--no-fit", default=None, help="Resize slices and pictures to the window of a 2D network.")
 @click.option("--series", help="Which series of a DICOM folder that holds several: UID or description.")
 @click.option("--keep-going", is_flag=True, help="Go on after an input that cannot be read.")
 @output.loading_options
@@ -37,12 +39,15 @@ def segment_volume(
     overlap: float,
     spacing: tuple[float, float, float] | None,
     anisotropy: float,
+    normalisation: str | None,
+    fit: bool | None,
     series: str | None,
     keep_going: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Label every voxel of INPUTS (NIfTI files, folders of them, DICOM series) with the model NAME.
+    """Label every voxel of INPUTS (NIfTI files, folders of them, DICOM series; for two-dimensional networks pictures)
+    with the model NAME.
 
     For research; not for clinical use.
 
@@ -63,7 +68,8 @@ def segment_volume(
     if task != "medical-segmentation":
         raise click.UsageError(f"{name} is for {task}; expected a model for medical-segmentation")
     arguments = output.loading(options) | {"mirror": mirror, "overlap": overlap, "series": series}
-    arguments |= {"spacing": spacing, "anisotropy": anisotropy}
+    arguments |= {"spacing": spacing, "anisotropy": anisotropy, "fit": fit}
+    arguments["normalisation"] = normalisation if normalisation is None else _intensities(normalisation)
     pipe = zoo.pipeline(name, "medical-segmentation", **arguments)
     given: Any = [tuple(inputs)] if channels_together else list(inputs)
     rows, failed = [], False
@@ -72,7 +78,7 @@ def segment_volume(
         failed = failed or isinstance(result, Failure)
         if isinstance(result, Segmentation):
             stem = Path(out) / label_name(result.source, number)
-            row["label_map"] = str(result.save(f"{stem}.nii.gz"))
+            row["label_map"] = str(result.save(f"{stem}{result.ending}"))
             if pictures:
                 row["picture"] = str(result.save_picture(f"{stem}.png"))
         rows.append(row)
@@ -85,7 +91,18 @@ def segment_volume(
     return 1 if failed else 0
 
 
+def _intensities(text: str) -> str | tuple[float, ...]:
+    """ "-175,250" as numbers; names as they are."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return text
+
+
 def label_name(source: str, number: int) -> str:
     """The input's name without its ending; the number keeps inputs of equal names apart."""
-    stem = re.sub(r"\.nii(\.gz)?$", "", Path(source.partition(" + ")[0]).name, flags=re.IGNORECASE) or "scan"
-    return f"{number:03d}_{stem}"
+    from .scans import is_picture
+
+    name = Path(source.partition(" + ")[0]).name
+    stem = re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
+    return f"{number:03d}_{Path(stem).stem if is_picture(Path(stem)) else stem or 'scan'}"

@@ -1,4 +1,4 @@
-"""Label maps over grey slices, as one picture."""
+"""Label maps over grey slices, or over a picture, as one picture."""
 
 from __future__ import annotations
 
@@ -47,6 +47,28 @@ def montage(
     for i, (value, text) in enumerate(lines):
         draw.text((4, rows * size[1] + i * _LINE), text, fill=colour(value))
     draw.text((4, rows * size[1] + len(lines) * _LINE), "not for clinical use", fill=(200, 200, 200))
+    return sheet
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, legend: Mapping[int, str]) -> Image.Image:
+    """A picture with its labels in colour, the legend and a warning below.
+
+    ``image``: (channels, height, width), shown in its own range; the first three channels are colours, else grey.
+    ``labels``: (height, width). ``legend``: label value -> text.
+    """
+    shown = image[:3] if len(image) >= 3 else np.repeat(image[:1], 3, axis=0)
+    low, high = float(shown.min()), float(shown.max())
+    if low < 0 or high > 255 or high <= 1:  # no bytes
+        shown = (shown - low) / max(high - low, 1e-6) * 255
+    tile = np.ascontiguousarray(shown.transpose(1, 2, 0), np.float32)
+    for value in np.unique(labels[labels > 0]):
+        tile[labels == value] = 0.5 * tile[labels == value] + 0.5 * np.array(colour(int(value)), np.float32)
+    lines = [(colour(value), legend[value]) for value in sorted(legend)] + [((200, 200, 200), "not for clinical use")]
+    sheet = Image.new("RGB", (max(tile.shape[1], _TILE), tile.shape[0] + _LINE * len(lines)))
+    sheet.paste(Image.fromarray(tile.round().astype(np.uint8)), (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for i, (ink, text) in enumerate(lines):
+        draw.text((4, tile.shape[0] + i * _LINE), text, fill=ink)
     return sheet
 
 

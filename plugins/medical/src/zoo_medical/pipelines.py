@@ -1,4 +1,4 @@
-"""NIfTI files and DICOM series in, label maps in the same space out. Not for clinical use."""
+"""NIfTI files, DICOM series and pictures in, label maps in the same space out. Not for clinical use."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from zoo import errors
-from zoo.files import whole
+from zoo.files import check_ending, whole
 from zoo.pipelines import Pipeline, Result
 
 from . import dicom
 from .label_sets import LABEL_SETS, label_names
-from .scans import NIFTI, Scan, read_scan
+from .scans import NIFTI, PICTURES, Scan, read_scan
 
 
 @dataclass(kw_only=True)
@@ -29,20 +30,38 @@ class Segmentation(Result):
     """A label for every voxel, in the input's own space. For research; not for clinical use."""
 
     volumes_ml: dict[str, float] = field(default_factory=dict)  #: millilitres of every label but the background
-    labels: np.ndarray | None = field(default=None, repr=False)  #: uint8 or uint16, in the file's own axes
+    shares: dict[str, float] = field(default_factory=dict)  #: of pictures instead: the part of the pixels of each label
+    #: uint8 or uint16, in the file's own axes; of pictures (height, width)
+    labels: np.ndarray | None = field(default=None, repr=False)
     affine: np.ndarray | None = field(default=None, repr=False)  #: (4, 4), voxel to mm in RAS
-    image: np.ndarray | None = field(default=None, repr=False)  #: first channel, in the file's own axes
+    #: first channel, in the file's own axes; of pictures (channels, height, width)
+    image: np.ndarray | None = field(default=None, repr=False)
+    flat: bool = field(default=False, repr=False)  #: whether it is of a picture
     names: dict[int, str] = field(default_factory=dict, repr=False)  #: of the labels that were found
     spacing: tuple[float, ...] = ()  #: mm, of the file's axes
     warning: str = "not for clinical use"
 
     def summary(self) -> str:
-        return ", ".join(f"{name} {ml:.1f} ml" for name, ml in self.volumes_ml.items()) or "background only"
+        found = [f"{name} {ml:.1f} ml" for name, ml in self.volumes_ml.items()]
+        found += [f"{name} {share:.1%}" for name, share in self.shares.items()]
+        return ", ".join(found) or "background only"
+
+    @property
+    def ending(self) -> str:
+        """What the name of a label map ends in."""
+        return "_labels.png" if self.flat else ".nii.gz"
 
     def save(self, path: str | Path) -> Path:
-        """Write the label map as NIfTI (.nii or .nii.gz) with the input's affine, in mm."""
+        """Write the label map: of a scan as NIfTI (.nii or .nii.gz) with the input's affine, in mm; of a picture as a
+        grey picture of the label numbers (.png)."""
         import nibabel
 
+        assert self.labels is not None
+        if self.flat:
+            check_ending(path, (".png", ".tif", ".tiff"))
+            with whole(path) as work:
+                Image.fromarray(self.labels).save(work)
+            return Path(path)
         if not str(path).lower().endswith(NIFTI):
             raise errors.BadArgument(
                 f"{path}: a label map is written as .nii or .nii.gz", argument="path", accepted=list(NIFTI)
@@ -55,12 +74,14 @@ class Segmentation(Result):
         return path
 
     def picture(self, slices: int = 9) -> Image.Image:
-        """A montage of axial slices with the labels in colour; see :func:`zoo_medical.montage.montage`."""
-        from .montage import montage
+        """A montage of axial slices, or the picture, with the labels in colour; see :mod:`zoo_medical.montage`."""
+        from .montage import montage, overlay
 
         assert self.labels is not None
         assert self.image is not None
         assert self.affine is not None
+        if self.flat:
+            return overlay(self.image, self.labels, {v: f"{n}: {self.shares[n]:.1%}" for v, n in self.names.items()})
         legend = {value: f"{name}: {self.volumes_ml[name]:.1f} ml" for value, name in self.names.items()}
         return montage(self.image, self.labels, self.affine, legend, slices)
 
@@ -94,6 +115,8 @@ class VolumePipeline(Pipeline):
                 argument="patch", accepted=[],
             )  # fmt: skip
         self.patch = [int(p) for p in found]
+        if len(self.patch) == 2:
+            self.extensions = NIFTI + PICTURES  # type: ignore[misc, assignment]
         if not anisotropy >= 1:
             raise errors.BadArgument(
                 f"anisotropy is {anisotropy}; expected the largest ratio of voxel sides, 1 or more",
@@ -130,6 +153,14 @@ class VolumePipeline(Pipeline):
 
     def read(self, source: Any) -> Scan:
         scan = read_scan(source, self.channels, self.series)
+        if scan.flat:
+            if len(self.patch) == 3 or self.spacing_asked:
+                raise errors.BadArgument(
+                    f"{source} is a picture; "
+                    + ("the model takes volumes" if len(self.patch) == 3 else "spacing= is for scans, leave it out"),
+                    argument="inputs", accepted=[],
+                )  # fmt: skip
+            return scan
         ratio = max(scan.spacing) / min(scan.spacing)
         if not self.spacing_asked and len(self.patch) == 3 and ratio > self.anisotropy:
             raise ValueError(
@@ -144,6 +175,8 @@ class VolumePipeline(Pipeline):
         from monai.data import MetaTensor
 
         placed = MetaTensor(torch.from_numpy(sample.data), affine=torch.from_numpy(sample.affine))
+        if sample.flat:
+            return torch.as_tensor(self.normalise(placed)).as_subclass(Tensor).float().contiguous()
         placed = self.to_grid(placed)
         sample.steps, sample.grid = list(placed.applied_operations), placed.affine.numpy()
         return torch.as_tensor(self.normalise(placed)).as_subclass(Tensor).float().contiguous()
@@ -152,7 +185,8 @@ class VolumePipeline(Pipeline):
 class MedicalSegmentation(VolumePipeline):
     """Volumes to label maps, volumes per label and a montage. For research; not for clinical use.
 
-    An input is a NIfTI file, a folder with a DICOM series, or a tuple of these, one for each channel. It is turned to
+    An input is a NIfTI file, a folder with a DICOM series, for two-dimensional networks also a picture, or a tuple of
+    these, one for each channel. It is turned to
     ``orientation``, resampled to ``spacing``, normalised, and read in overlapping windows whose logits are blended
     with Gaussian weights (MONAI's transforms and sliding window). The blended logits go back to the file's own grid,
     and the largest one there is the label.
@@ -161,7 +195,9 @@ class MedicalSegmentation(VolumePipeline):
     network was trained on; None keeps the file's. ``orientation``: directions of the axes, "RAS" or another of
     nibabel's codes; None keeps the file's. ``crop``: True reads only the box around what is not zero. ``patch``: sides
     of a window (the card's input). ``overlap`` of windows. ``mirror``: mean over all flips of all axes, or of the given
-    ones, as (0, 1). ``normalisation``: "z-score" a channel, "none", or (low, high) of intensities mapped to 0..1.
+    ones, as (0, 1). ``normalisation``: "z-score" a channel, "none", "min-max" (the scan's own range mapped to 0..255,
+    as VM-UNet reads pictures), or (low, high) of intensities mapped to 0..1. ``fit``: True resizes slices and pictures
+    to the window of a two-dimensional network, and its logits back, instead of moving the window over them (VM-UNet).
     ``anisotropy``: the largest ratio of voxel sides that is accepted where ``spacing`` is not given. ``series``: which
     one of a DICOM folder with several. ``window_batch``: windows at a time. ``label_set``: names of the labels,
     background first, or of a set of :data:`zoo_medical.label_sets.LABEL_SETS`. Two-dimensional networks read axial
@@ -184,6 +220,7 @@ class MedicalSegmentation(VolumePipeline):
         series: str | None = None,
         window_batch: int = 1,
         label_set: str | Sequence[str] | None = None,
+        fit: bool | None = None,
     ) -> None:
         super().__init__(model, patch, spacing, orientation, crop, normalisation, anisotropy, series)
         self.label_set = None if label_set is None else label_names(label_set)
@@ -197,6 +234,12 @@ class MedicalSegmentation(VolumePipeline):
                 f"window_batch is {window_batch}; expected 1 window or more", argument="window_batch", accepted=[]
             )
         self.overlap, self.window_batch = overlap, window_batch
+        self.fit = bool(self.preprocess.get("fit", False)) if fit is None else fit
+        if self.fit and len(self.patch) == 3:
+            raise errors.BadArgument(
+                "fit is True; only slices and pictures are resized to a window: give spacing= for volumes",
+                argument="fit", accepted=[],
+            )  # fmt: skip
         self._check_fit()
         asked = self.preprocess.get("mirror", False) if mirror is None else mirror
         self.flips = _flips(asked, len(self.patch))
@@ -227,6 +270,13 @@ class MedicalSegmentation(VolumePipeline):
     def named_labels(self, name: str) -> list[str] | None:
         return list(LABEL_SETS[name]) if name in LABEL_SETS else None
 
+    def prepare(self, sample: Scan) -> Tensor:
+        volume = super().prepare(sample)
+        if self.fit:
+            sample.sides = (volume.shape[1], volume.shape[2])
+            volume = _resized(volume, self.patch)
+        return volume
+
     def forward(self, batch: Tensor) -> Tensor:
         """(batch, channels, x, y, z) to blended logits (batch, classes, x, y, z)."""
         from monai.inferers import SliceInferer, SlidingWindowInferer
@@ -250,10 +300,17 @@ class MedicalSegmentation(VolumePipeline):
 
     def finish(self, output: Tensor, sample: Scan) -> Segmentation:
         labels = self._back(output, sample)
+        if sample.flat:
+            labels = labels[..., 0]
         millilitres = abs(float(np.linalg.det(sample.affine[:3, :3]))) / 1000
         known = self.label_set or self.labels() or []
         values, counts = np.unique(labels[labels > 0], return_counts=True)
         names = {int(v): known[int(v)] if int(v) < len(known) else f"label {int(v)}" for v in values}
+        if sample.flat:
+            shares = {names[int(v)]: float(n) / labels.size for v, n in zip(values, counts, strict=True)}
+            return Segmentation(
+                shares=shares, labels=labels, affine=sample.affine, image=sample.data[..., 0], names=names, flat=True
+            )
         volumes = {names[int(v)]: float(n) * millilitres for v, n in zip(values, counts, strict=True)}
         return Segmentation(
             volumes_ml=volumes, labels=labels, affine=sample.affine, image=sample.data[0], names=names,
@@ -267,10 +324,12 @@ class MedicalSegmentation(VolumePipeline):
         labels = np.zeros(sample.data.shape[1:], np.uint8 if len(scores) <= 256 else np.uint16)
         best: np.ndarray | None = None
         for index, one in enumerate(scores):
-            placed = MetaTensor(
-                one[None], affine=torch.from_numpy(sample.grid), applied_operations=copy.deepcopy(sample.steps)
-            )
-            found = self.to_grid.inverse(placed).as_subclass(Tensor)[0].numpy()
+            here = one[None] if sample.sides is None else _resized(one[None], sample.sides)
+            if not sample.flat:
+                steps = copy.deepcopy(sample.steps)
+                placed = MetaTensor(here, affine=torch.from_numpy(sample.grid), applied_operations=steps)
+                here = self.to_grid.inverse(placed).as_subclass(Tensor)
+            found = here[0].numpy()
             if len(scores) == 1:
                 limit = 0.5 if getattr(self.model, "gives_probability", False) else 0.0  # the same of logits
                 return (found > limit).astype(np.uint8)
@@ -299,6 +358,13 @@ def _orientation(given: str | None) -> str | None:
     return code
 
 
+def _resized(volume: Tensor, sides: Sequence[int]) -> Tensor:
+    """(channels, x, y, slices) with other first two sides, bilinearly, averaged where it shrinks."""
+    slices = volume.permute(3, 0, 1, 2)
+    found = F.interpolate(slices, size=tuple(sides), mode="bilinear", align_corners=False, antialias=True)
+    return found.permute(1, 2, 3, 0).contiguous()
+
+
 def _spacing(given: Any) -> tuple[float, ...] | None:
     """Three numbers; two leave the distance of slices as it is."""
     if given is None:
@@ -325,17 +391,20 @@ def _flips(mirror: bool | Sequence[int], dims: int) -> list[tuple[int, ...]]:
 
 
 def _normaliser(wanted: str | Sequence[float]) -> Any:
-    from monai.transforms import Identity, NormalizeIntensity, ScaleIntensityRange
+    from monai.transforms import Identity, NormalizeIntensity, ScaleIntensity, ScaleIntensityRange
 
     if wanted == "z-score":
         return NormalizeIntensity(channel_wise=True)
     if wanted == "none":
         return Identity()
+    if wanted == "min-max":
+        return ScaleIntensity(minv=0.0, maxv=255.0)
     if isinstance(wanted, Sequence) and not isinstance(wanted, str) and len(wanted) == 2 and wanted[0] < wanted[1]:
         return ScaleIntensityRange(a_min=wanted[0], a_max=wanted[1], b_min=0.0, b_max=1.0, clip=True)
     raise errors.BadArgument(
-        f"normalisation is {wanted!r}; expected 'z-score', 'none' or (low, high)", argument="normalisation", accepted=[]
-    )
+        f"normalisation is {wanted!r}; expected 'z-score', 'none', 'min-max' or (low, high)",
+        argument="normalisation", accepted=[],
+    )  # fmt: skip
 
 
 def _not_zero(image: Any) -> Any:

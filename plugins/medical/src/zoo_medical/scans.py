@@ -1,4 +1,4 @@
-"""Scans from the files people have: NIfTI files and folders of DICOM slices, all to voxels and an affine."""
+"""Scans from the files people have: NIfTI files, folders of DICOM slices and pictures, to voxels and an affine."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from zoo import errors
+from zoo.images import EXTENSIONS, read_picture
 
 from . import dicom
 
 NIFTI = (".nii", ".nii.gz")
+PICTURES = EXTENSIONS
 #: what the units of a NIfTI header are in mm; a header that names none means mm
 MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 
@@ -25,6 +28,9 @@ class Scan:
 
     data: np.ndarray  #: (channels, i, j, k) float32, in the file's own axes
     affine: np.ndarray  #: (4, 4), voxel to mm in RAS
+    flat: bool = False  #: a picture: (channels, height, width, 1), whose place in a body nobody knows
+    #: the sides (of the first two axes) that it had before it was resized to the network's window; None: it was not
+    sides: tuple[int, int] | None = None
     #: how it was brought onto the network's grid: MONAI's record of it, by which label maps find the way back
     steps: list[Any] = field(default_factory=list, repr=False)
     grid: np.ndarray = field(default_factory=lambda: np.eye(4), repr=False)  #: affine of the network's grid
@@ -39,7 +45,9 @@ class Scan:
 def read_scan(source: str | Path | Sequence[str | Path], channels: Sequence[int], series: str | None = None) -> Scan:
     """One file or DICOM folder, or one for each channel, all on one grid.
 
-    A NIfTI file has 3 axes, or 4 with the channels last (5 where ITK wrote the channels behind an empty time axis).
+    A picture gives its three colours, or its grey values where the model takes one channel; greys of 16 bits keep their
+    values. A NIfTI file has 3 axes, or 4 with the channels last (5 where ITK wrote the channels behind an empty time
+    axis).
     ``channels``: the numbers that the model takes. ``series``: see :func:`zoo_medical.dicom.read_series`. Raises
     ``LocalFileMissing``, or BadFile, which is a ValueError that names the file and what is wrong with it.
     """
@@ -54,7 +62,7 @@ def read_scan(source: str | Path | Sequence[str | Path], channels: Sequence[int]
     parts: list[np.ndarray] = []
     affine = np.eye(4)
     for path in paths:
-        data, grid = _read(path, series)
+        data, grid = _read_picture(path, channels) if is_picture(path) else _read(path, series)
         if not np.isfinite(data).all():
             raise dicom.bad_file(f"{path}: holds values that are not finite; repair the file first")
         if not parts:
@@ -71,7 +79,35 @@ def read_scan(source: str | Path | Sequence[str | Path], channels: Sequence[int]
             f"{' or '.join(map(str, channels))}. Give one file for each channel as a tuple, or one file with a fourth "
             "axis"
         )
-    return Scan(stacked, affine)
+    return Scan(stacked, affine, flat=is_picture(paths[0]))
+
+
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES
+
+
+def _read_picture(path: Path, channels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(channels, height, width, 1) and an affine that says nothing."""
+    image = read_picture(path) if _depth(path) == 8 else None
+    if image is None:
+        try:
+            with Image.open(path) as grey:
+                values = np.asarray(ImageOps.exif_transpose(grey), np.float32)
+        except OSError as error:
+            raise dicom.bad_file(f"{path}: is no picture that can be read ({error})") from error
+        values = np.repeat(values[..., None], 3 if 3 in channels else 1, axis=2)
+    else:
+        values = np.asarray(image if 3 in channels else image.convert("L"), np.float32).reshape(*image.size[::-1], -1)
+    return np.ascontiguousarray(values.transpose(2, 0, 1)[..., None]), np.eye(4)
+
+
+def _depth(path: Path) -> int:
+    """8, or 16 for greys of more bits; 8 where the file is none, which reading it will say."""
+    try:
+        with Image.open(path) as image:
+            return 16 if image.mode.startswith(("I", "F")) else 8
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return 8
 
 
 def _read(path: Path, series: str | None) -> tuple[np.ndarray, np.ndarray]:
