@@ -72,7 +72,8 @@ class CausalLM(nn.Module):
         """Logits of every position, (batch, length, padded vocabulary).
 
         input_ids: (batch, length) int64, right-padded where ``lengths`` (batch,) says so. state: go on from it; it is
-        moved on in place. Raises ValueError for ids outside the vocabulary or a state of another batch size.
+        moved on in place. Raises ValueError for a state of another batch size and (on a CPU, uncompiled; elsewhere
+        indexing fails) for ids outside the vocabulary and lengths beyond the rows.
         """
         return self.head(self.backbone(input_ids, state=state, lengths=lengths))
 
@@ -83,8 +84,9 @@ class CausalLM(nn.Module):
         """Read texts and return the state after them (a new one, or ``state`` moved on), with the next token's logits.
 
         Long texts are read ``chunk`` tokens at a time, so memory does not grow with their length. A row whose
-        ``lengths`` entry is 0 stays as it was.
+        ``lengths`` entry is 0 stays as it was. Raises ValueError as :meth:`forward`, and for a state of another model.
         """
+        self._check(input_ids, state, lengths)
         state = self.init_state(input_ids.shape[0]) if state is None else state
         state.check(self.state_name)
         batch, length = input_ids.shape
@@ -132,6 +134,16 @@ class CausalLM(nn.Module):
             raise ValueError(f"the state holds {state.batch} texts, input_ids {input_ids.shape[0]}")
         if lengths is not None and lengths.shape != input_ids.shape[:1]:
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected ({input_ids.shape[0]},)")
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(input_ids) is not Tensor
+        if input_ids.device.type != "cpu" or traced or not input_ids.numel():
+            return  # looking at values costs a transfer, or is not allowed
+        rows = max(getattr(getattr(self, "embedding", None), "num_embeddings", 0), self.vocab_size)
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= rows:
+            wrong = low if low < 0 else high
+            raise ValueError(f"input_ids holds the token {wrong}; this model's ids are 0 to {self.vocab_size - 1}")
+        if lengths is not None and not 0 <= int(lengths.min()) <= int(lengths.max()) <= input_ids.shape[1]:
+            raise ValueError(f"lengths are {lengths.tolist()}; expected each from 0 to {input_ids.shape[1]}")
 
     # -- what trainers expect ---------------------------------------------------------------------------------------
 

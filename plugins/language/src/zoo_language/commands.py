@@ -10,21 +10,73 @@ from typing import Any
 
 import click
 
+NOT_NEGATIVE = click.IntRange(min=0)
+
+
+def _writable(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """A file that can be written, found out before a text is waited for."""
+    from zoo.files import check_place
+
+    if value is not None:
+        if value.is_dir():
+            raise click.BadParameter(f"{str(value)!r} is a folder; expected the name of a file", ctx, parameter)
+        try:
+            check_place(value)
+        except OSError as error:
+            raise click.BadParameter(str(error), ctx, parameter) from error
+    return value
+
+
+def _sampling(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """A value that :class:`Sampling` takes."""
+    from .generation import Sampling
+
+    try:
+        Sampling(**{str(parameter.name): value})
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from error
+    return value
+
+
+def _stop(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in value:
+        raise click.BadParameter("an empty string ends every text at once; leave it out", ctx, parameter)
+    return value
+
+
 SAMPLING = [
-    click.option("--max-new-tokens", default=128, show_default=True),
-    click.option("--temperature", default=0.0, show_default=True, help="0: always the most likely token."),
-    click.option("--top-k", default=0, show_default=True, help="Keep the k most likely tokens (0: all)."),
-    click.option("--top-p", default=1.0, show_default=True, help="Keep the tokens that reach this probability."),
-    click.option("--min-p", default=0.0, show_default=True, help="Keep tokens this likely relative to the best."),
-    click.option("--repetition-penalty", default=1.0, show_default=True),
-    click.option("--seed", default=0, show_default=True),
+    click.option("--max-new-tokens", default=128, show_default=True, type=NOT_NEGATIVE),
+    click.option(
+        "--temperature", default=0.0, show_default=True, callback=_sampling, help="0: always the most likely token."
+    ),
+    click.option("--top-k", default=0, show_default=True, type=NOT_NEGATIVE, help="Keep the k most likely (0: all)."),
+    click.option(
+        "--top-p",
+        default=1.0,
+        show_default=True,
+        callback=_sampling,
+        help="Keep the tokens that reach this probability.",
+    ),
+    click.option(
+        "--min-p",
+        default=0.0,
+        show_default=True,
+        callback=_sampling,
+        help="Keep tokens this likely relative to the best.",
+    ),
+    click.option("--repetition-penalty", default=1.0, show_default=True, callback=_sampling),
+    click.option("--seed", default=0, show_default=True, callback=_sampling),
     click.option(
         "--decode-weights",
         type=click.Choice(["float32", "bfloat16", "float16", "int8"]),
         help="Store the weights like this for decoding on a CPU: faster, at a small cost in perplexity.",
     ),
-    click.option("--stop", multiple=True, help="End at this string; repeatable."),
-    click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json instead of the card's."),
+    click.option("--stop", multiple=True, callback=_stop, help="End at this string; repeatable."),
+    click.option(
+        "--tokenizer",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A tokenizer.json instead of the card's.",
+    ),
     click.option(
         "--checkpoint", type=click.Path(path_type=Path), help="Local weights, in the zoo's or original format."
     ),
@@ -52,7 +104,13 @@ def sampling(command: Any) -> Any:
 
 def _pipeline(model: str, **options: Any) -> Any:
     import zoo
+    from zoo.loading import card_of
 
+    task = card_of(model).task
+    if task != "text-generation":  # told before gigabytes are fetched
+        raise click.UsageError(f"{model} is for {task}; `zoo list --domain language` shows the language models")
+    if options.get("speculative") and (options.get("decode_weights") or options.get("cuda_graphs")):
+        raise click.UsageError("--draft goes with neither --decode-weights nor --cuda-graphs: give one of them")
     if options.get("device") is None and options.get("device_map") is None:
         options["device"] = "cpu"
     chosen = {k: v for k, v in options.items() if v is not None}
@@ -68,7 +126,9 @@ def _pipeline(model: str, **options: Any) -> Any:
 @click.option(
     "--state", "state_file", type=click.Path(path_type=Path), help="Go on from this state file, if it exists."
 )
-@click.option("--save-state", type=click.Path(path_type=Path), help="Write the state after the text here.")
+@click.option(
+    "--save-state", type=click.Path(path_type=Path), callback=_writable, help="Write the state after the text here."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON at the end instead of streaming text.")
 @sampling
 def generate(
@@ -80,14 +140,16 @@ def generate(
     A state file holds all that the model has read: `--save-state` after a long document, `--state` to go on from it
     in another process without reading it again.
     """
+    from zoo.files import read_text
+
     from .state import State
 
     if file is not None and prompt is not None:
         raise click.UsageError("give PROMPT or --file, not both")
     if file is not None:
-        prompt = file.read_text(encoding="utf-8")
+        prompt = read_text(file)
     if prompt is None:
-        prompt = "" if sys.stdin.isatty() else sys.stdin.read()
+        prompt = "" if sys.stdin.isatty() else _standard_input()
     state = State.load(state_file) if state_file is not None and state_file.exists() else None
     if state_file is not None and state is None and save_state is None:
         raise click.ClickException(f"there is no state file {state_file}; make one with --save-state")
@@ -104,19 +166,30 @@ def generate(
     if save_state is not None:
         pipe.last_state.save(save_state)
     if as_json:
-        text = "".join(pieces)
-        click.echo(json.dumps({"model": pipe.name, "prompt": prompt, "text": text, "seconds": seconds}))
+        found = {"text": "".join(pieces), "tokens": len(pipe.last_text.tokens), "reason": pipe.last_text.reason}
+        click.echo(json.dumps({"model": pipe.name, "prompt": prompt, **found, "seconds": seconds}))
     else:
         click.echo()
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"standard input is no text in UTF-8: {error}") from error
 
 
 @click.command()
 @click.argument("model")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--window", default=2048, show_default=True, help="Tokens read at a time.")
+@click.option("--window", default=2048, show_default=True, type=click.IntRange(min=1), help="Tokens read at a time.")
 @click.option("--carry/--no-carry", default=True, show_default=True, help="Carry the state from window to window.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Local weights, in the zoo's or original format.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json instead of the card's.")
+@click.option(
+    "--tokenizer",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A tokenizer.json instead of the card's.",
+)
 @click.option("--dtype", help="float32, bfloat16 or float16.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
@@ -125,9 +198,13 @@ def score(model: str, file: Path, window: int, carry: bool, as_json: bool, **opt
     from rich.console import Console
     from rich.progress import Progress
 
+    from zoo.files import read_text
+
     from .scoring import score as run
 
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
+    if not text:
+        raise click.UsageError(f"{file} is empty; there is nothing to score")
     pipe = _pipeline(model, **options)
     ids = pipe.tokenizer.encode(text)
     with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bar:
@@ -147,7 +224,13 @@ def score(model: str, file: Path, window: int, carry: bool, as_json: bool, **opt
 
 @click.command()
 @click.argument("model")
-@click.option("--state", "state_file", type=click.Path(path_type=Path), help="Keep the conversation in this file.")
+@click.option(
+    "--state",
+    "state_file",
+    type=click.Path(path_type=Path),
+    callback=_writable,
+    help="Keep the conversation in this file.",
+)
 @click.option("--user", default="", help="Text put before each line you type.")
 @click.option("--answer", default="\n", help="Text put behind each line you type.")
 @sampling
@@ -161,6 +244,7 @@ def chat(model: str, state_file: Path | None, user: str, answer: str, **options:
     pipe = _pipeline(model, **options)
     state = State.load(state_file) if state_file is not None and state_file.exists() else None
     if state is not None:
+        state.check(pipe.lm.state_name)
         click.echo(f"(going on after {int(state.position[0])} tokens)", err=True)
     while True:
         try:

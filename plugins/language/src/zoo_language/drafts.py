@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from zoo_registry import errors
+
 from ._base import CausalLM
 from .state import State
 from .tree_verification import Tree
@@ -191,14 +193,21 @@ class ModelDraft:
 def draft_of(name: str, target: CausalLM) -> Draft:
     """The draft of a name: "ngram", or a model of the zoo, loaded beside ``target``.
 
-    Raises ValueError for one with another vocabulary.
+    Raises BadArgument (a ValueError) for a model of another task or with another vocabulary.
     """
     if name == "ngram":
         return NGramDraft()
     import zoo
+    from zoo.loading import card_of
 
+    if (task := card_of(name).task) != "text-generation":  # told before its weights are fetched
+        raise errors.BadArgument(f"{name} cannot draft: it is for {task}", argument="speculative", accepted=["ngram"])
     model = zoo.load(name, device=str(target.device))
     if not isinstance(model, CausalLM) or model.vocab_size != target.vocab_size:
         has = getattr(model, "vocab_size", "no")
-        raise ValueError(f"{name} cannot draft: it has {has} token ids, the target {target.vocab_size}")
+        raise errors.BadArgument(
+            f"{name} cannot draft: it has {has} token ids, the target {target.vocab_size}",
+            argument="speculative",
+            accepted=["ngram"],
+        )
     return ModelDraft(model)

@@ -6,13 +6,17 @@ alone as among others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from zoo_registry import errors
 
 from ._base import CausalLM
 from .state import State
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. The defaults are greedy.
+    """How the next token is chosen. The defaults are greedy. Raises BadArgument (a ValueError) for values out of range.
 
     temperature: 0 takes the most likely token; top_k: keep the k most likely (0: all); top_p: keep the most likely
     tokens that together reach this probability; min_p: keep tokens at least this share of the most likely one;
@@ -41,34 +45,64 @@ class Sampling:
     seed: int | Sequence[int] = 0
 
     def __post_init__(self) -> None:
-        limits: list[tuple[str, float, bool, str]] = [
-            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more"),
+        seeds = [self.seed] if isinstance(self.seed, numbers.Integral) else self.seed
+        whole = isinstance(self.top_k, numbers.Integral)
+        limits: list[tuple[str, Any, bool, str]] = [
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", self.top_k, whole and self.top_k >= 0, "a whole number, 0 (all tokens) or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p < 1, "from 0, below 1"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("seed", self.seed, _are_seeds(seeds), "a whole number of 64 bits, or one a row"),
         ]
         for name, value, right, expected in limits:
             if not right:
-                raise ValueError(f"{name} is {value}; expected {expected}")
+                raise errors.BadArgument(f"{name} is {value}; expected {expected}", argument=name, accepted=[])
 
-    def row_seed(self, row: int) -> int:
-        return self.seed + row if isinstance(self.seed, int) else int(self.seed[row])
+    def row_seeds(self, rows: int) -> list[int]:
+        """The seeds of so many rows. Raises ValueError where as many were given, and others are asked for."""
+        given: Any = self.seed  # numpy's integers and arrays too
+        if isinstance(given, numbers.Integral):
+            return [_seed(int(given) + row) for row in range(rows)]
+        if len(given) != rows:
+            raise ValueError(f"{len(given)} seeds for {rows} texts; expected one for all, or one a text")
+        return [_seed(int(seed)) for seed in given]
+
+
+def _are_seeds(seeds: Any) -> bool:
+    try:
+        return all(isinstance(seed, numbers.Integral) and -(2**63) <= int(seed) < 2**64 for seed in seeds)
+    except TypeError:  # neither a number nor several
+        return False
+
+
+def _seed(value: int) -> int:
+    """As torch takes it, behind whose largest the smallest follows."""
+    return value if value < 2**64 else value - 2**64
 
 
 def choose(logits: Tensor, seen: Sequence[int], how: Sampling, generator: torch.Generator) -> int:
-    """The next token of one text: logits (vocabulary,), ``seen`` its tokens so far."""
+    """The next token of one text: logits (vocabulary,), ``seen`` its tokens so far.
+
+    Raises ValueError for logits that are not numbers: any choice among them would be made up.
+    """
     logits = logits.float()
     if how.repetition_penalty != 1.0 and len(seen):
         index = torch.as_tensor(sorted(set(seen)), device=logits.device)
         values = logits[index]
         logits = logits.clone()
         logits[index] = torch.where(values < 0, values * how.repetition_penalty, values / how.repetition_penalty)
+    token = int(logits.argmax())  # NaN is the largest
+    best = float(logits[token])
+    if not math.isfinite(best):
+        raise ValueError(f"the model's largest logit is {best}: its weights are broken, or overflow in this dtype")
     if how.temperature == 0:
-        return int(logits.argmax())
-    logits = logits / how.temperature
+        return token
+    # From the largest down, so that no temperature makes infinities that cancel.
+    logits = (logits - best) / max(how.temperature, 1e-30)
     if 0 < how.top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(how.top_k).values[-1], -torch.inf)
+        kept = logits.topk(how.top_k)  # k of them, also where several are equal
+        logits = torch.full_like(logits, -torch.inf).scatter(0, kept.indices, kept.values)
     if how.top_p < 1:
         ordered, order = logits.sort(descending=True)
         mass = ordered.softmax(0).cumsum(0)
@@ -110,12 +144,15 @@ def generate(
     """Continue texts. Returns the texts and the state after the last token that was read.
 
     prompts: token ids, one list a text; with ``state`` (one text a prompt) they continue what it has read and may be
-    empty. stop_strings need ``decode`` (ids to text). decoder: what reads the tokens of a single text
-    (:meth:`CausalLM.fast_decoder`); by itself a float32 model on a CPU decodes fused where it can.
+    empty; the given state stays as it is. stop_strings need ``decode`` (ids to text); the state after a text that one
+    ended is that after the tokens before it, so that what is read next follows on what the text says. decoder: what
+    reads the tokens of a single text (:meth:`CausalLM.fast_decoder`); by itself a float32 model on a CPU decodes fused
+    where it can.
     cuda_graphs: on a CUDA device, record a step for each batch size and replay it; elsewhere a message says that it
     does not apply. speculative: drafts trees of tokens that the model checks in one pass
     (:class:`zoo_language.drafts.NGramDraft`, :class:`~zoo_language.drafts.ModelDraft`); the tokens are those of plain
-    decoding, row after row. on_token(row, token) is called as tokens come.
+    decoding, row after row. on_token(row, token) is called as tokens come. Raises ValueError for ids that the model
+    does not have, a state of another model, and logits that are not numbers.
     """
     result: dict[str, Any] = {}
     for row, token in stream(
@@ -157,21 +194,27 @@ def stream(
     from .decode import decoder_for
     from .graphs import graph_decoder_for
 
+    prompts = _ids(prompts)
+    stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+    stop_tokens = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens)
     _check(model, prompts, max_new_tokens, stop_strings, decode, state)
+    state = None if state is None else state.fork()
     rows = len(prompts)
+    seeds = sampling.row_seeds(rows)
     longest = max((len(p) for p in prompts), default=0)
     device = model.device
     if longest:
         ids = torch.zeros(rows, longest, dtype=torch.long, device=device)
         for i, prompt in enumerate(prompts):
-            ids[i, : len(prompt)] = torch.as_tensor(list(prompt), device=device)
+            ids[i, : len(prompt)] = torch.tensor(prompt, device=device)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         state = model.prefill(ids, state=state, lengths=lengths)
     assert state is not None
     assert state.logits is not None
+    before = state.fork() if stop_strings else None
     texts = [Text() for _ in prompts]
     seen = [list(p) for p in prompts]
-    generators = [torch.Generator().manual_seed(sampling.row_seed(i)) for i in range(rows)]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     alive = list(range(rows))  # rows of the batch that still grow; ``current`` holds their states in this order
     current, parked = state, {}
     fast = decoder_for(model) if decoder is None else decoder
@@ -225,9 +268,13 @@ def stream(
     for i, row in enumerate(alive):
         texts[row].reason = texts[row].reason or "length"
         parked[row] = current.select(i)
-    for text in texts:
+    for i, text in enumerate(texts):
         if text.text is None and decode is not None:
             text.text = decode(text.tokens)
+        if text.reason == "string":
+            assert before is not None
+            assert decode is not None
+            parked[i] = _after_cut(model, before.select(i), text, decode)
     if result is not None:
         result["texts"], result["state"] = texts, State.stack([parked[row] for row in range(rows)])
 
@@ -242,8 +289,39 @@ def _cut(text: Text, stop_strings: Sequence[str], decode: Callable[[list[int]], 
     return True
 
 
+def _after_cut(model: CausalLM, state: State, text: Text, decode: Callable[[list[int]], str]) -> State:
+    """``state``, which is that before ``text``, moved on over the tokens that the cut text holds whole."""
+    assert text.text is not None
+    count = len(text.tokens)
+    while count and not text.text.startswith(decode(text.tokens[:count])):
+        count -= 1
+    return model.prefill(torch.tensor([text.tokens[:count]], device=model.device), state=state) if count else state
+
+
 def _ended(text: Text, stop_strings: Sequence[str], decode: Callable[[list[int]], str] | None) -> bool:
     return bool(stop_strings) and decode is not None and _cut(text, stop_strings, decode)
+
+
+def _ids(prompts: Any) -> list[list[int]]:
+    """Prompts as lists of plain integers, from lists, arrays or tensors of them. Raises ValueError."""
+    texts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+        raise ValueError(
+            f"prompts is a {type(prompts).__name__}; expected a list with one list of token ids for each text"
+        )
+    found = []
+    for i, text in enumerate(texts):
+        ids = text.tolist() if hasattr(text, "tolist") else text
+        if isinstance(ids, str) or not isinstance(ids, Iterable):
+            raise ValueError(
+                f"prompt {i} is {text!r:.60}; expected a list of token ids (a tokenizer makes them of text)"
+            )
+        ids = [t.item() if isinstance(t, Tensor) and t.numel() == 1 else t for t in ids]
+        wrong = next((t for t in ids if not isinstance(t, numbers.Integral)), None)
+        if wrong is not None:
+            raise ValueError(f"prompt {i} has the token {wrong!r:.60}; expected whole numbers")
+        found.append([int(t) for t in ids])
+    return found
 
 
 def _check(
@@ -256,8 +334,10 @@ def _check(
 ) -> None:
     if not prompts:
         raise ValueError("no prompts: expected a list with one list of token ids for each text")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number, 0 or more")
+    if "" in stop_strings:
+        raise ValueError("a stop string is empty, which ends every text at once; leave it out")
     if stop_strings and decode is None:
         raise ValueError("stop_strings need decode=, a function from token ids to text")
     if state is not None:

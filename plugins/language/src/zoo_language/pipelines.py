@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zoo import errors
+from zoo.files import read_text
 from zoo.pipelines import Pipeline, Result
 
 from ._base import CausalLM
 from .drafts import Draft, draft_of
 from .generation import Sampling, Text, generate, stream
 from .state import State
-from .tokenizer import HubTokenizer, Tokenizer, tokenizer_of
+from .tokenizer import Tokenizer, tokenizer_of
 
 
 @dataclass(kw_only=True)
@@ -35,9 +36,10 @@ class GeneratedText(Result):
 
 
 class TextGeneration(Pipeline):
-    """Continue texts, alone or in batches of unequal length (each gives what it would give alone).
+    """Continue texts, alone or in batches of unequal length (each gives what it would give alone: every text is sampled
+    with the same ``seed``).
 
-    Inputs: a string, or a ``Path`` to a text file, or a list of them. Options: those of :class:`Sampling`,
+    Inputs: a string, or a ``Path`` to a text file in UTF-8, or a list of them. Options: those of :class:`Sampling`,
     ``max_new_tokens``, ``stop`` (strings that end a text), ``tokenizer`` (a path to a tokenizer.json, or an object with
     ``encode`` and ``decode``; default: what the weights card names), ``decode_weights`` ("bfloat16" or "int8": smaller
     weights for decoding single texts on a CPU, see :meth:`CausalLM.fast_decoder`), ``cuda_graphs`` (see
@@ -65,48 +67,65 @@ class TextGeneration(Pipeline):
         cuda_graphs: bool = False,
         speculative: str | Draft | None = None,
     ) -> None:
-        super().__init__(model)
         if not isinstance(model, CausalLM):
             raise errors.BadArgument(
                 f"{type(model).__name__} is no language model of the zoo", argument="model", accepted=[]
             )
+        if max_new_tokens < 0:
+            raise errors.BadArgument(
+                f"max_new_tokens is {max_new_tokens}; expected 0 or more", argument="max_new_tokens", accepted=[]
+            )
+        if speculative is not None and (decode_weights is not None or cuda_graphs):
+            raise errors.BadArgument(
+                "speculative goes with neither cuda_graphs nor decode_weights: give one of them",
+                argument="speculative",
+                accepted=[],
+            )
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in self.stop:
+            raise errors.BadArgument(
+                "a stop string is empty, which ends every text at once; leave it out", argument="stop", accepted=[]
+            )
+        super().__init__(model)
         self.lm = model
         self.max_new_tokens = max_new_tokens
         self.sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         self.decoder = None if decode_weights is None else model.fast_decoder(decode_weights)
         self.cuda_graphs = cuda_graphs
         self.speculative = draft_of(speculative, model) if isinstance(speculative, str) else speculative
-        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if isinstance(tokenizer, str | Path):
-            self.tokenizer: Tokenizer = HubTokenizer(tokenizer, self.preprocess.get("end_of_text"))
-        else:
-            self.tokenizer = tokenizer_of(self.preprocess) if tokenizer is None else tokenizer
+        named = tokenizer is None or isinstance(tokenizer, str | Path)
+        self.tokenizer: Tokenizer = tokenizer_of(self.preprocess, tokenizer) if named else tokenizer  # type: ignore[arg-type, assignment]
 
     # -- the pipeline ----------------------------------------------------------------------------------------------
 
     def read(self, source: Any) -> str:
         if isinstance(source, Path):
-            try:
-                return source.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{source} is no UTF-8 text: {error}") from error
-        return str(source)
+            return read_text(source)
+        if not isinstance(source, str):
+            raise errors.BadArgument(
+                f"a prompt is a {type(source).__name__}; expected a string, or a Path to a text file",
+                argument="inputs",
+                accepted=[],
+            )
+        return source
 
-    def prepare(self, sample: str) -> Tensor:
+    def prepare(self, sample: str) -> list[int]:
+        # No tensor: prompts of different lengths go through the engine together.
         ids = self.tokenizer.encode(sample)
         if not ids and self.tokenizer.end_of_text is not None:
             ids = [self.tokenizer.end_of_text]
         if not ids:
-            raise ValueError("the prompt is empty: give at least one character")
-        return torch.tensor(ids)
+            raise errors.BadArgument("the prompt is empty: give at least one character", argument="inputs", accepted=[])
+        return ids
 
-    def collate(self, samples: Sequence[Tensor]) -> Any:
-        # Nothing is stacked: prompts of different lengths go through the engine together.
-        return {"prompts": [sample.tolist() for sample in samples]}
+    def collate(self, samples: Sequence[list[int]]) -> Any:
+        return {"prompts": list(samples)}
 
     def forward(self, batch: Any) -> list[tuple[Text, State]]:
-        texts, state = self.continue_from(batch["prompts"])
-        return [(text, state.select(i)) for i, text in enumerate(texts)]
+        # The states are handed out: tensors of inference mode could not be moved on.
+        with torch.inference_mode(False):
+            texts, state = self.continue_from(batch["prompts"])
+            return [(text, state.select(i)) for i, text in enumerate(texts)]
 
     def split(self, output: Any, count: int) -> list[Any]:
         return list(output)
@@ -134,22 +153,43 @@ class TextGeneration(Pipeline):
 
     def continue_from(self, prompts: list[list[int]], state: State | None = None) -> tuple[list[Text], State]:
         """Token ids in, texts and the state after them out; ``state`` goes on where it stands."""
-        return generate(self.lm, prompts, state=state, **self._how())
+        how = self._how()
+        if isinstance(self.sampling.seed, int):  # as each alone
+            how["sampling"] = replace(self.sampling, seed=[self.sampling.seed] * len(prompts))
+        return generate(self.lm, prompts, state=state, **how)
 
     def stream_text(self, prompt: str, state: State | None = None) -> Iterator[str]:
-        """Pieces of text as they come; whole characters only. ``self.last_state`` is the state after them."""
+        """Pieces of text as they come; whole characters only. ``self.last_state`` is the state after them,
+        ``self.last_text`` all of it.
+
+        Together the pieces are what calling the pipeline gives. Raises BadArgument as that does, and for a ``state`` of
+        another model.
+        """
         result: dict[str, Any] = {}
         tokens: list[int] = []
         shown = ""
-        for _, token in stream(self.lm, [self.tokenizer.encode(prompt)], state=state, result=result, **self._how()):
+        ids = self.tokenizer.encode(prompt) if state is not None else self.prepare(prompt)
+        for _, token in stream(self.lm, [ids], state=state, result=result, **self._how()):
             tokens.append(token)
             whole = self.tokenizer.decode(tokens)
-            if whole.endswith("\N{REPLACEMENT CHARACTER}"):
-                continue  # the rest of the character has not come yet
-            if not any(stop.startswith(whole[-n:]) for stop in self.stop for n in range(1, len(stop) + 1)):
-                yield whole[len(shown) :]
-                shown = whole
-        final = result["texts"][0].text
+            safe = len(whole) - self._held(whole)
+            if safe > len(shown):
+                yield whole[len(shown) : safe]
+                shown = whole[:safe]
+        self.last_text: Text = result["texts"][0]
+        self.last_state: State = result["state"]
+        final = self.last_text.text or ""
         if len(final) > len(shown):
             yield final[len(shown) :]
-        self.last_state: State = result["state"]
+
+    def _held(self, text: str) -> int:
+        """How many of the last characters of ``text`` must wait: of a character or a stop string that may yet come, and
+        of a stop string that came, with what stands behind it."""
+        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        if found:
+            return len(text) - min(found)
+        held = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        for stop in self.stop:
+            begun = (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
+            held = max(held, next(begun, 0))
+        return held

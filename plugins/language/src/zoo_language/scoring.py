@@ -53,13 +53,20 @@ def score(
     carry_state: go on from the state of the window before (a recurrent model's context has no end); without it every
     window starts anew, as transformers are scored. start: a token to condition the first window on, such as the
     end-of-text token; without one the first token is given and not scored. decoder: read token by token with it (what
-    quantised weights cost). Raises ValueError for texts of fewer than two tokens.
+    quantised weights cost). Raises ValueError for texts of fewer than two tokens, ids that the model does not have, a
+    window below 1, and logits that are not numbers.
     """
+    if window < 1:
+        raise ValueError(f"window is {window}; expected at least 1")
     ids = torch.as_tensor(ids, dtype=torch.long).reshape(-1)
     if start is not None:
         ids = torch.cat([torch.tensor([start]), ids])
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens; scoring needs at least 2")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= model.vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"the text has the token {wrong}; this model's ids are 0 to {model.vocab_size - 1}")
     state = model.init_state(1) if carry_state or decoder is not None else None
     nats, count = 0.0, 0
     for first in range(0, len(ids) - 1, window):
@@ -72,6 +79,8 @@ def score(
         else:
             logits = model(given[None], state=state)[0, :, : model.vocab_size].float()
         nats += float(F.cross_entropy(logits, target, reduction="sum"))
+        if not math.isfinite(nats):
+            raise ValueError(f"the text's likelihood is {nats} nats: the model's weights are broken, or overflow")
         count += len(target)
         if progress is not None:
             progress(count, len(ids) - 1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from zoo.files import existing, unreadable, whole
+from zoo_registry import errors
 
 #: One layer's part of a state. Recurrent parts have a fixed size; a key-value cache ("k", "v") grows with the text.
 LayerState = dict[str, Tensor]
@@ -39,7 +41,12 @@ class State:
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.values())
 
     def fork(self, copies: int = 1) -> State:
-        """An independent copy, each text ``copies`` times in a row (to continue one prompt in several ways)."""
+        """An independent copy, each text ``copies`` times in a row (to continue one prompt in several ways).
+
+        Raises ValueError for fewer than one.
+        """
+        if copies < 1:
+            raise ValueError(f"copies is {copies}; expected 1 or more")
         return self._map(lambda t: t.repeat_interleave(copies, dim=0) if copies > 1 else t.clone())
 
     def select(self, rows: int | Sequence[int] | Tensor) -> State:
@@ -72,7 +79,7 @@ class State:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file, whole or not at all (beside its name, then moved into place)."""
+        """Write one safetensors file, whole or not at all; folders above it are made. Raises StoreError."""
         from safetensors.torch import save_file
 
         tensors = {
@@ -84,29 +91,34 @@ class State:
         if self.logits is not None:
             tensors["logits"] = self.logits.detach().contiguous()
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
         meta = {"zoo_state": FORMAT, "model": self.model, "layers": json.dumps(len(self.layers))}
-        save_file(tensors, temporary, metadata=meta)
-        os.replace(temporary, path)
+        if not path.name:
+            raise errors.StoreError(f"{path} is a folder; expected the name of a file", path=str(path))
+        with whole(path) as work:
+            save_file(tensors, work, metadata=meta)
         return path
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> State:
-        """Read what :meth:`save` wrote. Raises ValueError for files that are no states."""
+        """Read what :meth:`save` wrote. Raises BadFile (a ValueError) for files that are no states, and
+        LocalFileMissing."""
         from safetensors import SafetensorError, safe_open
 
+        path = existing(path, "a state file")
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 meta = file.metadata() or {}
                 if meta.get("zoo_state") != FORMAT:
-                    raise ValueError(
+                    raise errors.BadFile(
                         f"{path} is no state file of format {FORMAT} (its header says {meta.get('zoo_state')!r}); "
-                        "expected a file that State.save wrote"
+                        "expected a file that State.save wrote",
+                        path=str(path),
                     )
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from error
+            raise errors.BadFile(f"{path} is no safetensors file: {error}", path=str(path)) from error
+        except OSError as error:
+            raise unreadable(path, error) from error
         layers: list[LayerState] = [{} for _ in range(json.loads(meta["layers"]))]
         for key, value in tensors.items():
             if key.startswith("layers."):
@@ -115,9 +127,13 @@ class State:
         return cls(layers, tensors["position"], tensors.get("logits"), meta.get("model", ""))
 
     def check(self, model: str) -> None:
-        """Raise ValueError when another model made this state."""
+        """Raise BadArgument (a ValueError) when another model made this state."""
         if self.model and model and self.model != model:
-            raise ValueError(f"this state was made by {self.model}, not by {model}: a state means nothing elsewhere")
+            raise errors.BadArgument(
+                f"this state was made by {self.model}, not by {model}: a state means nothing elsewhere",
+                argument="state",
+                accepted=[],
+            )
 
     def _map(self, function) -> State:
         return State(

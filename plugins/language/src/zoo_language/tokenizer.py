@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from zoo.files import existing
+from zoo_registry import errors
+
 
 class Tokenizer(Protocol):
     """What the pipelines need of a tokenizer."""
@@ -22,23 +25,29 @@ class ByteTokenizer:
     end_of_text: int | None = None
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+        # A command line's bytes that are no UTF-8 come as lone surrogates: these are the bytes again.
+        return list(text.encode("utf-8", errors="surrogateescape"))
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
 
 
 class HubTokenizer:
-    """A ``tokenizer.json`` (the ``tokenizers`` library)."""
+    """A ``tokenizer.json`` (the ``tokenizers`` library).
+
+    ``end_of_text``: the id that ends a text; None: that of "<|endoftext|>", where there is such a token. Raises
+    BadFile, a ValueError, for a file that is none.
+    """
 
     def __init__(self, path: str | Path, end_of_text: int | None = None) -> None:
         from tokenizers import Tokenizer as Fast
 
+        path = existing(path, "a tokenizer.json")
         try:
             self._fast = Fast.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for a file that it cannot read
-            raise ValueError(f"{path} is no tokenizer.json: {error}") from error
-        self.end_of_text = end_of_text
+            raise errors.BadFile(f"{path} is no tokenizer.json: {error}", path=str(path)) from error
+        self.end_of_text = self._fast.token_to_id("<|endoftext|>") if end_of_text is None else end_of_text
 
     def encode(self, text: str) -> list[int]:
         return self._fast.encode(text, add_special_tokens=False).ids
@@ -47,20 +56,24 @@ class HubTokenizer:
         return self._fast.decode(list(ids), skip_special_tokens=False)
 
 
-def tokenizer_of(settings: Mapping[str, Any], *, local: str | Path | None = None, **download: Any) -> Tokenizer:
+def tokenizer_of(settings: Mapping[str, Any], local: str | Path | None = None) -> Tokenizer:
     """The tokenizer that a weights card's ``preprocess`` names: ``tokenizer = "bytes"`` or a Hub repository.
 
-    ``local``: a tokenizer.json to use instead; ``download``: passed to the store (``local_files_only``, ``token`` ...).
+    ``local``: a tokenizer.json to use instead. Raises BadArgument where neither names one.
     """
     end = settings.get("end_of_text")
     if local is not None:
         return HubTokenizer(local, end)
     name = settings.get("tokenizer")
     if name is None:
-        raise ValueError("these weights name no tokenizer: pass tokenizer=, a path to a tokenizer.json")
+        raise errors.BadArgument(
+            "these weights name no tokenizer: pass tokenizer=, a path to a tokenizer.json",
+            argument="tokenizer",
+            accepted=[],
+        )
     if name == "bytes":
         return ByteTokenizer()
     from zoo_registry import store
 
-    path = store.hub_file(name, "tokenizer.json", revision=settings.get("tokenizer_revision"), **download)
+    path = store.hub_file(name, "tokenizer.json", revision=settings.get("tokenizer_revision"))
     return HubTokenizer(path, end)
