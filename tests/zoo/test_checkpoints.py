@@ -171,3 +171,24 @@ def test_safetensors_both_ways(tmp_path):
     assert checkpoints.metadata(tmp_path / "s.safetensors") == {"format": "pt", "x": "y"}
     assert checkpoints.is_safetensors(tmp_path / "s.safetensors")
     assert checkpoints.sniff(tmp_path / "s.safetensors") == "safetensors"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x89PNG\r\n\x1a\n" + bytes(40), b"hello world", b"", b"PK\3\4" + bytes(40), b"{}", b"<html></html>"],
+    ids=["png", "text", "empty", "zip", "json", "html"],
+)
+def test_other_files_are_no_checkpoints_and_nobody_is_told_to_unpickle_them(content, tmp_path):
+    path = tmp_path / "given.pth"
+    path.write_bytes(content)
+    with pytest.raises(errors.BadCheckpoint, match=r"given\.pth") as caught:
+        checkpoints.read_foreign(path)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_newer_pickles_are_named_without_a_warning(tmp_path):
+    path = tmp_path / "given.pth"
+    torch.save({"a": torch.ones(2)}, path, pickle_protocol=4)
+    with pytest.raises(errors.BadCheckpoint, match="another protocol than 2"):
+        checkpoints.read_foreign(path)

@@ -255,6 +255,7 @@ def test_demo_pictures(cli, monkeypatch, tmp_path):
 
 
 def test_load(cli):
+    assert "subkey is 'model' and checkpoint was not given" in cli("load", "toy_small", "--subkey", "model")[2]
     out = cli("load", "toy_small", "--set", "num_classes=2")[1]
     assert "toy_small.packed" in out
     assert "initialised anew" in out
@@ -275,6 +276,23 @@ def test_convert(cli, tmp_path):
     assert cli("load", "./ours")[0] == 0
     assert cli("convert", "./ours", "back.pth", "--to", "reference")[1].strip() == "back.pth"
     assert set(torch.load(tmp_path / "back.pth", weights_only=True)) == set(original(toy())) - {"counter"}
+    assert cli("convert", "o.pth", "one.safetensors", "--model", "toy_small")[0] == 0  # one file where one is asked for
+    assert (tmp_path / "one.safetensors").is_file()
+    assert cli("load", "./one.safetensors")[0] == 0
+    assert cli("convert", "toy_small.packed", "named")[0] == 0
+    assert cli("load", "./named")[0] == 0
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+    for arguments, expected, words in (
+        (("nothing.pth", "x"), 3, "there is no file nothing.pth"),
+        (("./ours", "back.xyz", "--to", "reference"), 2, "ends in .safetensors"),
+        (("./ours", "o.pth/y.pth", "--to", "reference"), 3, "o.pth is a file"),
+        (("o.pth", "x", "--system", "toy", "--config", "o.pth"), 5, "no text in UTF-8"),
+    ):
+        code, _, err = cli("convert", *arguments)
+        assert words in err
+        assert code == expected
+    (tmp_path / "c.json").write_text("[8, 4]")
+    assert "holds a list" in cli("convert", "o.pth", "x", "--system", "toy", "--config", "c.json")[2]
     (tmp_path / "c.json").write_text('{"dim": 8, "classes": 4}')
     code, out, _ = cli("convert", "o.pth", "z.safetensors", "--system", "toy", "--config", "c.json", "--json")
     assert (code, json.loads(out)) == (0, {"written": "z.safetensors"})
@@ -282,6 +300,10 @@ def test_convert(cli, tmp_path):
 
 
 def test_bench(cli):
+    if not torch.cuda.is_available():
+        code, _, err = cli("bench", "toy_small", "--device", "cuda")
+        assert code == 2
+        assert "cannot compute on" in err
     found = json.loads(cli("bench", "toy_small", "--repeats", "2", "--batch-size", "3", "--json", "--device", "cpu")[1])
     assert found["parameters"] == 340
     assert found["median_ms"] > 0

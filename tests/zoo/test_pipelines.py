@@ -88,6 +88,22 @@ def test_a_file_that_cannot_be_read(pipe, files):
     assert "failed" in str(results[3])
 
 
+def test_one_bad_sample_does_not_take_its_batch_along(pipe, files):
+    expected = [r.best for r in pipe(files, batch_size=4)]
+    finish, count = pipe.finish, []
+
+    def finishing(output, sample):
+        count.append(1)
+        if torch.equal(sample, bad):
+            raise ValueError("this one")
+        return finish(output, sample)
+
+    bad, pipe.finish = pipe.read(files / "f9.txt"), finishing
+    results = pipe(files, batch_size=4, keep_going=True)
+    assert [i for i, r in enumerate(results) if isinstance(r, Failure)] == [9]
+    assert [r.best for i, r in enumerate(results) if i != 9] == [b for i, b in enumerate(expected) if i != 9]
+
+
 def test_a_model_that_fails(pipe, files):
     pipe.forward = lambda batch: 1 / 0
     with pytest.raises(ZeroDivisionError) as caught:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import CacheReadOnly, DiskFull
+from .errors import CacheReadOnly, DiskFull, StoreError
 
 log = logging.getLogger("zoo.store")
 
@@ -43,7 +43,9 @@ def is_read_only(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _READ_ONLY
 
 
-def disk_full(path: Path, *, needed: int | None = None, what: str = "the file") -> DiskFull:
+def disk_full(path: Path, *, needed: int | None = None, what: str = "the file", advice: str | None = None) -> DiskFull:
+    """``advice``: what to do, where ``path`` is not the Hub's cache."""
+    advice = advice or "Free some space (`zoo cache` lists what is cached) or set HF_HOME to a larger disk"
     free = free_bytes(path)
     sizes = ", ".join(
         part
@@ -51,8 +53,8 @@ def disk_full(path: Path, *, needed: int | None = None, what: str = "the file") 
         if part
     )
     return DiskFull(
-        f"no space left to write {what} in {path}{f' ({sizes})' if sizes else ''}; nothing half-written was kept. Free "
-        "some space (`zoo cache` lists what is cached) or set HF_HOME to a larger disk",
+        f"no space left to write {what} in {path}{f' ({sizes})' if sizes else ''}; nothing half-written was kept. "
+        f"{advice}",
         path=str(path),
         needed=needed,
         free=free,
@@ -65,6 +67,11 @@ def read_only(path: Path, error: BaseException | None = None) -> CacheReadOnly:
         "or pass cache_dir=",
         path=str(path),
     )
+
+
+def unwritable(path: Path, error: OSError) -> StoreError:
+    """A folder of the user's, not the cache."""
+    return StoreError(f"{path} cannot be written: {error.strerror or error}; choose another folder", path=str(path))
 
 
 def _mb(size: int) -> str:

@@ -409,10 +409,10 @@ def download(model: str | ModelName | Resolved, to: str | os.PathLike[str], **op
         )
     except OSError as error:
         if disk.is_full(error):
-            raise disk.disk_full(folder, needed=files.size, what=resolved.name) from error
-        if disk.is_read_only(error):
-            raise disk.read_only(folder, error) from error
-        raise
+            raise disk.disk_full(
+                folder, needed=files.size, what=resolved.name, advice="Choose a larger disk"
+            ) from error
+        raise disk.unwritable(folder, error) from error
     return Files(
         tuple(copies[path] for path in files.paths),
         index=copies[files.index] if files.index else None,

@@ -16,6 +16,7 @@ import logging
 import pathlib
 import pickle
 import pickletools
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -230,13 +231,14 @@ def open_pickle(path: Path) -> Any:
 
     Raises UnsafeFile naming the objects it will not build, and BadCheckpoint when the file is damaged.
     """
-    with torch.serialization.safe_globals(allowed_globals()):
+    with torch.serialization.safe_globals(allowed_globals()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # it can be read, or an error says so
         try:
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
         except pickle.UnpicklingError as error:
             unsafe = unsafe_globals(path)
-            if unsafe or "Unsupported" in str(error) or "weights_only" in str(error).lower():
-                named = ", ".join(unsafe) if unsafe else str(error).splitlines()[0]
+            if unsafe or "Unsupported global" in str(error):
+                named = ", ".join(unsafe) if unsafe else "objects beyond tensors"
                 raise errors.UnsafeFile(
                     f"{path} was not opened: as a pickle it would build {named}, and only tensors and plain values are "
                     "allowed (there is no switch for this). If you trust its author, load it in the author's own code "
@@ -244,11 +246,22 @@ def open_pickle(path: Path) -> Any:
                     path=str(path),
                     objects=tuple(unsafe),
                 ) from None
-            raise errors.BadCheckpoint(f"{path} is damaged: {error}", path=str(path)) from error
+            if "Unsupported operand" in str(error):
+                raise errors.BadCheckpoint(
+                    f"{path} was pickled in another protocol than 2, which torch reads only by executing it, or is "
+                    "damaged; save it again with torch.save's own protocol, or best as safetensors",
+                    path=str(path),
+                ) from error
+            # torch's own text offers to unpickle whatever it is; nobody should
+            raise errors.BadCheckpoint(
+                f"{path} is no checkpoint that can be read: it is damaged, or another kind of file; expected a torch "
+                "file, safetensors, .npz or flax msgpack",
+                path=str(path),
+            ) from error
         except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
             raise errors.BadCheckpoint(
-                f"{path} cannot be read as a torch checkpoint ({_first_line(error)}); it may have been cut short: "
-                "fetch it again",
+                f"{path} cannot be read as a torch checkpoint ({type(error).__name__}: {_first_line(error)}); it was "
+                "cut short (fetch it again), or is another kind of file",
                 path=str(path),
             ) from error
 

@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import re
-import secrets
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zoo_registry import ModelCard, WeightsCard, errors, store
+from zoo_registry import ModelCard, WeightsCard, errors, resolve, store
 
 from . import building, catalog, checkpoints
+from .files import whole
 
 if TYPE_CHECKING:
     from .reference import ReferenceAdapter
@@ -182,8 +183,10 @@ def convert(
     """Write a checkpoint in the other format; returns the path written.
 
     ``to="zoo"``: ``source`` is a file in an original's format. With ``model`` (an architecture of the zoo, with
-    ``overrides`` of its arguments) ``out`` becomes a folder as ``zoo.save`` writes it; with ``system`` and ``config``
-    (the original constructor's arguments) it becomes one .safetensors file under the zoo's keys.
+    ``overrides`` of its arguments) ``out`` becomes a folder as ``zoo.save`` writes it, or its one file where ``out``
+    ends in .safetensors; with ``system`` and ``config`` (the original constructor's arguments) it becomes one
+    .safetensors file under the zoo's keys. ``source`` may also be a name of the zoo ("vim_tiny.in1k"), whose published
+    file is fetched and converted.
 
     ``to="reference"``: ``source`` is anything that ``zoo.load`` takes, or a .safetensors file under the zoo's keys
     together with ``system``; ``out`` becomes a file that the original reads: a state dict as .safetensors, or as .pth,
@@ -193,6 +196,10 @@ def convert(
     NotImplementedError when a system's adapter has no key table back.
     """
     out = Path(out).expanduser()
+    if to == "zoo" and model is None and system is None and _is_name(source):
+        from .loading import load
+
+        return _saved(load(source, **overrides), out)
     if to == "zoo":
         return _to_zoo(Path(os.path.expanduser(source)), out, model, system, config, subkey, overrides)
     if to == "reference":
@@ -200,6 +207,17 @@ def convert(
     raise errors.BadArgument(
         f"to is {to!r}; expected 'zoo' or 'reference'", argument="to", accepted=["zoo", "reference"]
     )
+
+
+def _is_name(source: str | os.PathLike[str]) -> bool:
+    """Whether ``source`` is a model of the zoo, and no file of that name lies here."""
+    if not isinstance(source, str) or os.path.exists(os.path.expanduser(source)):
+        return False
+    try:
+        resolve(source)
+    except (errors.UnknownModel, errors.BadName, errors.LocalFileMissing):
+        return False
+    return True
 
 
 def _to_zoo(
@@ -212,20 +230,38 @@ def _to_zoo(
     overrides: Mapping[str, Any],
 ) -> Path:
     from .loading import load
-    from .saving import save
 
     if name is not None:
-        return save(load(name, checkpoint=source, subkey=subkey, **overrides), out)
+        return _saved(load(name, checkpoint=source, subkey=subkey, **overrides), out)
+    if not source.exists():
+        raise errors.LocalFileMissing(
+            f"there is no file {source} (looked at {source.absolute()}), and no model of that name", path=str(source)
+        )
     if system is None or config is None:
         raise errors.BadArgument(
-            "to convert to the zoo's format give either model= (an architecture of the zoo) or system= together with "
-            "config= (the original constructor's arguments)",
+            f"it was not said what {source} is a checkpoint of: give model (an architecture of the zoo), or system "
+            "together with config (the original constructor's arguments)",
             argument="model",
             accepted=["model", "system and config"],
         )
     built = from_reference(system, config, checkpoints.read_foreign(source, subkey=subkey))
     state = {k: v for k, v in _untied(built).items() if isinstance(v, Tensor)}
     return _atomically(out, lambda path: _write(state, path))
+
+
+def _saved(model: nn.Module, out: Path) -> Path:
+    """``zoo.save``; where ``out`` ends in .safetensors, the file alone, which says everything itself."""
+    from .saving import save
+
+    if out.suffix != ".safetensors" or out.is_dir():
+        return save(model, out)
+    with whole(out) as temporary:
+        folder = save(model, temporary.with_suffix(""), shard_bytes=1 << 62)
+        try:
+            os.replace(folder / "model.safetensors", temporary)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return out
 
 
 def _to_reference(source: str | os.PathLike[str], out: Path, system: str | None, overrides: Mapping[str, Any]) -> Path:
@@ -239,7 +275,13 @@ def _to_reference(source: str | os.PathLike[str], out: Path, system: str | None,
         card = model.zoo_info.card  # type: ignore[union-attr]
         adapter = catalog.adapter(system or card.system)
         state = adapter.to_reference(_untied(model), model=model)
-    if out.suffix in (".pth", ".pt", ".bin"):
+    if out.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
+        raise errors.BadArgument(
+            f"out is {out}; expected a file that ends in .safetensors, or in .pth, .pt or .bin for a torch file",
+            argument="out",
+            accepted=[".safetensors", ".pth", ".pt", ".bin"],
+        )
+    if out.suffix != ".safetensors":
         plain = {k: v.detach().contiguous().clone() for k, v in state.items()}
         return _atomically(out, lambda path: torch.save(plain, path))
     return _atomically(out, lambda path: _write(dict(state), path))
@@ -253,11 +295,6 @@ def _untied(model: nn.Module) -> State:
 
 def _atomically(out: Path, write: Callable[[Path], None]) -> Path:
     """Write beside ``out`` and move into place, so that a reader never sees half a file."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.stem}.{secrets.token_hex(4)}{out.suffix}")
-    try:
+    with whole(out) as temporary:
         write(temporary)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
     return out

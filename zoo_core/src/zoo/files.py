@@ -111,7 +111,10 @@ def unwritable(path: str | os.PathLike[str], error: OSError) -> errors.ZooError:
         return error
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return errors.DiskFull(f"no space left to write {path}; nothing half-written was kept", path=str(path))
-    return errors.StoreError(f"{path} cannot be written: {error.strerror or error}", path=str(path))
+    why = error.strerror or str(error)
+    if isinstance(error, FileExistsError) and error.filename is not None:  # what mkdir says of a file in its way
+        why = f"{error.filename} is a file"
+    return errors.StoreError(f"{path} cannot be written: {why}", path=str(path))
 
 
 def check_place(path: str | os.PathLike[str]) -> None:

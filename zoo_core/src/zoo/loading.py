@@ -94,6 +94,12 @@ def load(
             argument="device_map",
             accepted=["auto"],
         )
+    if subkey is not None and checkpoint is None:
+        raise errors.BadArgument(
+            f"subkey is {subkey!r} and checkpoint was not given, in which it says where the state dict lies",
+            argument="subkey",
+            accepted=[],
+        )
     if device_map is not None:
         if device is not None:
             raise errors.BadArgument(

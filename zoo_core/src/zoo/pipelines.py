@@ -381,6 +381,10 @@ class Pipeline(ABC):
                 result.milliseconds = share
                 results.append(result)
         except Exception as error:
+            if keep_going and len(batch) > 1:  # one of them is at fault; the others have answers
+                for sample in batch:
+                    yield from self._flush([sample], keep_going, advance)
+                return
             names = ", ".join(s.name for s in batch)
             if not keep_going:
                 error.add_note(f"while answering {names} with {self.name}")

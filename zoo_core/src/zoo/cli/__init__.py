@@ -147,6 +147,8 @@ def run(args: list[str] | None = None) -> int:
                 return _unexpected(error, debug, as_json)
             place = f"{error.filename}: " if error.filename is not None else ""
             code = 3 if isinstance(error, FileNotFoundError) else 7
+            if isinstance(error, (NotADirectoryError, IsADirectoryError)):
+                code = 2
             text = "\n".join([f"{place}{error.strerror or error}", *getattr(error, "__notes__", [])])
             return _report(type(error).__name__, text, code, as_json)
         except Exception as error:

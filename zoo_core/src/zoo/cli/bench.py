@@ -40,12 +40,14 @@ def bench(
     import torch
 
     import zoo
+    from zoo.placement import checked_device
     from zoo.testing import case
     from zoo.testing.cases import Case
     from zoo.testing.fullsize import count
     from zoo_registry import errors
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    assert place is not None
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):
         raise click.UsageError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16")

@@ -118,13 +118,15 @@ def convert(
     \b
         zoo convert vim_t.pth ./vim_tiny --model vim_tiny
         zoo convert ./vim_tiny vim_t_again.pth --to reference
+        zoo convert vim_tiny_patch16_224 ./vim_tiny
     """
-    import json
-    from pathlib import Path
-
     import zoo
+    from zoo.files import read_json
+    from zoo_registry import errors
 
-    table = json.loads(Path(config).read_text(encoding="utf-8")) if config else None
+    table = None if config is None else read_json(config)
+    if not (table is None or isinstance(table, dict)):
+        raise errors.BadFile(f"{config} holds a {type(table).__name__}; expected the arguments as {{...}}", path=config)
     written = zoo.convert(
         source,
         out,
