@@ -89,10 +89,14 @@ def test_commands_run(command, checkout, capsys):
         assert "large organ" in capsys.readouterr().out
         assert "--pictures" not in command or list(checkout.glob("out/*.png"))
     else:  # of a checkpoint and scans that the reader has: its options are those of the command
-        Path("final_model_0.9038.pt").touch()
-        context = segment_volume.make_context("segment-volume", words[2:])
-        assert len(context.params["inputs"]) == 4
-        assert context.params["channels_together"]
+        Path(words[words.index("--checkpoint") + 1]).touch()
+        given = segment_volume.make_context("segment-volume", words[2:]).params
+        assert given["name"] in ("segmamba_brats.brats2023", "vm_unet_isic")
+        if given["name"] == "vm_unet_isic":
+            assert (given["normalisation"], given["fit"], given["pictures"]) == ("min-max", True, True)
+        else:
+            assert len(given["inputs"]) == 4
+            assert given["channels_together"]
 
 
 def test_the_bundle_runs_as_printed(checkout):

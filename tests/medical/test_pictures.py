@@ -131,3 +131,27 @@ def test_the_command_line(lesion, tmp_path, capsys):
     assert sum(row["shares"].values()) == pytest.approx((labels > 0).mean())
     assert run(["segment-volume", *words, "--normalisation", "300,-1"]) == 2
     assert "normalisation is (300.0, -1.0)" in capsys.readouterr().out
+
+
+def test_pictures_are_measured(lesion, tmp_path):
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lesion.png").rename(tmp_path / "images" / "a [1].png")  # a name that is a pattern, too
+    options = {"patch": (32, 48), "normalisation": (0, 255), "task": "medical-segmentation"}
+    for mask in (truth(lesion), truth(lesion) * 255):
+        Image.fromarray(mask).save(tmp_path / "labels" / "a [1].png")
+        found = zoo.validate(Bright(), tmp_path, **options)
+        assert found.metrics == {"mean_dice": 1.0, "mean_hd95_px": 0.0}
+    moved = np.roll(truth(lesion), 3, axis=0)
+    Image.fromarray(moved).save(tmp_path / "labels" / "a [1].png")
+    found = zoo.validate(Bright(), tmp_path, **options)
+    assert found.metrics["mean_dice"] == pytest.approx(0.7)
+    assert found.metrics["mean_hd95_px"] == 3.0
+    for wrong, message in (
+        (truth(lesion)[:5], r"labels of shape \(5, 70\)"),
+        (truth(lesion) * 7, "labels 0 to 7"),
+        (lesion, "is a colour picture"),
+    ):
+        Image.fromarray(wrong).save(tmp_path / "labels" / "a [1].png")
+        with pytest.raises(zoo.errors.BadFile, match=message):
+            zoo.validate(Bright(), tmp_path, **options)

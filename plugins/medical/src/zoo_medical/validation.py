@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from zoo import errors
@@ -21,7 +24,7 @@ from zoo.validation import Measured
 
 from .dicom import bad_file
 from .pipelines import MedicalSegmentation, Segmentation
-from .scans import NIFTI, read_nifti
+from .scans import NIFTI, PICTURES, is_picture, read_nifti
 
 
 def validate_cases(
@@ -30,29 +33,42 @@ def validate_cases(
     *,
     overlap: float = 0.5,
     mirror: bool | None = None,
+    patch: Sequence[int] | None = None,
+    spacing: Sequence[float] | None = None,
+    orientation: str | None = "card",
+    crop: bool | None = None,
+    normalisation: str | Sequence[float] | None = None,
+    fit: bool | None = None,
     limit: int | None = None,
     progress: bool = True,
 ) -> Measured:
     """Dice and the 95th percentile of the Hausdorff distance (mm) of each label, in each scan's own space.
 
     The folder is laid out as nnU-Net's raw data: ``imagesTr/CASE_0000.nii.gz`` (``_0001`` and so on for further
-    channels) and ``labelsTr/CASE.nii.gz``; or ``images/`` and ``labels/`` with equal file names. ``overlap`` and
-    ``mirror`` are the pipeline's; ``limit``: at most so many cases. A label counts in the cases that hold it.
+    channels) and ``labelsTr/CASE.nii.gz``; or ``images/`` and ``labels/`` with equal file names. For networks of two
+    dimensions both may be pictures, the labels with their numbers as grey values (or 0 and 255); distances are pixels
+    then. ``limit``: at most so many cases; all other options are the pipeline's. A label counts in the cases that
+    hold it.
 
     Raises ``zoo.errors.BadArgument`` when the folder is not laid out so, ``BadFile`` for files that do not fit.
     """
     cases = find_cases(Path(folder))[:limit]
-    pipe = MedicalSegmentation(model, overlap=overlap, mirror=mirror)
+    pipe = MedicalSegmentation(
+        model, spacing, orientation, crop, patch, overlap, mirror, normalisation=normalisation, fit=fit
+    )
     classes = int(getattr(model, "num_classes", 2))
     classes = 2 if classes == 1 else classes
     names = pipe.labels() or []
     rows: list[list[dict[str, float]]] = []
-    began = time.perf_counter()
+    began, flat = time.perf_counter(), False
     with progress_bar(progress and sys.stderr.isatty(), len(cases), pipe.name) as advance:
         for images, truth in cases:
             answer = pipe(images)
-            rows.append(compare(answer.labels, _truth(truth, answer, classes), answer.spacing, classes))
+            voxel = (1.0, 1.0) if answer.flat else answer.spacing
+            rows.append(compare(answer.labels, _truth(truth, answer, classes), voxel, classes))
+            flat = answer.flat
             advance()
+    distance = "hd95_px" if flat else "hd95_mm"
     per_class = {}
     for index in range(1, classes):
         found = [row[index] for row in rows if not math.isnan(row[index]["dice"])]
@@ -60,17 +76,17 @@ def validate_cases(
             distances = [f["hd95_mm"] for f in found if math.isfinite(f["hd95_mm"])]
             per_class[names[index] if index < len(names) else f"label {index}"] = {
                 "dice": statistics.fmean(f["dice"] for f in found),
-                **({"hd95_mm": statistics.fmean(distances)} if distances else {}),
+                **({distance: statistics.fmean(distances)} if distances else {}),
                 "cases": float(len(found)),
             }
-    measured = [row["hd95_mm"] for row in per_class.values() if "hd95_mm" in row]
+    measured = [row[distance] for row in per_class.values() if distance in row]
     return Measured(
         model=pipe.name,
         data=str(folder),
         samples=len(cases),
         metrics={
             "mean_dice": statistics.fmean(row["dice"] for row in per_class.values()) if per_class else None,
-            "mean_hd95_mm": statistics.fmean(measured) if measured else None,
+            f"mean_{distance}": statistics.fmean(measured) if measured else None,
         },
         seconds=time.perf_counter() - began,
         per_class=per_class,
@@ -80,7 +96,8 @@ def validate_cases(
 
 
 def compare(found: Any, truth: Any, spacing: tuple[float, ...], classes: int) -> list[dict[str, float]]:
-    """Dice and Hausdorff distance of every class of two label maps (i, j, k); not a number where the truth has none."""
+    """Dice and Hausdorff distance of every class of two label maps (i, j, k) or (i, j); not a number where the truth
+    has none."""
     from monai.metrics import compute_dice, compute_hausdorff_distance
 
     a, b = (_one_hot(np.asarray(m), classes) for m in (found, truth))
@@ -111,37 +128,50 @@ def find_cases(folder: Path) -> list[tuple[Any, Path]]:
             f"{folder} holds no imagesTr and labelsTr (nnU-Net's raw data), and no images and labels",
             argument="folder", accepted=["imagesTr/", "labelsTr/", "images/", "labels/"],
         )  # fmt: skip
+    there: dict[str, list[Path]] = {}
+    for image in sorted((folder / images).iterdir()):
+        there.setdefault(case_of(image), []).append(image)
     cases: list[tuple[Any, Path]] = []
-    for truth in sorted(p for p in (folder / labels).iterdir() if p.name.endswith(NIFTI) and p.name[0] != "."):
-        case = truth.name.partition(".nii")[0]
-        channels = sorted((folder / images).glob(f"{case}_[0-9][0-9][0-9][0-9].nii*"))
-        if not channels:
-            channels = [p for p in (folder / images).glob(f"{case}.nii*") if p.name.endswith(NIFTI)]
-        if not channels:
+    for truth in sorted((folder / labels).iterdir()):
+        if not (case := case_of(truth)):
+            continue
+        channels = [stem for stem in there if re.fullmatch(re.escape(case) + r"_\d{4}", stem)] or [case]
+        files = [path for stem in channels for path in there.get(stem, [])]
+        if not files:
             raise errors.BadArgument(
-                f"{truth}: there is no {folder / images / case}_0000.nii.gz or {case}.nii.gz for these labels",
+                f"{truth}: there is no {folder / images / case}_0000.nii.gz or {truth.name} for these labels",
                 argument="folder", accepted=[],
             )  # fmt: skip
-        if len({c.name.partition(".nii")[0] for c in channels}) != len(channels):
+        if len(files) != len(channels):
             raise errors.BadArgument(
-                f"{channels[0]} and {channels[1].name} are the same image twice; remove one of them",
+                f"{files[0]} and {files[1].name} are the same image twice; remove one of them",
                 argument="folder", accepted=[],
             )  # fmt: skip
-        cases.append((channels[0] if len(channels) == 1 else tuple(channels), truth))
+        cases.append((files[0] if len(files) == 1 else tuple(files), truth))
     if not cases:
-        raise errors.BadArgument(f"{folder / labels} holds no NIfTI files", argument="folder", accepted=[])
+        raise errors.BadArgument(f"{folder / labels} holds no NIfTI files or pictures", argument="folder", accepted=[])
     return cases
+
+
+def case_of(path: Path) -> str:
+    """A file's name without the ending of a scan or a picture; "" for other files."""
+    for ending in sorted((*NIFTI, *PICTURES), key=len, reverse=True):
+        if path.name.lower().endswith(ending) and path.name[0] != ".":
+            return path.name[: -len(ending)]
+    return ""
 
 
 def _truth(path: Path, answer: Segmentation, classes: int) -> np.ndarray:
     """(i, j, k) int64 on the grid of the scan. Raises BadFile for labels on another grid, and for other labels."""
-    labels, affine = read_nifti(path)
+    labels, affine = _read_mask(path, classes) if is_picture(path) else read_nifti(path)
     assert answer.labels is not None
     assert answer.affine is not None
+    if answer.flat and not is_picture(path):
+        labels = labels[..., 0]
     if len(labels) != 1 or labels.shape[1:] != answer.labels.shape:
         raise bad_file(f"{path}: labels of shape {labels.shape[1:]}, but its scan has {answer.labels.shape}")
-    far = _corner_distance(affine, answer.affine, labels.shape[1:])
-    if far > 0.5 * min(answer.spacing):
+    far = 0.0 if answer.flat else _corner_distance(affine, answer.affine, labels.shape[1:])
+    if not answer.flat and far > 0.5 * min(answer.spacing):
         raise bad_file(
             f"{path}: lies on another grid than its scan, up to {far:.1f} mm away; resample it to the scan's"
         )
@@ -150,6 +180,22 @@ def _truth(path: Path, answer: Segmentation, classes: int) -> np.ndarray:
     if labels.min() < 0 or labels.max() >= classes:
         raise bad_file(f"{path}: labels {labels.min():g} to {labels.max():g}; the model has 0 to {classes - 1}")
     return labels[0].astype(np.int64)
+
+
+def _read_mask(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(1, height, width) label numbers from a picture; of two classes also 0 and 255. Raises BadFile."""
+    try:
+        with Image.open(path) as image:
+            values = np.asarray(image if image.mode != "RGBA" else image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise bad_file(f"{path}: is no picture that can be read ({error})") from error
+    if values.ndim == 3:
+        if (values != values[..., :1]).any():
+            raise bad_file(f"{path}: is a colour picture; expected one band of label numbers")
+        values = values[..., 0]
+    if classes == 2 and set(np.unique(values).tolist()) <= {0, 255}:
+        values = values > 0
+    return values[None].astype(np.float32), np.eye(4)
 
 
 def _corner_distance(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
