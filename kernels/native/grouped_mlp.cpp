@@ -11,6 +11,8 @@ struct GroupedArgs {
   const void *table;                // (batch, points, channels)
   const void *base;                 // (batch, centres, channels)
   const int64_t *index;             // (batch, centres, neighbours)
+  const int64_t *anchor;            // (batch, centres): the point whose row a group's are relative to; or null
+  const void *scale;                // (batch): of these; or null
   const void *first, *first_bias;   // (blocks, inner, channels), (blocks, inner)
   const void *second, *second_bias; // (blocks, channels, inner), (blocks, channels)
   void *y;                          // (batch, centres, channels)
@@ -52,15 +54,18 @@ template <class V> struct Grouped {
     packed(a.second, a.second_bias, block, C, I, wide_C, to);
   }
 
-  // relu(table[index] + base) of the item's groups. (relu as vmax(0, x): NaN is handed on.)
+  // relu(scale (table[index] - table[anchor]) + base) of the item's groups. (relu as vmax(0, x): NaN is handed on.)
   void gather(int64_t b, int64_t first, int64_t count, T *ZK_RESTRICT x) const {
     const T *table = static_cast<const T *>(a.table) + b * a.points * C;
-    for (int64_t s = first; s < first + count; ++s) {
+    V scale = V::set1(a.scale ? static_cast<const T *>(a.scale)[b] : T(1));
+    for (int64_t s = first; s < first + count; ++s, x += a.neighbours * wide_C) {
       const T *base = static_cast<const T *>(a.base) + (b * a.centres + s) * C;
+      const T *anchor = a.anchor ? table + a.anchor[b * a.centres + s] * C : nullptr;
       const int64_t *index = a.index + (b * a.centres + s) * a.neighbours;
-      for (int64_t j = 0; j < a.neighbours; ++j, x += wide_C) {
-        const T *row = table + index[j] * C;
-        for (int64_t c = 0; c < C; c += W) vmax(zero<V>(), part(row + c, C - c) + part(base + c, C - c)).store(x + c);
+      for (int64_t c = 0; c < C; c += W) {
+        V own = part(base + c, C - c), middle = anchor ? part(anchor + c, C - c) : zero<V>();
+        for (int64_t j = 0; j < a.neighbours; ++j)
+          vmax(zero<V>(), fma(scale, part(table + index[j] * C + c, C - c) - middle, own)).store(x + j * wide_C + c);
       }
     }
   }

@@ -386,13 +386,17 @@ void cauchy(int64_t heads, int64_t channels, int64_t modes, int64_t nodes, int64
 
 void grouped_mlp(int64_t neighbours, int64_t channels, int64_t inner, int64_t blocks, int64_t dtype) {
   int64_t batch = 2, points = 9, centres = 40;
-  Call c;
-  std::vector<int64_t> index;
-  for (int64_t i = 0; i < batch * centres * neighbours; ++i) index.push_back(i * 5 % points);
-  c({batch, points, centres, neighbours, channels, inner, blocks, kThreads, dtype == F64, c.in(batch * points * channels, dtype)});
-  c({c.in(batch * centres * channels, dtype), c.integers(index), c.in(blocks * inner * channels, dtype, 0.2), c.in(blocks * inner, dtype)});
-  c({c.in(blocks * channels * inner, dtype, 0.2), c.in(blocks * channels, dtype), c.out(batch * centres * channels, dtype)});
-  c.run("grouped_mlp", label({neighbours, channels, inner, blocks, dtype}));
+  for (int anchored = 0; anchored < 2; ++anchored) {
+    Call c;
+    std::vector<int64_t> index, anchor;
+    for (int64_t i = 0; i < batch * centres * neighbours; ++i) index.push_back(i * 5 % points);
+    for (int64_t i = 0; i < batch * centres; ++i) anchor.push_back(i * 2 % points);
+    c({batch, points, centres, neighbours, channels, inner, blocks, kThreads, dtype == F64, c.in(batch * points * channels, dtype)});
+    c({c.in(batch * centres * channels, dtype), c.integers(index), anchored ? c.integers(anchor) : 0, anchored ? c.in(batch, dtype) : 0});
+    c({c.in(blocks * inner * channels, dtype, 0.2), c.in(blocks * inner, dtype), c.in(blocks * channels * inner, dtype, 0.2)});
+    c({c.in(blocks * channels, dtype), c.out(batch * centres * channels, dtype)});
+    c.run("grouped_mlp", label({neighbours, channels, inner, blocks, dtype, anchored}));
+  }
 }
 
 void linear(int64_t rows, int64_t features, int64_t outputs, int64_t weight, int64_t dtype) {

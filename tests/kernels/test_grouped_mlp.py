@@ -30,7 +30,7 @@ def arguments(
     ]
 
 
-def exact(given: list[Tensor]) -> Tensor:
+def exact(given: list[Tensor], anchor: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """Point by point, in float64."""
     table, base, index, *weights = (util.double(t) for t in given)
     y = torch.empty(base.shape, dtype=torch.float64)
@@ -38,7 +38,8 @@ def exact(given: list[Tensor]) -> Tensor:
         for s in range(base.shape[1]):
             rows = []
             for j in index[b, s].tolist():
-                x = (table[b, j] + base[b, s]).relu()
+                x = table[b, j] if anchor is None else table[b, j] - table[b, anchor[b, s]]
+                x = (x * (1 if scale is None else scale[b].double()) + base[b, s]).relu()
                 for one, one_bias, two, two_bias in zip(*weights, strict=True):
                     x = (two @ (one @ x + one_bias).relu() + two_bias + x).relu()
                 rows.append(x)
@@ -69,6 +70,17 @@ def test_matches_float64(backend: str, sizes: dict) -> None:
         y = zk.grouped_mlp(*halves)
         assert y.dtype == torch.bfloat16
         util.close(y, exact(halves))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_differences_from_an_anchor_and_their_scale(backend: str) -> None:
+    given = arguments(channels=33)
+    anchor, scale = torch.randint(30, (2, 17)), torch.tensor([0.3, -2.0])
+    with zk.backend(backend):
+        for some in ({"anchor": anchor}, {"scale": scale}, {"anchor": anchor.to(torch.int32), "scale": scale}):
+            util.close(zk.grouped_mlp(*given, **some), exact(given, **some))
+        wide = [util.double(t) for t in given]
+        util.close(zk.grouped_mlp(*wide, anchor=anchor, scale=scale.double()), exact(given, anchor, scale))
 
 
 def test_layouts_and_integers() -> None:
@@ -144,3 +156,21 @@ def test_wrong_arguments_are_named(place: int, value: Tensor, message: str) -> N
     given[place] = value
     with pytest.raises(ValueError, match=message):
         zk.grouped_mlp(*given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"anchor": torch.zeros(2, 16, dtype=torch.int64)},
+            r"anchor has shape \(2, 16\); it must be \(batch 2, centres 17\)",
+        ),
+        ({"anchor": torch.full((2, 17), 31)}, "anchor has points 31 to 31; they must be within 0 to 29"),
+        ({"anchor": torch.zeros(2, 17)}, "anchor is float32; it must be one of int64"),
+        ({"scale": torch.ones(3)}, r"scale has shape \(3,\); it must be \(batch 2\)"),
+        ({"scale": torch.ones(2, dtype=torch.int64)}, "scale is int64; it must be one of float32"),
+    ],
+)
+def test_wrong_anchors_and_scales_are_named(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        zk.grouped_mlp(*arguments(), **given)

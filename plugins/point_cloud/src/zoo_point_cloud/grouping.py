@@ -8,7 +8,7 @@ centre, is applied to the points before they are gathered: k times less work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -131,7 +131,7 @@ class Grouper(nn.Module):
         """
         k = index.shape[-1]
         sums = F.embedding_bag(index, x, mode="sum")
-        squares = float(torch.linalg.vector_norm(x, dim=-1).double().square()[index].sum())
+        squares = float(torch.linalg.vector_norm(x, dim=-1).double().square().index_select(0, index.flatten()).sum())
         square, total = squares - _square(sums) / k, 0.0
         if self.normalize == "anchor":
             apart = sums.sub_(centres, alpha=k)
@@ -214,29 +214,60 @@ def _by_blocks(grouper: Grouper, pre: PreBlock, groups: Groups) -> Tensor:
     """The same, a few centres at a time."""
     scale = None if grouper.affine_alpha is None else grouper.spread(groups)
     conv, norm, act = pre.transfer.net  # type: ignore[union-attr]
-    early_of = _before_gathering(grouper, folded(conv, norm), groups)
+    first = _first_layer(grouper, folded(conv, norm), groups)
+    early = [_digits_do(groups.x[cloud], None if scale is None else scale[cloud]) for cloud in range(len(groups.x))]
+    if all(early) and (weights := _fused(grouper, pre, groups.x)) is not None:
+        return _at_once(grouper, first, groups, scale, weights)
     transfer = conv_norm(conv, norm, groups.x, act)
     rest = stack_rows(pre.operation, groups.x)  # type: ignore[arg-type]
-    weights = _fused(grouper, pre, groups.x)
     pooled = groups.x.new_empty(*groups.centres.shape[:2], conv.weight.shape[0])
     for cloud in range(len(pooled)):
         own = None if scale is None else scale[cloud : cloud + 1]
-        early = early_of(cloud, own)
-        if early is not None and weights is not None:
-            table, base = early
-            pooled[cloud] = grouped_mlp(table[None], base[None], groups.index[cloud : cloud + 1], *weights)[0]
-            continue
+        if early[cloud]:
+            table = linear(groups.x[cloud], first.per_point if own is None else first.per_point / (own + 1e-5))
+            base = linear(groups.centres[cloud], first.per_centre, first.bias)
+            if grouper.normalize == "anchor":
+                base.sub_(table if groups.kept is None else table.index_select(0, groups.kept[cloud]))
         for some, part in _parts(groups, cloud, pooled.shape[-1]):
-            if early is None:
+            if not early[cloud]:
                 rows = transfer(grouper.rows(part, own)[0])
             else:
-                table, base = early
                 rows = table.index_select(0, part.index.flatten()).view(*part.index.shape[1:], -1)
                 if grouper.normalize == "center":
                     rows.sub_(rows.mean(dim=1, keepdim=True))
                 rows = activate(rows.add_(base[some].unsqueeze(1)), act)
             pooled[cloud, some] = rest(rows).amax(dim=1)
     return pooled
+
+
+class FirstLayer(NamedTuple):
+    """The first layer of a group's rows, before neighbours are gathered.
+
+    ``W [alpha * (x - c) / s + beta, c']`` is ``per_point x / s`` of a neighbour and ``-per_point c / s + per_centre c +
+    bias`` of its centre.
+    """
+
+    per_point: Tensor  #: (out, C [+ 3]): W alpha
+    per_centre: Tensor  #: (out, C [+ 3]): W of c', which are the features without coordinates; these count 0
+    bias: Tensor  #: (out): with W beta
+
+
+def _first_layer(grouper: Grouper, product: tuple[Tensor, Tensor], groups: Groups) -> FirstLayer:
+    (weight, bias), width = product, groups.x.shape[-1]
+    per_point = weight[:, :width].contiguous()
+    per_centre = F.pad(weight[:, width:], (0, width - grouper.channels))
+    if grouper.affine_alpha is not None and grouper.affine_beta is not None:
+        bias = torch.addmv(bias, per_point, grouper.affine_beta.flatten())
+        per_point = per_point * grouper.affine_alpha.flatten()
+    return FirstLayer(per_point, per_centre, bias)
+
+
+def _digits_do(x: Tensor, scale: Tensor | None) -> bool:
+    """Whether a cloud's first layer may come before the gathering: not where differences are so small beside their
+    terms that the digits would not do, nor in half precision."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return False
+    return scale is None or float(torch.linalg.vector_norm(x)) / x.numel() ** 0.5 <= APART * float(scale)
 
 
 def _fused(grouper: Grouper, pre: PreBlock, x: Tensor) -> list[Tensor] | None:
@@ -248,38 +279,19 @@ def _fused(grouper: Grouper, pre: PreBlock, x: Tensor) -> list[Tensor] | None:
     return stacked_weights(pre.operation, x)  # type: ignore[arg-type]
 
 
-def _before_gathering(
-    grouper: Grouper, product: tuple[Tensor, Tensor], groups: Groups
-) -> Callable[[int, Tensor | None], tuple[Tensor, Tensor] | None]:
-    """The function ``(cloud, its scale)`` to the first layer of a cloud's groups: a table (N, out), and what every
-    centre adds to its rows of it (S, out).
-
-    ``W [alpha * (x - c) / s + beta, c']`` is ``(W a / s) x`` of a neighbour and ``-(W a / s) c + W' c' + W beta`` of
-    its centre. None where a difference is so small beside its terms that the digits would not do, or in half precision.
-    """
-    (weight, bias), x = product, groups.x
-    width = x.shape[-1]
-    per_point = weight[:, :width].contiguous()
-    # A centre's coordinates count for nothing: so that its row need not be copied without them.
-    per_centre = F.pad(weight[:, width:], (0, width - grouper.channels))
-    alpha, beta = grouper.affine_alpha, grouper.affine_beta
-    if alpha is not None and beta is not None:
-        bias = torch.addmv(bias, per_point, beta.flatten())
-        per_point = per_point * alpha.flatten()
-
-    def early(cloud: int, scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        points, of_point = x[cloud], per_point
-        if x.dtype not in (torch.float32, torch.float64):
-            return None
-        if scale is not None:
-            size = float(torch.linalg.vector_norm(points)) / points.numel() ** 0.5
-            if not size <= APART * float(scale):
-                return None
-            of_point = per_point / (scale + 1e-5)
-        table = linear(points, of_point)
-        base = linear(groups.centres[cloud], per_centre, bias)
-        if grouper.normalize == "anchor":
-            base.sub_(table if groups.kept is None else table.index_select(0, groups.kept[cloud]))
-        return table, base
-
-    return early
+def _at_once(
+    grouper: Grouper, first: FirstLayer, groups: Groups, scale: Tensor | None, weights: list[Tensor]
+) -> Tensor:
+    """All groups of all clouds in one operator, from the gathering to the maximum."""
+    anchor = None
+    if grouper.normalize == "anchor":
+        batch, count = groups.index.shape[:2]
+        anchor = torch.arange(count).expand(batch, -1) if groups.kept is None else groups.kept
+    return grouped_mlp(
+        linear(groups.x, first.per_point),
+        linear(groups.centres, first.per_centre, first.bias),
+        groups.index,
+        *weights,
+        anchor=anchor,
+        scale=None if scale is None else 1 / (scale + 1e-5),
+    )

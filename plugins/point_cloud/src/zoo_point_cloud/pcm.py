@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapting import NewHead
+from zoo.layers import Linear
 from zoo_kernels.paths import POINT_ORDERS
 
 from .grouping import Grouper, PreBlock, group_and_pool
@@ -120,7 +121,7 @@ class PCMEncoder(nn.Module):
             self.local_grouper_list.append(grouper)
             self.pre_blocks_list.append(PreBlock(grouper.out_channels, out, pre_blocks[i], **common))
             project = block_residual and i > 0 and out != width
-            self.residual_proj_blocks_list.append(nn.Linear(width, out, bias=False) if project else nn.Identity())
+            self.residual_proj_blocks_list.append(Linear(width, out, bias=False) if project else nn.Identity())
             self.mamba_blocks_list.append(
                 nn.ModuleList(
                     MambaLayer(out, rms=rms_norm, two_way=two_way, drop_path=rates[number + j], depth=layers)

@@ -35,21 +35,23 @@ def _up(n: int) -> int:
 
 
 class Program:
-    """The stack's pointers and sizes as the C++ structs lay them out, and room to work in."""
+    """The stack's pointers and sizes as the C++ structs lay them out, and how much room a step needs to work in.
+
+    Nothing here changes between steps, which run without Python's lock: several threads may step with one stack.
+    """
 
     def __init__(self, stack: MambaStep) -> None:
         self.keep: list[Tensor] = []  # tensors made here that only pointers refer to
         rows = [self._block(block) for block in stack.blocks]
         self.fields = len(rows[0]) if rows else 0
         numbers = [n for row in rows for n in row]
-        self.layers = (ctypes.c_int64 * len(numbers))(*numbers)
+        self.layers = (ctypes.c_int64 * len(numbers))(*numbers)  # a step fills in its states in a copy
         dim = stack.norm.shape[0]
         rooms = [(b.inner, b.rank + 2 * b.states, b.in_proj.weight.shape[0]) for b in stack.blocks]
-        room = _up(dim) + max((sum(map(_up, sizes)) for sizes in rooms), default=0)
-        self.work = torch.empty(room + 16)
+        self.room = _up(dim) + max((sum(map(_up, sizes)) for sizes in rooms), default=0) + 16
         self.vocabulary = stack.head.weight.shape[0]
         self.fixed = (
-            ctypes.addressof(self.layers), stack.embedding.data_ptr(), _native.DTYPES[stack.embedding.dtype],
+            stack.embedding.data_ptr(), _native.DTYPES[stack.embedding.dtype],
             stack.norm.data_ptr(), _bits(stack.eps), *_matrix(stack.head),
         )  # fmt: skip
         self.sizes = (len(rows), dim, self.vocabulary)
@@ -70,11 +72,15 @@ class Program:
         ]  # fmt: skip
 
     def step(self, token: int, states: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        layers = type(self.layers).from_buffer_copy(self.layers)
         for i, (window, state) in enumerate(states, start=1):
             last = i * self.fields
-            self.layers[last - 3] = window.data_ptr()
-            self.layers[last - 2] = _native.DTYPES[window.dtype]
-            self.layers[last - 1] = state.data_ptr()
-        logits = torch.empty(self.vocabulary)
-        self.call(*self.sizes, _native.threads(), token, *self.fixed, logits.data_ptr(), self.work.data_ptr())
+            layers[last - 3] = window.data_ptr()
+            layers[last - 2] = _native.DTYPES[window.dtype]
+            layers[last - 1] = state.data_ptr()
+        logits, work = torch.empty(self.vocabulary), torch.empty(self.room)
+        self.call(
+            *self.sizes, _native.threads(), token, ctypes.addressof(layers), *self.fixed, logits.data_ptr(),
+            work.data_ptr(),
+        )  # fmt: skip
         return logits
