@@ -51,23 +51,23 @@ def outline(kind: str, radius: float, angle: float) -> list[tuple[float, float]]
     return [(c * x - s * y, s * x + c * y) for x, y in points]
 
 
-def scene(seed: int) -> tuple[Image.Image, np.ndarray]:
-    """A picture and its classes (64, 64)."""
+def draw(seed: int, size: int = SIZE) -> tuple[Image.Image, list[tuple[int, np.ndarray]]]:
+    """A picture, and class and mask (size, size) bool of each of its shapes, where later ones do not cover it."""
     r = np.random.default_rng(seed)
-    across, down = np.meshgrid(np.linspace(0, 1, SIZE), np.linspace(0, 1, SIZE))
+    across, down = np.meshgrid(np.linspace(0, 1, size), np.linspace(0, 1, size))
     first, second = r.uniform(0, 255, (2, 3))
     mix = (across * math.cos(a := r.uniform(0, 2 * math.pi)) + down * math.sin(a))[..., None]
     ground = Image.fromarray(np.clip(first + (second - first) * mix, 0, 255).astype(np.uint8))
     patches = ImageDraw.Draw(ground)
     for _ in range(r.integers(0, 6)):
-        x, y, w, h = r.uniform(0, SIZE, 2).tolist() + r.uniform(4, 20, 2).tolist()
+        x, y, w, h = r.uniform(0, size, 2).tolist() + r.uniform(4, 20, 2).tolist()
         patches.ellipse((x - w, y - h, x + w, y + h), fill=tuple(r.integers(0, 256, 3).tolist()))
-    picture = ground.filter(ImageFilter.GaussianBlur(6)).resize((SIZE * FINE, SIZE * FINE))
-    classes = Image.new("L", picture.size, 0)
+    picture = ground.filter(ImageFilter.GaussianBlur(6)).resize((size * FINE, size * FINE))
+    shapes: list[tuple[int, np.ndarray]] = []
     for _ in range(r.integers(1, 4)):
         kind = int(r.integers(1, len(CLASSES)))
         radius, angle = r.uniform(9, 18) * FINE, r.uniform(-0.35, 0.35) - math.pi / 2
-        x, y = r.uniform(8, SIZE - 8, 2) * FINE
+        x, y = r.uniform(8, size - 8, 2) * FINE
         mask = Image.new("L", picture.size, 0)
         pen = ImageDraw.Draw(mask)
         pen.polygon([(x + u, y + v) for u, v in outline(CLASSES[kind], radius, angle)], fill=255)
@@ -75,10 +75,20 @@ def scene(seed: int) -> tuple[Image.Image, np.ndarray]:
             inner = radius * r.uniform(0.45, 0.65)
             pen.ellipse((x - inner, y - inner, x + inner, y + inner), fill=0)
         picture.paste(tuple(r.integers(0, 256, 3).tolist()), mask=mask)
-        classes.paste(kind, mask=mask)
-    values = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float64)
+        own = np.asarray(mask)[FINE // 2 :: FINE, FINE // 2 :: FINE] > 0
+        shapes = [(k, m & ~own) for k, m in shapes] + [(kind, own)]
+    values = np.asarray(picture.resize((size, size), Image.Resampling.BOX), dtype=np.float64)
     values = np.clip(values + r.normal(0, r.uniform(2, 14), values.shape), 0, 255)
-    return Image.fromarray(values.round().astype(np.uint8)), np.asarray(classes)[FINE // 2 :: FINE, FINE // 2 :: FINE]
+    return Image.fromarray(values.round().astype(np.uint8)), shapes
+
+
+def scene(seed: int) -> tuple[Image.Image, np.ndarray]:
+    """A picture and its classes (64, 64)."""
+    picture, shapes = draw(seed)
+    classes = np.zeros((SIZE, SIZE), dtype=np.uint8)
+    for kind, mask in shapes:
+        classes[mask] = kind
+    return picture, classes
 
 
 def batch(first: int, count: int, pipe: SemanticSegmentation) -> tuple[Tensor, Tensor]:

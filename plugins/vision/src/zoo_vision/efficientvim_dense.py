@@ -1,7 +1,7 @@
 """EfficientViM for dense prediction: backbone and detection neck, and Semantic FPN.
 
 Original: mlvlab/EfficientViM @ 304340c, ``detection/efficientvit_fpn.py:EfficientViTFPN`` and
-``segmentation/efficientViM.py``, MIT; FPN and FPNHead of mmsegmentation 0.30. Detection heads are mmdetection's own.
+``segmentation/efficientViM.py``, MIT; FPN and FPNHead of mmsegmentation 0.30. Detectors: ``detection``.
 """
 
 from __future__ import annotations

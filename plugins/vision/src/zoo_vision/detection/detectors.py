@@ -21,7 +21,8 @@ from zoo.adapting import InputChannels, NewHead
 from zoo_vision._base import freeze_norms
 
 from .boxes import Anchors, best, decode, ordered
-from .heads import BoxHead, MaskHead, RetinaHead, RPNHead, region_features
+from .heads import BoxHead, MaskHead, RetinaHead, RPNHead
+from .regions import region_features
 
 #: height and width of an image
 Size = tuple[int, int]
@@ -175,8 +176,12 @@ class TwoStageDetector(Detector):
 
     proposals = 1000  #: regions of an image that are looked at
     proposal_overlap = 0.7
-    #: likeliest anchors of a map, and regions of an image, in training: twice as many regions for a cascade
+    #: in training, the likeliest anchors of a map that become proposals
     training_candidates = 2000
+    #: in training, how many of an image's anchors and regions are learned from, and how many of these stand for an
+    #: object at most
+    sampled_anchors = (256, 0.5)
+    sampled_regions = (512, 0.25)
 
     def __init__(
         self,

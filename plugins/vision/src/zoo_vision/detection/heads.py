@@ -1,7 +1,7 @@
 """The layers of detectors: what looks at every place of a pyramid, and what looks at regions.
 
 Source: Ren et al., arXiv 1506.01497 (proposals); Girshick, arXiv 1504.08083 (regions); He et al., "Mask R-CNN", arXiv
-1703.06870, section 3 (masks, RoIAlign); Lin et al., "Focal Loss for Dense Object Detection", arXiv 1708.02002, section
+1703.06870, section 3 (masks); Lin et al., "Focal Loss for Dense Object Detection", arXiv 1708.02002, section
 4. Modules have mmdetection's names (``models/dense_heads/{rpn_head,retina_head}.py``, ``models/roi_heads/``).
 """
 
@@ -10,14 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from zoo_vision.pyramids import ConvModule
-
-from .boxes import pyramid_level
 
 
 def started(module: nn.Module, std: float, bias: float = 0.0) -> nn.Module:
@@ -78,32 +74,6 @@ class RetinaHead(nn.Module):
             logits.append(self.retina_cls(x))
             deltas.append(self.retina_reg(y))
         return logits, deltas
-
-
-def region_features(maps: Sequence[Tensor], strides: Sequence[int], regions: Sequence[Tensor], side: int) -> Tensor:
-    """RoIAlign: ``side`` x ``side`` bilinear averages inside each region, from the map that fits its size.
-
-    ``maps``: (batch, C, h, w), largest first, with ``strides``; ``regions``: one (n_i, 4) for each image. Returns
-    (sum of n_i, C, side, side) in the maps' dtype. Sampling is as dense as the map: a bin of the region that covers
-    three by two pixels of it is the average of six points.
-    """
-    flat = torch.cat(list(regions))
-    image = torch.cat([flat.new_full((len(r), 1), i) for i, r in enumerate(regions)])
-    rois = torch.cat([image, flat], dim=1)
-    level = pyramid_level(flat, len(maps))
-    dtype = maps[0].dtype
-    out = flat.new_zeros(len(flat), maps[0].shape[1], side, side)
-    for i, (m, stride) in enumerate(zip(maps, strides, strict=True)):
-        m = m.float()  # torchvision has no kernel for bfloat16
-        if torch.compiler.is_compiling():  # how many regions a map sees is not known then: it looks at all
-            seen = roi_align(m, rois, side, 1 / stride, sampling_ratio=0, aligned=True)
-            out = torch.where((level == i)[:, None, None, None], seen, out)
-            continue
-        (at,) = torch.where(level == i)
-        if len(at):
-            seen = roi_align(m, rois[at], side, 1 / stride, sampling_ratio=0, aligned=True)
-            out = out.index_copy(0, at, seen)
-    return out.to(dtype)
 
 
 class BoxHead(nn.Module):

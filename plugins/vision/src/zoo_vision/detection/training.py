@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
 NOTHING, IGNORED = -1, -2
 
-#: anchors of an image that proposals learn from, and the share of those that stand for an object
-SAMPLED_ANCHORS, OBJECT_ANCHORS = 256, 0.5
-#: regions of an image, likewise
-SAMPLED_REGIONS, OBJECT_REGIONS = 512, 0.25
 #: intersection over union from which a region is an object, for each stage
 REGION_IS_OBJECT = (0.5, 0.6, 0.7)
 STAGE_WEIGHTS = (1.0, 0.5, 0.25)
@@ -131,7 +127,7 @@ def proposal_losses(
             low, high = anchors[:, :2], anchors[:, 2:]
             (usable,) = torch.where((low >= 0).all(dim=1) & (high < low.new_tensor([size[1], size[0]])).all(dim=1))
         assigned = assign(anchors[usable], target["boxes"], object_from=0.7, nothing_below=0.3, at_least=0.3)
-        objects, nothing = sample(assigned, SAMPLED_ANCHORS, OBJECT_ANCHORS)
+        objects, nothing = sample(assigned, *model.sampled_anchors)
         logits.append(logit[usable[torch.cat([objects, nothing])]])
         wanted.append(torch.cat([torch.ones_like(objects), torch.zeros_like(nothing)]).float())
         moves.append(delta[usable[objects]])
@@ -188,7 +184,7 @@ def _draw(model: TwoStageDetector, stage: int, regions: Tensor, target: Mapping[
     # does not, which here, with the boxes themselves among the regions, hardly matters.
     at_least = threshold if len(model.roi_head.boxes) == 1 else None
     assigned = assign(boxes, target["boxes"], object_from=threshold, nothing_below=threshold, at_least=at_least)
-    objects, nothing = sample(assigned, SAMPLED_REGIONS, OBJECT_REGIONS)
+    objects, nothing = sample(assigned, *model.sampled_regions)
     labels = torch.cat([target["labels"][assigned[objects]], torch.full_like(nothing, model.num_classes)])
     return {
         "regions": boxes[torch.cat([objects, nothing])],
