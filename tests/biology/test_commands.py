@@ -78,6 +78,30 @@ def test_predict_takes_the_cards_task(capsys):
     assert found["names"][0] == "seq1"
 
 
+def test_what_is_not_known_is_null(capsys, tmp_path):
+    """N is not scored; JSON has no word for not a number."""
+    (tmp_path / "n.fa").write_text(">a\nNNNN\n")
+    found = answer(capsys, "score-dna", "dna_xlstm_micro", str(tmp_path / "n.fa"), "--out", str(tmp_path / "n.json"))
+    assert found["nats"] == [None]
+    assert json.loads((tmp_path / "n.json").read_text())[0]["nats"] is None
+
+
+def test_where_answers_go_is_checked_first(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for words, message in (
+        (("embed-dna", "dna_xlstm_micro", MOTIFS, "--out", "e.fa"), "e.fa ends in '.fa'; expected .csv"),
+        (
+            ("generate-protein", "prot_xlstm_micro", FAMILY, "--out", "p.smi"),
+            "expected .csv, .tsv, .parquet, .json, .fa",
+        ),
+        (("score-dna", "dna_xlstm_micro", MOTIFS, "--out", str(tmp_path / "file" / "s.csv")), "cannot be written"),
+    ):
+        assert run(list(words)) in (2, 3)
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert answer(capsys, "score-dna", "dna_xlstm_micro", MOTIFS, "--out", str(tmp_path / "new" / "S.CSV"))["file"]
+    assert (tmp_path / "new" / "S.CSV").read_text().startswith("name,scored,nats")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

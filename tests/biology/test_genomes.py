@@ -157,3 +157,21 @@ def test_several_files_and_one_that_fails(tmp_path):
     found = DNAEmbedding(model(**BOTH_WAYS))(tmp_path, keep_going=True)
     assert [type(f).__name__ for f in found] == ["Embeddings", "Failure", "Embeddings"]
     assert zoo.pipeline("dna_xlstm_micro", "dna-likelihood")("ACGTAC").scored == [6]
+
+
+def test_folders_named_in_a_string(tmp_path):
+    """A string with a slash that names a folder is not a sequence."""
+    for name in ("b.fa", "a.fastq"):
+        (tmp_path / name).write_text(">r\nACGT\n" if name == "b.fa" else "@r\nACGT\n+\nIIII\n")
+    pipe = DNAEmbedding(model(**BOTH_WAYS))
+    found = pipe(str(tmp_path))
+    assert [answer.source for answer in found] == [str(tmp_path / "a.fastq"), str(tmp_path / "b.fa")]
+    assert torch.equal(found[0].vectors, found[1].vectors)
+
+
+def test_a_vector_a_base_names_every_base():
+    answer = DNAEmbedding(model(**BOTH_WAYS), window=3, pool="base")(Record("r", "ACGTACGT"))
+    assert answer.names == ["r"] * 8
+    assert answer.starts == list(range(8))
+    assert answer.ends == list(range(1, 9))
+    assert answer.vectors.shape == (8, 32)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import zoo
 from zoo_biology.molecules import MoleculeGeneration, MoleculeScoring, well_formed
 from zoo_biology.tokens import Vocabulary
 from zoo_biology.xlstm import XLSTMLM
@@ -131,3 +132,12 @@ def test_sampling_filters():
         token, cost = how.draw(logits, how.generator())
         assert set(token.tolist()) == kept
         assert torch.allclose(cost, -logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
+
+
+def test_empty_molecules_are_none():
+    pipe = zoo.pipeline("chem_xlstm_micro", "molecule-scoring")
+    with pytest.raises(ValueError, match="molecule 2 of 2 is empty"):
+        pipe(["CCO", " "])
+    with pytest.raises(ValueError, match="no molecules were given"):
+        pipe([])
+    assert zoo.pipeline("chem_xlstm_micro", "molecule-generation", count=1)(None).source == "no context"

@@ -168,7 +168,7 @@ def test_filling_keeps_the_rest(family):
     patch = alone.sequences[0][2:]
     assert (token in range(4, 29)) == (not patch.startswith("AAG") or Protein().decode([token]) == patch[0])
     for fill in ("3", "5-3", "1-99"):
-        with pytest.raises(ValueError, match=r"expected parts like|span"):
+        with pytest.raises(ValueError, match=r"expected parts"):
             ProteinGeneration(net, fill=fill)(family)
 
 
@@ -191,3 +191,29 @@ def test_what_is_no_protein(tmp_path):
 def test_learnt_positions_bound_what_is_drawn(family):
     answer = ProteinGeneration(model("abs_1d"), count=1, max_length=500)(family)
     assert len(answer.sequences[0]) <= 63
+
+
+def test_which_of_two_records_of_one_name():
+    twice = [Record("a", "MKV"), Record("a", "MKL")]
+    with pytest.raises(ValueError, match="2 records named 'a'; give the number of one, from 0: 0, 1"):
+        ProteinScoring(model(), target="a")(twice)
+    assert ProteinScoring(model(), target="0")(twice).residues == 3
+
+
+def test_dots_of_an_alignment_are_gaps(tmp_path):
+    (tmp_path / "a.a2m").write_text(">a\nMK..V-A\n>b\nMKlLVWA\n")
+    (tmp_path / "b.fa").write_text(">a\nMKVA\n>b\nMKLLVWA\n")
+    scoring = ProteinScoring(model())
+    assert scoring(tmp_path / "a.a2m").nats == scoring(tmp_path / "b.fa").nats
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0])
+def test_temperatures_that_are_none(temperature):
+    with pytest.raises(ValueError, match="expected temperature"):
+        ProteinGeneration(model(), temperature=temperature)
+
+
+def test_parts_to_fill_are_counted_from_one(family):
+    for fill, match in (("0-3", "fill is 0-3"), ("3-5,5-6", "fill is 5-6"), ("1-1,3-3,5-5,6-6,7-7,8-8", "at most 5")):
+        with pytest.raises(ValueError, match=match):
+            ProteinGeneration(model(), fill=fill, target="first")(family)

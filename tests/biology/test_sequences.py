@@ -4,6 +4,7 @@ import gzip
 
 import pytest
 
+from zoo import errors
 from zoo_biology.sequences import Record, read_fasta, read_smiles, stream_fasta, write_fasta
 
 TEXT = ">chr1 first one\r\nACGT\r\nac gt\n\n; a comment\n>chr2\nNNNN\n>\nA"
@@ -58,3 +59,82 @@ def test_smiles(tmp_path):
     (tmp_path / "b.smi").write_text("\n")
     with pytest.raises(ValueError, match="holds no molecule"):
         read_smiles(tmp_path / "b.smi")
+
+
+def test_headers_and_marks(tmp_path):
+    """A byte order mark, and a tab behind the name, as editors and tools write them."""
+    (tmp_path / "a.fa").write_bytes(b"\xef\xbb\xbf>a\tof a mouse\nACGT\n")
+    assert read_fasta(tmp_path / "a.fa") == [Record("a", "ACGT", "of a mouse")]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_fastq(tmp_path, zipped):
+    text = "@r1 first\nACGT\n+\n@+>!\n@r2\nACG\nT\n+r2\n@@\n@@\n\n@r3\nA\n+\n+\n"
+    (tmp_path / "a.fq").write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
+    assert read_fasta(tmp_path / "a.fq") == [Record("r1", "ACGT", "first"), Record("r2", "ACGT"), Record("r3", "A")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("@r1\nACGT\n+\nII\n", "'r1' has 4 bases and 2 qualities"),
+        ("@r1\nACGT\n", "'r1' has 4 bases and 0 qualities"),
+        ("@r1\nAC\n+\nIIII\n", "'r1' has 2 bases and 4 qualities"),
+        ("@r1\nAC\n+\nII\nACGT\n", "line 5: 'ACGT'; expected FASTQ"),
+    ],
+)
+def test_reads_that_are_damaged(tmp_path, text, message):
+    (tmp_path / "a.fastq").write_text(text)
+    with pytest.raises(errors.BadFile, match=message):
+        read_fasta(tmp_path / "a.fastq")
+
+
+def test_bytes_that_do_not_unpack(tmp_path):
+    packed = bytearray(gzip.compress(bytes((7 * i * i + i // 3) % 64 + 63 for i in range(4000))))
+    packed[100:140] = b"\xff" * 40
+    for name, read in (("a.fa.gz", read_fasta), ("a.smi.gz", read_smiles)):
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(errors.BadFile, match="plain or gzipped"):
+            read(tmp_path / name)
+        (tmp_path / name).write_bytes(gzip.compress(b">a\nACGT\n" * 9)[:-9])
+        with pytest.raises(errors.BadFile, match="plain or gzipped"):
+            read(tmp_path / name)
+    with pytest.raises(errors.BadFile, match="is a folder"):
+        read_fasta(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_smiles(tmp_path / "none.smi")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b"\xef\xbb\xbfsmiles,name\nCCO,ethanol\n"),
+        ("A.CSV", b"SMILES,name\r\nCCO,ethanol\r\n"),
+        ("b.csv", b"name;smiles\nethanol;CCO\n;\n"),
+        ("c.tsv", b"name\tsmiles\nethanol\tCCO\n\n"),
+    ],
+)
+def test_tables_of_molecules(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert read_smiles(tmp_path / name) == [Record("ethanol", "CCO")]
+
+
+@pytest.mark.parametrize("text", ["name,smiles\na,CCO\nb\n", "name,smiles\na,CCO\nb,\n"])
+def test_rows_without_a_molecule(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match="line 3: no SMILES"):
+        read_smiles(tmp_path / "a.csv")
+
+
+def test_files_are_written_whole(tmp_path):
+    """What was there stays until all is written."""
+    path = write_fasta(tmp_path / "a.fa", [Record("a", "ACGT")])
+
+    def broken():
+        yield Record("b", "A")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_fasta(path, broken())
+    assert read_fasta(path) == [Record("a", "ACGT")]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.fa"]

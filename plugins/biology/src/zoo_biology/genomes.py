@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.files import refused
 from zoo.pipelines import Result
 from zoo_registry import errors
 
 from ._base import SequencePipeline, at_least_one
 from .dna import DNAXLSTM, CausalDNAXLSTM
 from .outputs import write_table, write_vectors
-from .sequences import Record, endings, stream_fasta
+from .sequences import FASTQ, Record, endings, stream_fasta
 from .tokens import DNA
 
 #: Masked models are asked for every base once, one in so many hidden at a time (training hides 15 %).
@@ -65,9 +66,9 @@ class Likelihoods(Result):
 
 
 class _DNAPipeline(SequencePipeline):
-    """A FASTA file, plain or gzipped, is one input; its records are read one by one."""
+    """A FASTA or FASTQ file, plain or gzipped, is one input; its records are read one by one."""
 
-    extensions = endings((".fa", ".fasta", ".fna", ".ffn", ".frn"))
+    extensions = endings((".fa", ".fasta", ".fna", ".ffn", ".frn", *FASTQ))
 
     def __init__(self, model: nn.Module, window: int = 1024, ambiguous: str = "N", batch: int = 8) -> None:
         super().__init__(model)
@@ -81,21 +82,21 @@ class _DNAPipeline(SequencePipeline):
         return source  # a file may be longer than memory: it is read while it is answered
 
     def records(self, source: Any) -> Iterator[Record]:
-        """The records of a file, of a string, or those given. Raises ValueError for a record without a sequence."""
-        found: Iterator[Record]
+        """The records of a file, of a string, or those given."""
         if isinstance(source, Record):
-            found = iter([source])
-        elif isinstance(source, Path):
-            found = stream_fasta(source)
-        else:
-            found = iter([Record("sequence", "".join(str(source).split()))])
-        for record in found:
-            if not record.sequence:
-                raise ValueError(f"the record {record.name!r} has no sequence; expected at least one base")
-            yield record
+            return iter([source])
+        if isinstance(source, Path):
+            return stream_fasta(source)
+        return iter([Record("sequence", "".join(str(source).split()))])
 
     def encode(self, record: Record) -> Tensor:
-        """(length,) uint8: a chromosome takes as many bytes as it has bases."""
+        """(length,) uint8: a chromosome takes as many bytes as it has bases. Raises BadFile for what is no DNA."""
+        with refused(record.name):
+            return self._encode(record)
+
+    def _encode(self, record: Record) -> Tensor:
+        if not record.sequence:
+            raise ValueError(f"the record {record.name!r} has no sequence; expected at least one base")
         return torch.from_numpy(self.tokens.codes(record.sequence, f"the record {record.name!r}"))
 
 
@@ -142,13 +143,12 @@ class DNAEmbedding(_DNAPipeline):
                     share = vectors.double().sum(0) / len(ids)
                     whole = share if whole is None else whole + share
                 elif self.pool == "window":
-                    _put(found, rows, record.name, start, end, vectors.double().mean(0))
+                    _put(found, rows, record.name, [start], [end], vectors.double().mean(0, keepdim=True))
                 else:
-                    for i, vector in enumerate(vectors):
-                        _put(found, rows, record.name, start + i, start + i + 1, vector)
+                    _put(found, rows, record.name, range(start, end), range(start + 1, end + 1), vectors)
             if whole is not None:
-                _put(found, rows, record.name, 0, len(ids), whole)
-        found.vectors = torch.stack(rows).float() if rows else torch.zeros(0, self.dna.d_model)
+                _put(found, rows, record.name, [0], [len(ids)], whole[None])
+        found.vectors = torch.cat(rows)
         return found
 
     def _windows(self, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -230,8 +230,10 @@ class DNALikelihood(_DNAPipeline):
             yield (cost * asked).sum(0)
 
 
-def _put(found: Embeddings, rows: list[Tensor], name: str, start: int, end: int, vector: Tensor) -> None:
-    found.names.append(name)
-    found.starts.append(start)
-    found.ends.append(end)
-    rows.append(vector)
+def _put(
+    found: Embeddings, rows: list[Tensor], name: str, starts: Sequence[int], ends: Sequence[int], vectors: Tensor
+) -> None:
+    found.names += [name] * len(starts)
+    found.starts += starts
+    found.ends += ends
+    rows.append(vectors.float())

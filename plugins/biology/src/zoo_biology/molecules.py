@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.files import whole
 from zoo.pipelines import Result
 from zoo_registry import errors, package_path
 
 from ._base import SequencePipeline, at_least_one
 from .genomes import Likelihoods
-from .outputs import write_table
+from .outputs import SMILES_LISTS, write_table
 from .sampling import Sampling
 from .sequences import SMILES, Record, endings, read_smiles
 from .tokens import Vocabulary, lost, segment
@@ -73,9 +74,9 @@ class Molecules(Result):
     def save(self, path: str | Path) -> Path:
         """CSV, TSV, parquet or JSON, or .smi: a molecule a line."""
         path = Path(path)
-        if path.suffix in (".smi", ".smiles", ".txt"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(m + "\n" for m in self.molecules), encoding="utf-8")
+        if path.suffix.lower() in SMILES_LISTS:
+            with whole(path) as work:
+                work.write_text("".join(m + "\n" for m in self.molecules), encoding="utf-8")
             return path
         return write_table(path, {"smiles": self.molecules, "nats": self.nats, "valid": self.valid})
 
@@ -116,14 +117,18 @@ class _MoleculePipeline(SequencePipeline):
         return super().expand(inputs)
 
     def read(self, source: Any) -> list[Record]:
-        """The molecules of a file, of a list, or of a string of several joined by "."."""
+        """The molecules of a file, of a list, or of a string of several joined by ".". Raises ValueError for an empty
+        one."""
         if source is None:
             return []
         if isinstance(source, Path):
             return read_smiles(source)
         if isinstance(source, str):
             source = [part for part in source.split(".") if part]
-        return [Record(str(i + 1), text) for i, text in enumerate(source)]
+        for i, text in enumerate(source, start=1):
+            if not text.strip():
+                raise ValueError(f"molecule {i} of {len(source)} is empty; expected SMILES")
+        return [Record(str(i + 1), text.strip()) for i, text in enumerate(source)]
 
     def encode(self, records: Sequence[Record]) -> list[list[int]]:
         return [self.vocabulary.encode(record.sequence) for record in records]
@@ -169,6 +174,7 @@ class MoleculeGeneration(_MoleculePipeline):
     def answer(self, sample: list[Record]) -> Molecules:
         found = self.generate(self.encode(sample))
         found.context = [record.sequence for record in sample]
+        found.source = "" if sample else "no context"
         return found
 
     @torch.no_grad()
@@ -235,6 +241,8 @@ class MoleculeScoring(_MoleculePipeline):
         self.context = self.encode(self.read(context))
 
     def answer(self, sample: list[Record]) -> Likelihoods:
+        if not sample:
+            raise ValueError("no molecules were given; expected SMILES: a list, a string or a file of them")
         found = self.score(self.encode(sample))
         found.names = [record.sequence for record in sample]
         return found

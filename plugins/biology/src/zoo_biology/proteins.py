@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo.files import refused
 from zoo.pipelines import Result
 from zoo_registry import errors
 
@@ -80,7 +81,7 @@ class Proteins(Result):
 
     def save(self, path: str | Path) -> Path:
         """FASTA (.fa, .fasta, .faa, also .gz), or CSV, TSV, parquet, JSON."""
-        if str(path).endswith(endings(FASTA)):
+        if str(path).lower().endswith(endings(FASTA)):
             about = (
                 f"nats={n:.4f}" + ("" if done else " incomplete")
                 for n, done in zip(self.nats, self.complete, strict=True)
@@ -125,9 +126,15 @@ class _ProteinPipeline(SequencePipeline):
         if isinstance(source, tuple):
             records, where = list(source), "the given records"
         elif isinstance(source, Path):
-            records, where = read_fasta(source), str(source)
+            # The dots of A2M stand where others have insertions: gaps, as its dashes.
+            records = [replace(r, sequence=r.sequence.replace(".", "")) for r in read_fasta(source)]
+            where = str(source)
         else:
             records, where = [Record("sequence", "".join(str(source).split()))], "the given sequence"
+        with refused(where):
+            return self._homologs(records, where)
+
+    def _homologs(self, records: list[Record], where: str) -> Homologs:
         chosen = self._chosen(records, where)
         ids = [self.tokens.encode(record.sequence, f"{where}, {record.name!r}") for record in records]
         target = ids.pop(chosen)
@@ -135,9 +142,14 @@ class _ProteinPipeline(SequencePipeline):
 
     def _chosen(self, records: Sequence[Record], where: str) -> int:
         if isinstance(self.target, str) and not re.fullmatch(r"-?\d+", self.target):
-            for i, record in enumerate(records):
-                if record.name == self.target:
-                    return i
+            named = [i for i, record in enumerate(records) if record.name == self.target]
+            if len(named) > 1:
+                raise ValueError(
+                    f"{where} has {len(named)} records named {self.target!r}; give the number of one, from 0: "
+                    f"{', '.join(map(str, named[:6]))}"
+                )
+            if named:
+                return named[0]
             raise ValueError(
                 f"{where} has no record named {self.target!r}; it has {len(records)}, the first {records[0].name!r}"
             )
@@ -318,6 +330,7 @@ class ProteinGeneration(_ProteinPipeline):
         self.fill = _spans(fill) if isinstance(fill, str) else [(a - 1, b) for a, b in fill or ()]
 
     def answer(self, sample: Homologs) -> Proteins:
+        self._check_fill(sample)
         others = sample.others if self.fill else [*sample.others, sample.target_ids]
         number = len(others)
         found = Proteins(homologs=number, notes=sample.notes)
@@ -328,6 +341,19 @@ class ProteinGeneration(_ProteinPipeline):
             found.nats.append(nats)
             found.complete.append(done)
         return found
+
+    def _check_fill(self, sample: Homologs) -> None:
+        """Raises ValueError, in residues from 1, for parts that the target does not have."""
+        if len(self.fill) > len(Protein.MASKS):
+            raise ValueError(f"fill names {len(self.fill)} parts; at most {len(Protein.MASKS)} are filled at a time")
+        before = 0
+        for start, end in self.fill:
+            if not before <= start < end <= len(sample.target_ids):
+                raise ValueError(
+                    f"fill is {start + 1}-{end}; expected parts one behind the other among the residues 1 to "
+                    f"{len(sample.target_ids)} of {sample.target.name!r}"
+                )
+            before = end
 
     def _new(self, number: int, state: State) -> Iterator[tuple[str, float, bool]]:
         logits, state = self.after(Context([Protein.CLS], [0], [number]), state)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from zoo_registry import errors
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the likeliest token; top_k 0 and top_p 1 keep all. Raises ValueError for other values."""
+    """temperature 0 takes the likeliest token; top_k 0 and top_p 1 keep all. Raises BadArgument for others."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -18,10 +21,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
+        if not (math.isfinite(self.temperature) and self.temperature >= 0) or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise errors.BadArgument(
                 f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}; expected temperature and "
-                "top_k of 0 or more and top_p in (0, 1]"
+                "top_k of 0 or more and top_p in (0, 1]",
+                argument="temperature",
+                accepted=[],
             )
 
     def generator(self) -> torch.Generator:

@@ -6,13 +6,14 @@ molecules: chemxlstm/smiles_utils.py of ml-jku/Chem-xLSTM (after S4DD), whose la
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from zoo.files import read_json, read_text, refused
 
 # -- DNA --------------------------------------------------------------------------------------------------------------
 
@@ -158,11 +159,16 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: str | Path) -> Vocabulary:
-        """From the original's ``init_arguments.json``, or from a text file with a token a line, [PAD] first."""
-        text = Path(path).read_text(encoding="utf-8")
-        if Path(path).suffix != ".json":
-            return cls([line for line in text.splitlines() if line])
-        found: Any = json.loads(text)
+        """From the original's ``init_arguments.json``, or from a text file with a token a line, [PAD] first. Raises
+        BadFile."""
+        with refused(path):
+            return cls._read(path)
+
+    @classmethod
+    def _read(cls, path: str | Path) -> Vocabulary:
+        if Path(path).suffix.lower() != ".json":
+            return cls([line for line in read_text(path).splitlines() if line])
+        found: Any = read_json(path)
         labels = found.get("token2label", found) if isinstance(found, dict) else None
         if not isinstance(labels, dict) or sorted(labels.values()) != list(range(len(labels))):
             raise ValueError(f"{path} has no token2label with the labels 0, 1, 2 ..; is it an init_arguments.json?")
