@@ -71,6 +71,9 @@ def test_folders_say_which_date_is_earlier_or_are_refused(rising, tmp_path):
             pipe(wrong)
     with pytest.raises(errors.BadArgument, match="expected a pair"):
         pipe.read(tmp_path)
+    assert [f.changed_pixels for f in pipe([[before, after], (after, before)])] == [200, 0]
+    with pytest.raises(errors.BadArgument, match=r"shape \(0, 50, 3\)"):
+        pipe((before[:0], after[:0]))
 
 
 def test_pictures_of_sixteen_bits_keep_their_shades(rising, tmp_path):

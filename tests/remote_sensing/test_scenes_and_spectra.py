@@ -239,6 +239,8 @@ def test_cubes_that_cannot_be_read(spectra, tmp_path):
         pipe(tmp_path / "a.npy")
     with pytest.raises(errors.LocalFileMissing, match="no file"):
         pipe.read(tmp_path / "none.npy")
+    with pytest.raises(errors.BadArgument, match="expected a model of cubes"):
+        zoo.pipeline("changemamba_micro.scenes", "pixel-classification")
     for wrong in (np.zeros((6, 5, 10), complex), np.zeros((6, 5)), np.zeros((0, 5, 10))):
         with pytest.raises(errors.BadArgument, match="expected numbers"):
             pipe(wrong)

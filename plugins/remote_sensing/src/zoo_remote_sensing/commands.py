@@ -104,12 +104,16 @@ def map_pixels(name: str, cube: str, path: str | None, rows: int, as_json: bool,
     """
     import zoo
     from zoo.files import check_ending, check_place
+    from zoo.loading import card_of
 
     from .hyperspectral import MAPS
 
     if path is not None:
         check_ending(path, MAPS)
         check_place(path)
+    task = card_of(name).task
+    if task != "pixel-classification":
+        raise click.UsageError(f"{name} is for {task}; expected a model for pixel-classification")
     found: Any = zoo.pipeline(name, "pixel-classification", rows=rows, **output.loading(options))(cube)
     written = None if path is None else str(found.save(path))
     if as_json:

@@ -242,6 +242,10 @@ class PixelClassification(Pipeline):
 
     def __init__(self, model: nn.Module, rows: int = 16, class_names: Sequence[str] | None = None) -> None:
         super().__init__(model)
+        if not all(hasattr(model, name) for name in ("bands", "window", "num_classes")):
+            raise bad_input(
+                f"{self.name} is a {type(model).__name__}; expected a model of cubes, as MorpMamba", "model"
+            )
         if int(rows) < 1:
             raise errors.BadArgument(f"rows is {rows}; expected 1 or more", argument="rows", accepted=[])
         self.rows = int(rows)

@@ -168,6 +168,8 @@ class ChangeDetection(Pipeline):
 
     def expand(self, inputs: Any) -> tuple[list[Any], bool]:
         """Pairs from files in order, from two folders with files of equal names, or from a folder that holds two."""
+        if isinstance(inputs, list):
+            inputs = [tuple(one) if isinstance(one, list) else one for one in inputs]
         given = inputs if isinstance(inputs, list) else [inputs]
         places = [Path(one).expanduser() for one in given if isinstance(one, (str, Path))]
         folders = [place for place in places if place.is_dir()]

@@ -182,7 +182,7 @@ def open_scene(
         return source
     limits = None if value_range is None else _limits(value_range)
     if isinstance(source, np.ndarray):
-        if source.ndim != 3 or source.dtype.kind not in "uif":
+        if source.ndim != 3 or source.dtype.kind not in "uif" or 0 in source.shape:
             raise bad_input(
                 f"an array of {source.dtype} and shape {source.shape} was given; expected uint8 (H, W, {channels})"
             )
