@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,25 @@ def rest(step: MambaStep, window: torch.dtype = torch.float32) -> list[tuple[tor
         shape = (block.heads, block.inner // block.heads) if block.heads else (block.inner,)
         found.append((torch.zeros(block.conv.shape, dtype=window), torch.zeros(*shape, block.states)))
     return found
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_threads_step_with_one_stack(native, kind: torch.dtype) -> None:
+    """Steps run without Python's lock. They shared the room to work in: wrong logits, or the end of the process."""
+    torch.manual_seed(0)
+    blocks = [mamba(160, 320, 16, 10, 4, kind, True), mamba2(160, 10, 32, 32, 1, kind)]
+    step = MambaStep(blocks, torch.randn(61, 160), torch.rand(160) + 0.5, 1e-5, matrix(61, 160, kind))
+
+    def read(first: int) -> torch.Tensor:
+        states = rest(step)
+        for i in range(60):
+            logits = step((first + i) % 61, states)
+        return logits
+
+    want = [read(first) for first in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for found in (list(pool.map(read, range(4))) for _ in range(3)):
+            assert all(map(torch.equal, found, want))
 
 
 @pytest.mark.parametrize("kind", FORMATS)

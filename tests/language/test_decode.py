@@ -1,5 +1,7 @@
 """Fused decoding: the tokens of the plain model, chosen by itself, quantised on request, refused with a reason."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -135,3 +137,23 @@ def test_refusals_say_why():
         decoder.step(1, build().init_state(2))
     with pytest.raises(ValueError, match="made by"):
         decoder.step(1, build("mamba2").init_state(1))
+
+
+def test_threads_decode_with_one_model():
+    model = build()
+    want = [generate(model, [prompt(4, i)], max_new_tokens=40)[0][0].tokens for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda i: generate(model, [prompt(4, i)], max_new_tokens=40)[0][0].tokens, range(4))
+        assert list(found) == want
+
+
+@pytest.mark.parametrize("name", ["A_log", "D", "conv1d.weight"])
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_what_is_written_through_data_is_seen(kind, name):
+    """As averages of weights are swapped in: no version is counted, and the decoder has copies."""
+    model = build(kind)
+    generate(model, [prompt(4)], max_new_tokens=1)
+    model.layers[1].mixer.get_parameter(name).data.add_(2.0)
+    found, state = generate(model, [prompt(4)], max_new_tokens=6)
+    whole = torch.tensor([prompt(4) + found[0].tokens])
+    torch.testing.assert_close(state.logits, model.prefill(whole).logits, rtol=1e-4, atol=1e-5)

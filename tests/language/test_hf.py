@@ -139,6 +139,20 @@ def test_loss_and_gradients():
     assert model.layers[0].mixer.A_log.grad is not None
 
 
+def test_the_loss_of_padded_rows_is_that_of_their_texts():
+    """The first token behind padding was counted as predicted by the padding."""
+    model = build("mamba")
+    prompts = [prompt(9), prompt(4, 1)]
+    ids = torch.tensor([prompts[0], [0] * 5 + prompts[1]])
+    mask = torch.tensor([[1] * 9, [0] * 5 + [1] * 4])
+    out = wrap(model)(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    nats = [
+        torch.nn.functional.cross_entropy(model(row[None])[0, :-1, :50], row[1:], reduction="sum")
+        for row in map(torch.tensor, prompts)
+    ]
+    torch.testing.assert_close(out.loss, sum(nats) / (8 + 3))
+
+
 def test_errors():
     hf = wrap(build("mamba"))
     ids = torch.tensor([prompt(4)])

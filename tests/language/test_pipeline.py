@@ -8,7 +8,8 @@ from click.testing import CliRunner
 
 import zoo
 from zoo_language import commands
-from zoo_language.generation import Sampling, choose, generate
+from zoo_language.generation import Sampling, Text, choose, generate
+from zoo_language.incremental import MARK, Ends, Growing
 from zoo_language.mamba import MambaLM
 from zoo_language.pipelines import TextGeneration
 from zoo_language.scoring import score
@@ -113,6 +114,55 @@ def test_pieces_are_whole_characters(demo):
         pieces = list(pipe.stream_text(prompt))
         assert "".join(pieces) == pipe(prompt).text
         assert all(piece for piece in pieces)
+
+
+class Words:
+    """A blank before each word but the first, as SentencePiece decodes; "é" and "ü" come as two tokens."""
+
+    words = ("the", "end", "is", "near", "é", "ü")
+
+    def __call__(self, ids):
+        text, i = [], 0
+        for i, token in enumerate(ids):
+            if token < 4:
+                text.append(" " + self.words[token])
+            elif token % 2 == 0:  # first half of a character
+                text.append(self.words[4 + (token - 4) // 2] if ids[i + 1 : i + 2] == [token + 1] else MARK)
+        return "".join(text).removeprefix(" ")
+
+
+def test_what_comes_piece_by_piece_is_the_whole():
+    decode = Words()
+    ids = [0, 1, 2, 3, 4, 5, 1, 6, 7, 0, 0, 3, 6]
+    growing = Growing(decode)
+    pieces = [growing.add(token) for token in ids]
+    assert "".join(pieces) + growing.rest == decode(ids)
+    assert pieces[:6] == ["the", " end", " is", " near", "", "é"]
+    assert growing.rest == MARK
+
+
+def test_ends_are_found_wherever_they_stand():
+    decode = Words()
+    ids = [0, 1, 2, 3, 4, 5, 1, 6, 7, 0]
+    for stop in ("end", "d is", "nearé", "é end", "the end", "ü", "r"):
+        text = Text()
+        ends = Ends(text, ["never", stop], decode)
+        for token in ids:
+            text.tokens.append(token)
+            if ends():
+                break
+        assert text.text == decode(ids)[: decode(ids).find(stop)], stop
+
+
+def test_the_cost_of_a_token_does_not_grow_with_the_text():
+    """All tokens were decoded again for each: three times as long for 4000 bytes."""
+    read = []
+    text = Text()
+    ends = Ends(text, ["never"], lambda ids: read.append(len(ids)) or bytes(ids).decode(errors="replace"))
+    for token in b"and it came to pass " * 20:
+        text.tokens.append(token)
+        assert not ends()
+    assert max(read) < 5
 
 
 def test_a_stop_string_that_only_began_is_shown(demo):

@@ -89,13 +89,15 @@ def why_not(model: CausalLM) -> str | None:
     return None
 
 
-_decoders: weakref.WeakKeyDictionary[CausalLM, tuple[tuple, Decoder]] = weakref.WeakKeyDictionary()
+_decoders: weakref.WeakKeyDictionary[CausalLM, tuple[tuple, list[Tensor], Decoder]] = weakref.WeakKeyDictionary()
 
 
-def decoder_for(model: CausalLM) -> Decoder | None:
+def decoder_for(model: CausalLM, *, watch: bool = True) -> Decoder | None:
     """The model's own decoder, weights as they are, made anew where they changed; None where none serves.
 
-    Only for float32 models in eval mode: there it gives what ``model.step`` gives, to rounding.
+    Only for float32 models in eval mode: there it gives what ``model.step`` gives, to rounding. ``watch``: also compare
+    the numbers of what the decoder has copies of, which shows what was written through ``.data``; without it (from one
+    token to the next) that is not seen.
     """
     if model.training or any(p.dtype != torch.float32 for p in model.parameters()) or why_not(model) is not None:
         return None
@@ -104,9 +106,17 @@ def decoder_for(model: CausalLM) -> Decoder | None:
         return None
     key = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
     found = _decoders.get(model)
+    if found is not None and found[0] == key and watch:
+        found = found if all(map(torch.equal, found[1], _copied(model))) else None
     if found is None or found[0] != key:
-        found = _decoders[model] = (key, Decoder(model))
-    return found[1] if found[1].stack.backend == "native" else None
+        found = _decoders[model] = (key, [tensor.clone() for tensor in _copied(model)], Decoder(model))
+    return found[2] if found[2].stack.backend == "native" else None
+
+
+def _copied(model: CausalLM) -> list[Tensor]:
+    """The parameters that a decoder of a float32 model holds in another form."""
+    mixers = [layer.mixer for layer in model.layers]
+    return [t.detach() for mixer in mixers for t in (mixer.A_log, mixer.conv1d.weight, mixer.D)]  # type: ignore[union-attr, operator]
 
 
 def _small(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from zoo_registry import errors
 
 from ._base import CausalLM
+from .incremental import Ends
 from .state import State
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ def stream(
     assert state.logits is not None
     before = state.fork() if stop_strings else None
     texts = [Text() for _ in prompts]
+    ends = [Ends(text, stop_strings, decode or str) for text in texts]
     seen = [list(p) for p in prompts]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     alive = list(range(rows))  # rows of the batch that still grow; ``current`` holds their states in this order
@@ -228,7 +230,7 @@ def stream(
             pieces = speculate(
                 model, parked[i], texts[i], seen[i], speculative, max_new_tokens=max_new_tokens,
                 stop_tokens=stop_tokens, choose=partial(choose, how=sampling, generator=generators[i]),
-                ends=partial(_ended, texts[i], stop_strings, decode), step=model.step if fast is None else fast.step,
+                ends=ends[i], step=model.step if fast is None else fast.step,
             )  # fmt: skip
             for token in pieces:
                 yield i, token
@@ -249,7 +251,7 @@ def stream(
             texts[row].tokens.append(token)
             seen[row].append(token)
             yield row, token
-            if _ended(texts[row], stop_strings, decode):
+            if ends[row]():
                 parked[row] = current.select(i)
                 continue
             stay.append(i)
@@ -279,16 +281,6 @@ def stream(
         result["texts"], result["state"] = texts, State.stack([parked[row] for row in range(rows)])
 
 
-def _cut(text: Text, stop_strings: Sequence[str], decode: Callable[[list[int]], str]) -> bool:
-    """End a text at the first stop string, wherever in the decoded text it stands."""
-    whole = decode(text.tokens)
-    found = [whole.find(s) for s in stop_strings if s in whole]
-    if not found:
-        return False
-    text.text, text.reason = whole[: min(found)], "string"
-    return True
-
-
 def _after_cut(model: CausalLM, state: State, text: Text, decode: Callable[[list[int]], str]) -> State:
     """``state``, which is that before ``text``, moved on over the tokens that the cut text holds whole."""
     assert text.text is not None
@@ -296,10 +288,6 @@ def _after_cut(model: CausalLM, state: State, text: Text, decode: Callable[[list
     while count and not text.text.startswith(decode(text.tokens[:count])):
         count -= 1
     return model.prefill(torch.tensor([text.tokens[:count]], device=model.device), state=state) if count else state
-
-
-def _ended(text: Text, stop_strings: Sequence[str], decode: Callable[[list[int]], str] | None) -> bool:
-    return bool(stop_strings) and decode is not None and _cut(text, stop_strings, decode)
 
 
 def _ids(prompts: Any) -> list[list[int]]:

@@ -89,14 +89,16 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutput | tuple:
         """Logits; with ``use_cache`` or a ``state`` also the state after the ids, which is moved on in place.
 
-        labels: (batch, length), shifted inside, -100 where nothing is to be predicted.
+        labels: (batch, length), shifted inside, -100 where nothing is to be predicted; padding predicts nothing either.
         """
         batch, length = input_ids.shape
         model = self.zoo
         if state is None and use_cache:
             state = model.init_state(batch)
+        if state is not None and length > 1 and batch == 1:
+            decoder_for(model)  # the steps that follow do not look whether weights were written through .data
         if state is not None and length == 1 and attention_mask is None and not torch.is_grad_enabled():
-            fast = decoder_for(model) if batch == 1 else None
+            fast = decoder_for(model, watch=False) if batch == 1 else None
             step = model.step(input_ids[:, 0], state) if fast is None else fast.step(input_ids[0, 0], state)
             logits = step[:, None]
         elif attention_mask is None or bool(attention_mask[:, -length:].all()):
@@ -106,7 +108,10 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
         logits = logits[..., : model.vocab_size].float()
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+            wanted = labels[:, 1:]
+            if attention_mask is not None:  # nothing that was read predicts the first token behind padding
+                wanted = wanted.masked_fill(attention_mask[:, -length:][:, :-1] == 0, -100)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten(), ignore_index=-100)
         out = CausalLMOutput(loss=loss, logits=logits, state=state)
         return out if return_dict is not False else out.to_tuple()
 

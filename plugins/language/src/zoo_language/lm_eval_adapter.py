@@ -118,7 +118,7 @@ class ZooLM(LM):
                     top_p=float(options.get("top_p", 1.0)),
                 ),
                 stop_tokens=() if self.tokens.end_of_text is None else (self.tokens.end_of_text,),
-                stop_strings=(until,) if isinstance(until, str) else tuple(until),
+                stop_strings=(until,) if isinstance(until, str) and until else tuple(filter(None, until)),
                 decode=self.tokens.decode,
             )
             answers.append(texts[0].text or "")

@@ -17,6 +17,7 @@ from zoo.pipelines import Pipeline, Result
 from ._base import CausalLM
 from .drafts import Draft, draft_of
 from .generation import Sampling, Text, generate, stream
+from .incremental import Growing, held
 from .state import State
 from .tokenizer import Tokenizer, tokenizer_of
 
@@ -166,30 +167,15 @@ class TextGeneration(Pipeline):
         another model.
         """
         result: dict[str, Any] = {}
-        tokens: list[int] = []
-        shown = ""
+        growing, pending, shown = Growing(self.tokenizer.decode), "", 0
         ids = self.tokenizer.encode(prompt) if state is not None else self.prepare(prompt)
         for _, token in stream(self.lm, [ids], state=state, result=result, **self._how()):
-            tokens.append(token)
-            whole = self.tokenizer.decode(tokens)
-            safe = len(whole) - self._held(whole)
-            if safe > len(shown):
-                yield whole[len(shown) : safe]
-                shown = whole[:safe]
+            pending += growing.add(token)
+            if safe := len(pending) - held(pending, self.stop):
+                yield pending[:safe]
+                pending, shown = pending[safe:], shown + safe
         self.last_text: Text = result["texts"][0]
         self.last_state: State = result["state"]
         final = self.last_text.text or ""
-        if len(final) > len(shown):
-            yield final[len(shown) :]
-
-    def _held(self, text: str) -> int:
-        """How many of the last characters of ``text`` must wait: of a character or a stop string that may yet come, and
-        of a stop string that came, with what stands behind it."""
-        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
-        if found:
-            return len(text) - min(found)
-        held = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
-        for stop in self.stop:
-            begun = (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
-            held = max(held, next(begun, 0))
-        return held
+        if len(final) > shown:
+            yield final[shown:]
