@@ -174,3 +174,18 @@ def test_invalid_points(points):
 def test_labels_are_not_written_as_anything_else(tmp_path, points):
     with pytest.raises(ValueError, match=r"\.ply, \.las or \.laz"):
         write_labels(tmp_path / "a.obj", Cloud(points), np.zeros(300), np.zeros((300, 3)))
+
+
+def test_arrays_that_are_none(tmp_path):
+    """Damaged, an archive under the name of an array, Python objects: told in a sentence, never unpickled."""
+    np.save(tmp_path / "whole.npy", np.zeros((4, 3)))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:-9])
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with (tmp_path / "archive.npy").open("wb") as file:
+        np.savez(file, points=np.zeros((4, 3)))
+    for name in ("cut", "empty", "objects"):
+        with pytest.raises(ValueError, match=rf"{name}\.npy is no \.npz or \.npy file"):
+            read_cloud(tmp_path / f"{name}.npy")
+    with pytest.raises(ValueError, match="an archive with the arrays points"):
+        read_cloud(tmp_path / "archive.npy")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo.files import read_arrays
 from zoo_registry import errors, optional
 
 from .pcd import read_fields as read_pcd_fields
@@ -206,11 +207,10 @@ def _numbers(line: str) -> list[float]:
 
 def load_array(path: Path) -> np.ndarray:
     """The real numbers of a npy file. Raises ValueError for anything else."""
-    try:
-        table = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: no readable npy file of numbers: {error}") from error
-    return _real(table, str(path))
+    arrays = read_arrays(path)
+    if "" not in arrays:
+        raise ValueError(f"{path} is an archive with the arrays {', '.join(arrays)}; expected a .npy file of one")
+    return _real(arrays[""], str(path))
 
 
 def _real(table: np.ndarray, where: str) -> np.ndarray:
