@@ -251,3 +251,79 @@ def test_tensors_without_numbers_give_shapes(grad) -> None:
             for a, b in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (expected, found)), strict=True):
                 assert b.is_meta, name
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), name
+
+
+def _doubles(op):
+    for args in op.cases(torch.device("cpu"), torch.float64):
+        yield [status._double(a.clone()) if isinstance(a, torch.Tensor) else a for a in args]
+
+
+def _first(result):
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+def _size(x: torch.Tensor) -> torch.Tensor:
+    return (torch.view_as_real(x) if x.is_complex() else x).square().sum()
+
+
+@pytest.mark.parametrize("name", ["cauchy", "causal_conv1d", "linear_attention_gated", "linear_scan", "rms_norm",
+                                  "selective_scan", "slstm", "ssd_core"])  # fmt: skip
+def test_second_derivatives_are_the_definitions(name) -> None:
+    status._load_all()
+    op = _ops.OPERATORS[name]
+    assert op.differentiable
+    for args in _doubles(op):
+        found = []
+        for call in (op, op._plainly):
+            given = list(args)
+            leaves = []
+            for i in op.differentiable:
+                if given[i] is not None:
+                    given[i] = args[i].clone().requires_grad_()
+                    leaves.append(given[i])
+            y = _first(call(*given) if call is op else call(given))
+            first = torch.autograd.grad(_size(y), leaves, create_graph=True)
+            found.append(torch.autograd.grad(sum(_size(g) for g in first) + _size(y), leaves))
+        for ours, theirs in zip(*found, strict=True):
+            util.close(torch.view_as_real(ours) if ours.is_complex() else ours,
+                       torch.view_as_real(theirs) if theirs.is_complex() else theirs)  # fmt: skip
+
+
+def test_forward_mode_agrees_with_reverse_mode() -> None:
+    """<w, J v> = <J^T w, v>; a tangent that got lost would be zero without a word."""
+    status._load_all()
+    checked = set()
+    for name, op in _ops.OPERATORS.items():
+        if op.cases is None or not op.differentiable:
+            continue
+        for args in _doubles(op):
+            for i in op.differentiable:
+                if args[i] is None or args[i].is_complex():
+                    continue
+
+                def call(x, args=args, i=i, op=op):
+                    return _first(op(*args[:i], x, *args[i + 1 :]))
+
+                v = torch.randn_like(args[i])
+                y, tangent = torch.func.jvp(call, (args[i],), (v,))
+                leaf = args[i].clone().requires_grad_()
+                w = torch.randn_like(y)
+                (gradient,) = torch.autograd.grad(call(leaf), [leaf], w)
+                assert float((w * tangent).sum()) == pytest.approx(float((gradient * v).sum()), rel=1e-8, abs=1e-8), (
+                    name
+                )
+                with torch.autograd.forward_ad.dual_level():
+                    dual = call(torch.autograd.forward_ad.make_dual(args[i], v))
+                    assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+                checked.add(name)
+    assert len(checked) >= 7
+
+
+def test_a_gradient_penalty_reaches_the_parameters() -> None:
+    x = torch.randn(2, 9, 4, requires_grad=True)
+    weight = torch.randn(4, 3, requires_grad=True)
+    y, _ = zk.causal_conv1d(x, weight, activation="silu")
+    (slope,) = torch.autograd.grad(y.sum(), [x], create_graph=True)
+    slope.norm().backward()
+    assert weight.grad is not None
+    assert float(weight.grad.abs().max()) > 0

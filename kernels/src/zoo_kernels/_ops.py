@@ -36,8 +36,9 @@ does not exist is reported as not written. Modules are imported on first use, so
 costs only itself.
 
 Every operator is a ``torch.library`` custom operator ``zoo_kernels::foo`` with an explicit backward operator
-``zoo_kernels::foo_backward``: opaque to torch.compile and torch.export, with the back end chosen when it runs. Autocast
-does not reach inside: operators take mixed dtypes and accumulate in float32 or better by themselves.
+``zoo_kernels::foo_backward``: opaque to torch.compile and torch.export, with the back end chosen when it runs. Second
+derivatives and forward mode (``create_graph=True``, ``torch.func.jvp``) come from torch, through the definition.
+Autocast does not reach inside: operators take mixed dtypes and accumulate in float32 or better by themselves.
 
 An operator that updates an argument in place (a decoding step) names it in ``mutates`` and has no backward.
 """
@@ -138,6 +139,8 @@ class Operator:
             if len(self.outputs) == 1:
                 return result[0] if self.saved else result
             return result[: len(self.outputs)]
+        if forward_ad._current_level >= 0 and any(_has_tangent(args[i]) for i in self.tensors):
+            return self._plainly(args)
         save = (
             bool(self.saved)
             and torch.is_grad_enabled()
@@ -145,6 +148,15 @@ class Operator:
         )
         result = self.op(*args, save, _backends.forced())
         if len(self.outputs + self.saved) == 1:
+            return result
+        return result[0] if len(self.outputs) == 1 else result[: len(self.outputs)]
+
+    def _plainly(self, args: Sequence[Any]) -> Any:
+        """The definition in torch's own operators, which torch differentiates in every mode."""
+        module = self.module("reference")
+        assert isinstance(module, ModuleType)
+        result = module.forward(*args, save=False)
+        if isinstance(result, Tensor):
             return result
         return result[0] if len(self.outputs) == 1 else result[: len(self.outputs)]
 
@@ -313,11 +325,54 @@ class Operator:
             args[i] = value
         kept = stored[len(self.tensors) :]
         needs = [args[i] is not None and ctx.needs_input_grad[i] for i in self.differentiable]
-        found = self.backward_op(*grads[: len(self.outputs)], *args, *kept, needs, ctx.backend)
+        grads = grads[: len(self.outputs)]
+        found: Sequence[Tensor | None]
+        if _wants_second_derivatives():
+            found = self._differentiably(args, grads, needs)
+        else:
+            found = self.backward_op(*grads, *args, *kept, needs, ctx.backend)
         out: list[Tensor | None] = [None] * (len(self.arguments) + 2)
         for gradient, need, i in zip(found, needs, self.differentiable, strict=True):
             out[i] = gradient if need else None
         return tuple(out)
+
+    def _differentiably(
+        self, args: Sequence[Any], grads: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients that can be differentiated again: autograd through the definition, its graph kept."""
+        wanted = [i for i, need in zip(self.differentiable, needs, strict=True) if need]
+        # Another name for each argument: gradients end here, and what is computed from them leads on to the arguments.
+        values = list(args)
+        for i in wanted:
+            values[i] = values[i].view_as(values[i])
+        outputs = self._plainly(values)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and o.numel()]
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if pairs:
+            found = torch.autograd.grad(
+                [o for o, _ in pairs],
+                [values[i] for i in wanted],
+                [g for _, g in pairs],
+                allow_unused=True,
+                create_graph=True,
+            )
+        given = dict(zip(wanted, found, strict=True))
+        return [given.get(i) for i in self.differentiable]
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    return x is not None and forward_ad.unpack_dual(x).tangent is not None
+
+
+def _wants_second_derivatives() -> bool:
+    """Whether a backward pass keeps its graph (``create_graph=True``). torch.func always does, so it is not asked; nor
+    is compilation."""
+    return (
+        torch.is_grad_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.compiler.is_compiling()
+    )
 
 
 @contextlib.contextmanager
