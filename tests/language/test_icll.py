@@ -146,3 +146,11 @@ def test_ngram_weights_with_another_shift():
     ids = torch.tensor([[1, 2, 1, 2]])
     assert ngram_weights(ids, 1, 0)[0, 2].tolist() == [1, 0, 0, 0]  # the match itself
     assert ngram_weights(ids, 1, 1)[0, 2].tolist() == [0, 1, 0, 0]  # what followed it
+
+
+@pytest.mark.parametrize("vocabulary", [5, 29, 40])
+def test_vocabularies_that_have_no_letters(vocabulary):
+    """The 28th letter was the separator itself."""
+    with pytest.raises(ValueError, match=f"vocabulary is {vocabulary}; expected 6 to 28"):
+        InContextTask(vocabulary)
+    assert InContextTask(28).sample().text

@@ -1,5 +1,7 @@
 """Users as states: updates, stores, answers."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -302,3 +304,11 @@ def test_parquet_in_a_new_folder(tmp_path):
     with pytest.raises(RuntimeError, match="no"):
         write_parquet(fails(), tmp_path / "new" / "half.parquet", rows=1)
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["out.parquet"]
+
+
+def test_threads_share_a_store_in_memory():
+    """Two that read a user at once, and wrote back one event each, lost one of them."""
+    recommender = Recommender(network(), ITEMS)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: recommender.update("u", f"i{n % 29 + 1}"), range(80)))
+    assert len(recommender.store.get("u").items) == 80

@@ -119,6 +119,7 @@ class InContextTask:
     ``vocabulary`` V counts the no-op and the separator, so symbols are the first V - 2 letters. Automata have
     ``min_nodes`` to ``max_nodes`` nodes and are minimised; problems have ``words`` (from, below) words of 1 to below
     ``max_word`` symbols. (The original's data set order follows Python's string hashing; ours follows the seed.)
+    Raises ValueError for a vocabulary of fewer letters than edges, or more than there are.
     """
 
     def __init__(
@@ -131,6 +132,11 @@ class InContextTask:
         max_edges: int = 4,
         seed: int = 0,
     ) -> None:
+        if not max_edges <= vocabulary - 2 <= 26:  # behind "z" comes the separator
+            raise ValueError(
+                f"vocabulary is {vocabulary}; expected {max_edges + 2} to 28: up to 26 letters, at least max_edges "
+                f"({max_edges}) of them, the no-op and the separator"
+            )
         letters = [chr(ord("a") + i) for i in range(vocabulary - 2)]
         self.tokens = sorted([NOOP, *letters, SEPARATOR], key=lambda s: (s == SEPARATOR, s != NOOP, s))
         self.ids = {s: i for i, s in enumerate(self.tokens)}

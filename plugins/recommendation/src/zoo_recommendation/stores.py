@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,10 +56,11 @@ class Store(Protocol):
 
 
 class MemoryStore:
-    """Users in memory, saved to and read from one safetensors file."""
+    """Users in memory, saved to and read from one safetensors file. Threads may share it: one changes it at a time."""
 
     def __init__(self) -> None:
         self._records: dict[str, UserRecord] = {}
+        self._lock = threading.Lock()
 
     def get(self, user: str) -> UserRecord | None:
         return self._records.get(user)
@@ -67,10 +69,11 @@ class MemoryStore:
         self._records.update(records)
 
     def change(self, users: Sequence[str], change: Change) -> None:
-        self.put_many(zip(users, change([self.get(user) for user in users]), strict=True))
+        with self._lock:
+            self.put_many(zip(users, change([self.get(user) for user in users]), strict=True))
 
     def users(self) -> Iterator[str]:
-        return iter(self._records)
+        return iter(list(self._records))
 
     def __len__(self) -> int:
         return len(self._records)
