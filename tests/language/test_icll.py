@@ -8,6 +8,7 @@ import zoo
 from zoo_language.icll import InContextLM, arguments_of
 from zoo_language.icll_convolutions import H3, S4D, Hyena
 from zoo_language.icll_mixers import GLA, Attention, mixer, ngram_weights
+from zoo_language.icll_task import InContextTask
 
 CONFIG = {"d_model": 8, "n_layer": 2, "d_inner": 12, "vocab_size": 11, "layer": {"_name_": "retention", "n_heads": 2}}
 
