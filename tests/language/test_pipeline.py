@@ -76,6 +76,11 @@ def test_the_state_of_an_answer_goes_on(demo, tmp_path):
     assert State.load(first.state.save(tmp_path / "neu" / "über.state")).position.tolist() == [len(PROMPTS[0]) + 10]
 
 
+def test_answers_without_states(demo):
+    pipe = zoo.pipeline(demo, max_new_tokens=4, keep_state=False)
+    assert [(answer.state, len(answer.text)) for answer in pipe(PROMPTS)] == [(None, 4)] * 3
+
+
 def test_a_given_state_stays_as_it_is():
     """Going on from it twice gave two different texts."""
     model = small()

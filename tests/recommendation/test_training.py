@@ -150,3 +150,15 @@ def test_training_leaves_the_callers_random_state_alone(tmp_path):
     torch.manual_seed(1)
     fit(model, train, valid, tmp_path, Settings(epochs=1, batch_size=32))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_evaluation_takes_large_catalogues_in_parts(monkeypatch):
+    """4096 rows of scores over a million items are 16 GB; the figures do not depend on how many there are at a time."""
+    from zoo_recommendation.protocol import at_once
+
+    assert (at_once(4096, 3417), at_once(4096, 1_000_000), at_once(4096, 1 << 40)) == (4096, 67, 1)
+    table, (_, valid, _) = data(30)
+    model = network(table.n_items)
+    whole = evaluate(model, valid)
+    monkeypatch.setattr(training, "at_once", lambda most, n_items: 7)
+    assert evaluate(model, valid) == pytest.approx(whole, rel=1e-12)

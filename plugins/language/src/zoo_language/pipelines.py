@@ -24,7 +24,10 @@ from .tokenizer import Tokenizer, tokenizer_of
 
 @dataclass(kw_only=True)
 class GeneratedText(Result):
-    """A prompt and what the model wrote after it. ``reason``: why it ended ("stop", "length", "string")."""
+    """A prompt and what the model wrote after it.
+
+    ``reason``: why it ended ("stop", "length", "string"). ``state``: what the model has read, to go on from.
+    """
 
     prompt: str = ""
     text: str = ""
@@ -45,7 +48,8 @@ class TextGeneration(Pipeline):
     ``encode`` and ``decode``; default: what the weights card names), ``decode_weights`` ("bfloat16" or "int8": smaller
     weights for decoding single texts on a CPU, see :meth:`CausalLM.fast_decoder`), ``cuda_graphs`` (see
     :mod:`zoo_language.graphs`), ``speculative`` (what drafts tokens for the model to check: "ngram", the name of a
-    smaller model with the same vocabulary, or a :class:`zoo_language.drafts.Draft`; the text stays the same).
+    smaller model with the same vocabulary, or a :class:`zoo_language.drafts.Draft`; the text stays the same),
+    ``keep_state`` (False: answers are without their states, which for thousands of texts fill the memory).
     """
 
     task = "text-generation"
@@ -67,6 +71,7 @@ class TextGeneration(Pipeline):
         decode_weights: str | None = None,
         cuda_graphs: bool = False,
         speculative: str | Draft | None = None,
+        keep_state: bool = True,
     ) -> None:
         if not isinstance(model, CausalLM):
             raise errors.BadArgument(
@@ -89,7 +94,7 @@ class TextGeneration(Pipeline):
             )
         super().__init__(model)
         self.lm = model
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.keep_state = max_new_tokens, keep_state
         self.sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         self.decoder = None if decode_weights is None else model.fast_decoder(decode_weights)
         self.cuda_graphs = cuda_graphs
@@ -122,11 +127,11 @@ class TextGeneration(Pipeline):
     def collate(self, samples: Sequence[list[int]]) -> Any:
         return {"prompts": list(samples)}
 
-    def forward(self, batch: Any) -> list[tuple[Text, State]]:
+    def forward(self, batch: Any) -> list[tuple[Text, State | None]]:
         # The states are handed out: tensors of inference mode could not be moved on.
         with torch.inference_mode(False):
             texts, state = self.continue_from(batch["prompts"])
-            return [(text, state.select(i)) for i, text in enumerate(texts)]
+            return [(text, state.select(i) if self.keep_state else None) for i, text in enumerate(texts)]
 
     def split(self, output: Any, count: int) -> list[Any]:
         return list(output)

@@ -205,6 +205,11 @@ def _from_end(last: np.ndarray) -> np.ndarray:
     return ends[np.searchsorted(ends, np.arange(len(last)))] - np.arange(len(last))
 
 
+def at_once(most: int, n_items: int) -> int:
+    """How many rows of scores over all items are made at a time: ``most``, fewer where they would fill 256 MB."""
+    return max(1, min(most, (1 << 26) // n_items))
+
+
 #: Every metric and cut-off that is reported, in RecBole's spelling.
 METRICS = ("hit", "ndcg", "mrr")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from zoo.files import whole
 
 from ._base import SequentialRecommender, UserState
-from .protocol import Interactions, scaled
+from .protocol import Interactions, at_once, scaled
 from .stores import MemoryStore, SQLiteStore, Store, UserRecord
 
 __all__ = ["Answer", "MemoryStore", "Recommendation", "Recommender", "SQLiteStore", "UnknownItem", "UserRecord",
@@ -256,8 +256,9 @@ class Recommender:
         ]
 
     def recommend_all(self, k: int = 10, *, exclude_seen: bool = True, batch_size: int = 512) -> Iterator[Answer]:
-        """Answers for every user of the store, ``batch_size`` of them at once."""
+        """Answers for every user of the store, ``batch_size`` of them at once (fewer over large catalogues)."""
         users = iter(self.store.users())
+        batch_size = at_once(batch_size, self.model.n_items)
         while batch := list(islice(users, batch_size)):
             yield from self.recommend_many(batch, k, exclude_seen=exclude_seen)
 

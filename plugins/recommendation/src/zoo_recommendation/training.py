@@ -30,7 +30,7 @@ from zoo_kernels import runtime
 from zoo_registry import errors
 
 from ._base import SequentialRecommender
-from .protocol import Ranking, Samples
+from .protocol import Ranking, Samples, at_once
 
 #: Rows (items of all sequences together) that go through a network at once in training on a CPU: few enough for the
 #: caches, enough for the calls to cost little; 3000 to 6400 are within 3 % of each other.
@@ -76,12 +76,15 @@ class History:
 def evaluate(
     model: SequentialRecommender, samples: Samples, topk: tuple[int, ...] = (10, 20), batch_size: int = 4096
 ) -> dict[str, float]:
-    """Full ranking of every sample: {"hit@10": ..., "ndcg@10": ..., "mrr@10": ..., ...}, means over samples."""
+    """Full ranking of every sample: {"hit@10": ..., "ndcg@10": ..., "mrr@10": ..., ...}, means over samples.
+
+    ``batch_size``: samples at a time at most; over large catalogues fewer, so that memory does not grow with them.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     ranking = Ranking(topk)
-    for batch in samples.batches(batch_size):
+    for batch in samples.batches(at_once(batch_size, model.n_items)):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         scores = model.scores(model(batch["item_seq"], batch["item_seq_len"], batch["times"]))
         ranking.add(scores, batch["target"])

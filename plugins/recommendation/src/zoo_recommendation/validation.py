@@ -15,7 +15,7 @@ from zoo.validation import Measured
 from zoo_registry import errors
 
 from .pipelines import NextItem
-from .protocol import Interactions, Ranking, Samples, scaled
+from .protocol import Interactions, Ranking, Samples, at_once, scaled
 from .tables import read_table
 
 
@@ -70,7 +70,7 @@ def validate_interactions(
     ranking = Ranking((10, 20))
     began = time.perf_counter()
     with progress_bar(progress and sys.stderr.isatty(), len(samples), pipe.name) as advance, torch.inference_mode():
-        for batch in samples.batches(batch_size):
+        for batch in samples.batches(at_once(batch_size, pipe.recommender.n_items)):
             batch = {name: tensor.to(pipe.device) for name, tensor in batch.items()}
             user = pipe.recommender(batch["item_seq"], batch["item_seq_len"], batch["times"])
             ranking.add(pipe.recommender.scores(user).float(), batch["target"])
