@@ -118,17 +118,27 @@ def test_pictures_that_do_not_fit(lesion, tmp_path):
 def test_the_command_line(lesion, tmp_path, capsys):
     small = {"dims": [8, 16, 32, 64], "dims_decoder": [64, 32, 16, 8], "depths": [1] * 4, "depths_decoder": [1] * 4}
     torch.manual_seed(0)
-    zoo.save(zoo.create("vm_unet_isic", **small), tmp_path / "model")
+    model = zoo.create("vm_unet_isic", **small)
+    with torch.no_grad():
+        model.final_conv.weight.mul_(1000)  # answers that are not all one class
+    zoo.save(model, tmp_path / "model")
     (tmp_path / "photos").mkdir()
     (tmp_path / "lesion.png").rename(tmp_path / "photos" / "lesion.png")
     words = [str(tmp_path / "model"), str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--pictures", "--json"]
-    assert run(["segment-volume", *words, "--normalisation", "min-max", "--fit"]) == 0
+    assert run(["segment-volume", *words]) == 0
     row = json.loads(capsys.readouterr().out)[0]
+    pipe = zoo.pipeline(zoo.create("vm_unet_isic", **small))
+    ready = pipe.prepare(pipe.read(tmp_path / "photos" / "lesion.png"))
+    assert (ready.shape, float(ready.min()), round(float(ready.max()))) == ((3, 256, 256, 1), 0.0, 255)
     labels = np.asarray(Image.open(row["label_map"]))
     assert labels.shape == (50, 70)
     assert row["label_map"].endswith("000_lesion_labels.png")
     assert Image.open(row["picture"]).size == (160, 50 + 14 * (1 + len(row["shares"])))
     assert sum(row["shares"].values()) == pytest.approx((labels > 0).mean())
+    assert run(["segment-volume", *words, "--normalisation", "min-max", "--fit"]) == 0  # the defaults of its authors
+    assert json.loads(capsys.readouterr().out)[0]["shares"] == row["shares"]
+    assert run(["segment-volume", *words, "--normalisation", "z-score", "--no-fit"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["shares"] != row["shares"]
     assert run(["segment-volume", *words, "--normalisation", "300,-1"]) == 2
     assert "normalisation is (300.0, -1.0)" in capsys.readouterr().out
 

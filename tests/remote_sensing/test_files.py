@@ -64,6 +64,10 @@ def test_folders_say_which_date_is_earlier_or_are_refused(rising, tmp_path):
         found = pipe(given)
         assert [f.changed_pixels for f in found] == [200, 0]
         assert [f.source.count("x.png") for f in found] == [2, 0]
+    pictures(tmp_path, ("T1/x.bmp",), (before,))
+    with pytest.raises(errors.BadArgument, match=r"x\.bmp and x\.png"):
+        pipe(tmp_path)
+    (tmp_path / "T1/x.bmp").unlink()
     # in the order of names the later date would come first
     pictures(tmp_path / "flat", ("a_after.png", "a_before.png"), (after, before))
     for wrong in (tmp_path / "flat", str(tmp_path / "flat" / "*.png"), [tmp_path / "T1", tmp_path / "T1/x.png"]):

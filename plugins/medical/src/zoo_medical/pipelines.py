@@ -132,6 +132,11 @@ class VolumePipeline(Pipeline):
         self.normalise = _normaliser(normalisation or self.preprocess.get("normalisation") or "z-score")
         self.to_grid = self._grid_transforms()
 
+    @property
+    def preprocess(self) -> dict[str, Any]:
+        """The weights' settings, and for what they leave out those of the model's authors."""
+        return dict(getattr(self.model, "preparation", {})) | super().preprocess
+
     def _grid_transforms(self) -> Any:
         """From the file's grid to the network's; invertible."""
         from monai.transforms import Compose, CropForeground, Orientation, Spacing

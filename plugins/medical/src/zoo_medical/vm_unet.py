@@ -90,6 +90,15 @@ class VMUNet(nn.Module):
         self.final_conv = nn.Conv2d(dims_decoder[-1] // 4, num_classes, 1)
         init_linear(self)
 
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """How the authors bring photographs of lesions (one class) to the network; a pipeline's defaults.
+
+        Source: the transforms of the original's test data: a photograph's own range is mapped to 0..255, and it is
+        resized to the network's sides.
+        """
+        return {"normalisation": "min-max", "fit": True} if self.num_classes == 1 else {}
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 4 and x.shape[1] == 1 and self.in_chans == 3:
             x = x.expand(-1, 3, -1, -1)

@@ -22,8 +22,14 @@ def find_folder(data: Path, names: Sequence[str], *, needed: bool = True) -> Pat
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """The rasters of a folder by their names without ending."""
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in EXTENSIONS and p.name[0] != "."}
+    """The rasters of a folder by their names without ending. Raises BadArgument where two have one name."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in EXTENSIONS and path.name[0] != ".":
+            if path.stem in found:
+                raise bad_input(f"{folder} holds {found[path.stem].name} and {path.name}; expected one of them", "data")
+            found[path.stem] = path
+    return found
 
 
 def together(folders: Sequence[Path], limit: int | None = None) -> list[tuple[str, list[Path]]]:
