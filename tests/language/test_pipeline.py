@@ -1,6 +1,7 @@
 """Texts in, texts out, off the path: prompts, batches, stop strings over tokens, states, options, files."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -382,6 +383,25 @@ def test_scoring_nothing(tmp_path):
     assert "is empty" in run(commands.score, tmp_path / "empty.txt").output
     (tmp_path / "a.txt").write_text("In the beginning")
     assert run(commands.score, tmp_path / "a.txt", "--window", 0).exit_code == 2
+
+
+def test_validate_texts(demo, tmp_path):
+    texts = {"a.txt": "In the beginning", "b.md": "And God said", "c.txt": "", "d.csv": "not a text"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    scores = [score(demo, list(text.encode()), text_bytes=len(text), start=10) for text in list(texts.values())[:2]]
+    found = zoo.validate(demo, tmp_path)
+    assert found.samples == 28
+    assert found.metrics["bits_per_byte"] == pytest.approx(sum(s.nats for s in scores) / math.log(2) / 28)
+    assert found.metrics["perplexity"] == pytest.approx(math.exp(sum(s.nats for s in scores) / 28))
+    assert "1 empty files left out" in found.notes
+    assert zoo.validate(demo, tmp_path / "a.txt", window=3).metrics["bits_per_byte"] == pytest.approx(
+        scores[0].bits_per_byte, rel=1e-5
+    )
+    with pytest.raises(zoo.errors.BadArgument, match="is empty; there is nothing to score"):
+        zoo.validate(demo, tmp_path / "c.txt")
+    with pytest.raises(zoo.errors.BadArgument, match="window is 0"):
+        zoo.validate(demo, tmp_path, window=0)
 
 
 def test_a_conversation_of_another_model_is_refused_at_once(demo, tmp_path):

@@ -40,6 +40,12 @@ def test_options_go_where_they_belong(data):
         zoo.validate(zoo.load("toy_small"), data, top_k=3)
 
 
+def test_options_of_another_type_are_refused(data, capsys):
+    """They reached the validator, whose arithmetic failed on them."""
+    assert run(["validate", "toy_small", str(data), "-o", "limit=few"]) == 2
+    assert "limit is 'few'; expected int" in capsys.readouterr().err
+
+
 def test_what_is_missing_is_named(data):
     with pytest.raises(errors.LocalFileMissing, match="nowhere"):
         zoo.validate("toy_small", data / "nowhere")

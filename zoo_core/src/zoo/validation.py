@@ -23,6 +23,7 @@ from torch import nn
 from zoo_registry import errors
 
 from . import catalog
+from .building import wrong_type
 from .pipelines import plain, task_of
 
 
@@ -78,6 +79,8 @@ def validate(
     if not Path(data).exists():
         raise errors.LocalFileMissing(f"there is no file or folder {str(data)!r} (in {Path.cwd()})", path=str(data))
     mine = {k: v for k, v in options.items() if k in accepted}
+    if (wrong := wrong_type(function, mine)) is not None:  # before anything is loaded
+        raise errors.BadArgument(wrong[1], argument=wrong[0], accepted=[])
     rest = {k: v for k, v in options.items() if k not in mine}
     if isinstance(model, nn.Module):
         if rest:

@@ -194,24 +194,25 @@ def _standard_input() -> str:
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def score(model: str, file: Path, window: int, carry: bool, as_json: bool, **options: Any) -> None:
-    """Perplexity and bits per byte of a text FILE under MODEL."""
+    """Perplexity and bits per byte of a text FILE under MODEL, from its first token on: it is read after the end of
+    another text, or (bytes have no such token) a line feed.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     from zoo.files import read_text
 
-    from .scoring import score as run
+    from .validation import score_text
 
     text = read_text(file)
     if not text:
         raise click.UsageError(f"{file} is empty; there is nothing to score")
     pipe = _pipeline(model, **options)
-    ids = pipe.tokenizer.encode(text)
     with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bar:
-        task = bar.add_task("reading", total=len(ids))
-        found = run(
-            pipe.lm, ids, text_bytes=len(text.encode()), window=window, carry_state=carry,
-            start=pipe.tokenizer.end_of_text, progress=lambda done, _: bar.update(task, completed=done),
+        task = bar.add_task("reading", total=None)
+        found = score_text(
+            pipe, text, window=window, carry_state=carry,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     values = {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte, "tokens": found.tokens}
     if as_json:

@@ -40,25 +40,21 @@ class ZooLM(LM):
             model = zoo.load(model, **load)
         pipe = model if isinstance(model, TextGeneration) else TextGeneration(model, tokenizer=tokenizer)
         self.lm, self.tokens, self.max_gen_toks = pipe.lm, pipe.tokenizer, max_gen_toks
+        self._start = pipe.start
 
     @property
     def tokenizer_name(self) -> str:
         return type(self.tokens).__name__
 
-    def _start(self) -> list[int]:
-        """What stands before a text without a context: the end-of-text token, or a line feed for bytes."""
-        end = self.tokens.end_of_text
-        return self.tokens.encode("\n") if end is None else [end]
-
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of both; trailing spaces of the context belong to the continuation, as the harness has it."""
         if not context:
-            return self._start(), self.tokens.encode(continuation)
+            return self._start, self.tokens.encode(continuation)
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
         given = self.tokens.encode(context)
-        return given or self._start(), self.tokens.encode(context + continuation)[len(given) :]
+        return given or self._start, self.tokens.encode(context + continuation)[len(given) :]
 
     @torch.no_grad()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -97,7 +93,7 @@ class ZooLM(LM):
         """Log-probability in nats of whole texts, however long: the state is carried from window to window."""
         answers = []
         for request in requests:
-            ids = self._start() + self.tokens.encode(request.args[0])
+            ids = self._start + self.tokens.encode(request.args[0])
             answers.append(-score(self.lm, ids, text_bytes=0).nats if len(ids) > 1 else 0.0)
         return answers
 
@@ -110,7 +106,7 @@ class ZooLM(LM):
             sample = bool(options.get("do_sample"))
             texts, _ = generate(
                 self.lm,
-                [self.tokens.encode(context) or self._start()],
+                [self.tokens.encode(context) or self._start],
                 max_new_tokens=int(options.get("max_gen_toks", self.max_gen_toks)),
                 sampling=Sampling(
                     temperature=float(options.get("temperature", 1.0)) if sample else 0.0,

@@ -102,6 +102,12 @@ class TextGeneration(Pipeline):
         named = tokenizer is None or isinstance(tokenizer, str | Path)
         self.tokenizer: Tokenizer = tokenizer_of(self.preprocess, tokenizer) if named else tokenizer  # type: ignore[arg-type, assignment]
 
+    @property
+    def start(self) -> list[int]:
+        """What stands before a text without a context: the end-of-text token, or a line feed."""
+        end = self.tokenizer.end_of_text
+        return self.tokenizer.encode("\n") if end is None else [end]
+
     # -- the pipeline ----------------------------------------------------------------------------------------------
 
     def read(self, source: Any) -> str:

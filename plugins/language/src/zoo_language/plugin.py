@@ -37,6 +37,11 @@ def zoo_pipelines() -> Mapping[str, str]:
 
 
 @hookimpl
+def zoo_validators() -> Mapping[str, str]:
+    return {"text-generation": "zoo_language.validation:validate_texts"}
+
+
+@hookimpl
 def zoo_commands() -> Mapping[str, str]:
     return {
         "generate": "zoo_language.commands:generate",
