@@ -152,14 +152,27 @@ def test_push_shards(hub, client):
 
 def test_push_a_folder(hub, client, tmp_path):
     client(f"import zoo; zoo.save(zoo.load('toy_small'), {str(tmp_path / 'f')!r})")
+    (tmp_path / "f" / "notes.txt").write_text("mine")
     name = client(f"import zoo; result = zoo.push({str(tmp_path / 'f')!r}, 'me/folder', token={TOKEN!r})")
     assert client(f"import zoo; model = zoo.load({name!r}); result = {SUM}") == expected()
+    assert {"README.md", "config.json", "model.safetensors"} == set(hub.files("me/folder")) - {".gitattributes"}
+    assert "hf-hub:me/folder" in hub.files("me/folder")["README.md"].decode()
+
+
+def test_a_pushed_card_keeps_its_licence_and_names_no_folder_of_the_machine(hub, client, tmp_path):
+    client(f"import zoo; zoo.save(zoo.load('toy_small'), {str(tmp_path / 'f')!r}, licence='cc-by-4.0')")
+    client(f"import zoo; zoo.push(zoo.load({str(tmp_path / 'f')!r}), 'me/again', token={TOKEN!r})")
+    text = hub.files("me/again")["README.md"].decode()
+    assert "license: cc-by-4.0" in text
+    assert "weights: the file model.safetensors" in text
+    assert str(tmp_path) not in text
 
 
 @pytest.mark.parametrize(
     ("code", "error", "text"),
     [
         ("zoo.push(zoo.load('toy_small'), 'nobody')", "BadName", "organisation/name"),
+        ("zoo.push(zoo.load('toy_small'), 'me/a name')", "BadName", "is no repository"),
         ("zoo.push('./nowhere', 'me/x')", "LocalFileMissing", "config.json"),
         ("zoo.push(zoo.load('toy_small'), 'me/x', token='hf_wrong')", "AccessDenied", "token"),
         ("zoo.load('hf-hub:no/such')", None, "no/such"),

@@ -38,6 +38,9 @@ def test_mistakes(tmp_path, toys):
         write_skeleton("Sea Creatures", str(tmp_path / "p"))
     with pytest.raises(errors.BadName, match="is taken by"):
         write_skeleton("toys", str(tmp_path / "p"))
+    with pytest.raises(errors.BadName, match="cannot be a distribution"):
+        write_skeleton("seismology", str(tmp_path / "p"), "my plugin")
+    assert not (tmp_path / "p").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     with pytest.raises(errors.BadArgument, match="not empty"):

@@ -78,7 +78,7 @@ def get(file: HubFile, access: Access = Access()) -> Path:
     is wrong on arrival is moved aside and refused (HashMismatch). Raises BadName for what cannot be a repository or a
     file in one.
     """
-    _check_request(file, access)
+    check_request(file, access)
     path = None if access.force_download else cached(file, access.cache_dir)
     offline = access.local_files_only or _offline()
     if path is not None and access.newest and not offline and not is_commit(file.revision):
@@ -96,7 +96,7 @@ def get(file: HubFile, access: Access = Access()) -> Path:
     return _transfer(file, access)
 
 
-def _check_request(file: HubFile, access: Access) -> None:
+def check_request(file: HubFile, access: Access) -> None:
     """Refuse what no Hub could answer, before it is asked. A token is never part of a message."""
     from huggingface_hub import errors as hub
     from huggingface_hub.utils import validate_repo_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -118,10 +119,20 @@ def _body(
             data = " ".join(filter(None, (m["dataset"], m.get("split"))))
             lines.append(f"| {m['name']} | {m['value']} | {data} | {m.get('source', '')} |")
         lines.append("")
-    lines += ["## Origin", "", f"- weights: {info.source}"]
+    lines += ["## Origin", "", f"- weights: {_published(info.source)}"]
     lines += [f"- changed: {change}" for change in info.changes]
     lines += [f"- {title}: {value}" for title, value in _origin(card, facts) if value]
     return "\n".join(lines) + "\n"
+
+
+def _published(source: str) -> str:
+    """Where weights came from, as others may read it: without the folders of the machine that wrote it."""
+    if source.startswith("the file "):
+        return f"the file {Path(source.removeprefix('the file ')).name}"
+    if " files in " in source:
+        count, _, folder = source.partition(" files in ")
+        return f"{count} files in {Path(folder).name}"
+    return "made here, from random ones" if source == "random weights" else source
 
 
 def _origin(card: Any, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import nn
 from zoo_registry import errors
 
 from .saving import save
+
+#: What belongs to a saved model; other files of its folder stay at home.
+_PATTERNS = ("config.json", "README.md", "model*.safetensors", "model.safetensors.index.json")
 
 
 def push(
@@ -52,9 +56,6 @@ def push(
         return _upload(folder, repo_id, private, token, revision, create_pr, message)
     with tempfile.TemporaryDirectory() as work:
         folder = save(model, Path(work) / repo_id.rpartition("/")[2], **save_options)
-        readme = folder / "README.md"
-        text = readme.read_text(encoding="utf-8")
-        readme.write_text(text.replace("ORGANISATION/REPOSITORY", repo_id), encoding="utf-8")
         return _upload(folder, repo_id, private, token, revision, create_pr, message)
 
 
@@ -67,24 +68,38 @@ def _upload(
     create_pr: bool,
     message: str | None,
 ) -> str:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    from zoo_registry.hub import Access, HubFile, explain
+    from zoo_registry.hub import Access, HubFile, check_request, explain
 
     from . import __version__
 
+    file, access = HubFile(repo_id, "model.safetensors", revision), Access(token=token)
+    check_request(file, access)
+    files = [f for f in sorted(folder.iterdir()) if f.is_file() and any(fnmatch(f.name, p) for p in _PATTERNS)]
+    operations = [CommitOperationAdd(f.name, _content(f, repo_id)) for f in files]
     api = HfApi(token=token, library_name="ssm-zoo", library_version=__version__)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
+        done = api.create_commit(
+            repo_id,
+            operations,
             revision=revision,
             create_pr=create_pr,
             commit_message=message or "Upload a model of the zoo of state-space models",
-            allow_patterns=["config.json", "README.md", "model*.safetensors", "model.safetensors.index.json"],
         )
     except (HfHubHTTPError, OSError) as error:
-        raise explain(error, HubFile(repo_id, "model.safetensors", revision), Access(token=token)) from error
+        explained = explain(error, file, access)
+        if isinstance(explained, errors.AccessDenied):
+            explained.add_note(f"while writing to {repo_id}: the token needs the right to write there")
+        raise explained from error
     return f"hf-hub:{repo_id}@{done.oid}"
+
+
+def _content(file: Path, repo_id: str) -> str | bytes:
+    """The file, or the model card with the repository's name in it."""
+    if file.name != "README.md":
+        return str(file)
+    text = file.read_text(encoding="utf-8")
+    return text.replace("ORGANISATION/REPOSITORY", repo_id).encode()

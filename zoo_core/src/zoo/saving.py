@@ -157,6 +157,8 @@ def describe_model(
         }
         # Other weights in the same architecture, or an own head: the published figures are not theirs.
         kept = {"preprocess", "labels", "num_classes"} if info.tag is None else set(facts)
+        if info.weights.tag == "saved":  # whoever saved them said under which licence
+            kept |= {"licence"}
         if building.has_new_head(model):
             kept &= {"preprocess", "licence"}
         facts = {k: v for k, v in facts.items() if k in kept}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -114,6 +115,11 @@ def write_skeleton(domain: str, out: str | None = None, distribution: str | None
     taken = [p.distribution for p in manager().plugins if domain in (p.name, *p.domains)]
     if taken:
         raise errors.BadName(f"the domain {domain!r} is taken by {taken[0]}; choose another name", name=domain)
+    if distribution is not None and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", distribution):
+        raise errors.BadName(
+            f"{distribution!r} cannot be a distribution; expected letters, digits, dots, dashes and underscores",
+            name=distribution,
+        )
     dashed = domain.replace("_", "-")
     values = {
         "domain": domain,
