@@ -209,6 +209,15 @@ def test_several_files_a_sample(tmp_path):
         pipe([tmp_path / "a.txt"])
 
 
+def test_an_option_that_nobody_has_names_those_of_the_pipeline(toys):
+    with pytest.raises(errors.BadArgument, match="uper") as caught:
+        zoo.pipeline("toy_small", uper=True)
+    assert "upper" in caught.value.__notes__[0]
+    with pytest.raises(errors.BadArgument, match="device") as caught:
+        zoo.pipeline("toy_small", device="banana")
+    assert not hasattr(caught.value, "__notes__")
+
+
 def test_answers_before_an_input_that_cannot_be_read_are_not_lost(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     for batch_size in (1, 3):

@@ -421,7 +421,15 @@ def pipeline(model: str | Path | nn.Module, task: str | None = None, **options: 
     accepted = inspect.signature(cls).parameters
     mine = {k: v for k, v in options.items() if k in accepted and k != "model"}
     _check_types(cls, mine)
-    return cls(load(model, **{k: v for k, v in options.items() if k not in mine}), **mine)
+    rest = {k: v for k, v in options.items() if k not in mine}
+    try:
+        loaded = load(model, **rest)
+    except errors.BadArgument as error:
+        asked = getattr(error, "argument", None)
+        if asked in rest and asked not in inspect.signature(load).parameters:  # it may be meant for the pipeline
+            error.add_note(f"the pipeline's own options: {', '.join(k for k in accepted if k != 'model') or 'none'}")
+        raise
+    return cls(loaded, **mine)
 
 
 def _check_types(cls: type[Pipeline], options: Mapping[str, Any]) -> None:
