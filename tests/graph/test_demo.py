@@ -261,3 +261,25 @@ def test_answers_are_written_whole_or_not(tmp_path):
     done = CliRunner().invoke(predict_graphs, [MODEL, str(SAMPLE), "--out", str(tmp_path / "file" / "a.csv")])
     assert isinstance(done.exception, zoo.errors.StoreError)
     assert "Traceback" not in done.output
+
+
+def test_a_last_batch_of_one_node():
+    """Single atoms among molecules: a batch of one row cannot be normalised, and ends no training."""
+    from zoo_graph.files import make_graph
+
+    r = np.random.default_rng(0)
+    graphs = [
+        make_graph(
+            ["a"], r.normal(size=(1, 2)), [("a", "a")] * loops, None, where="", directed=False, y=np.array(i % 2)
+        )
+        for i, loops in enumerate([0, 0, 1, 0, 0, 0])
+    ]
+    torch.manual_seed(0)
+    model = GraphMamba(node_dim=2, out_dim=2, dim_h=8, layers=1)
+    assert len(fit(model, graphs[:5], graphs[5:], epochs=6, batch_size=4)) == 6
+    with pytest.raises(ValueError, match="cannot be normalised"):
+        fit(model, graphs[:1], graphs[5:], epochs=1)
+    with pytest.raises(ValueError, match="0 to choose the epoch by"):
+        fit(model, graphs, [], epochs=1)
+    with pytest.raises(ValueError, match="no graphs were given"):
+        score(model, [])

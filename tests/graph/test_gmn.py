@@ -146,6 +146,11 @@ def test_edge_features_reach_the_tokens():
     edge_index, x = edges(), features()
     e = torch.randn(edge_index.shape[1], 2)
     assert not torch.allclose(model(x, edge_index, e), model(x, edge_index, e + 1))
+    drawn = tokenise(edge_index, x.shape[0], m=2, samples=2, walks=4)
+    given = {"node": drawn.node, "token": drawn.token, "edges": drawn.edges}
+    assert model(x, edge_index, e, **given, edge=drawn.edge).isfinite().all()
+    with pytest.raises(ValueError, match="given without edge"):
+        model(x, edge_index, e, **given)
 
 
 def test_bad_arguments():

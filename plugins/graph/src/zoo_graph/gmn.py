@@ -151,6 +151,8 @@ class GMN(nn.Module):
                 node, token, edges, edge = tokenise(
                     edge_index, nodes, self.m, self.samples, self.walks, self.generator(edge_index.device)
                 )
+            elif edge is None and self.edge_encoder is not None and self.edge_encoder.empty is None:
+                raise ValueError("node, token and edges are given without edge, which says whose features edges have")
             found = self.token_sequences(h, node, token, edges, e if edge is None or e is None else e[edge])
         for layer in self.mpnn:
             h, e = layer(h, edge_index, e)

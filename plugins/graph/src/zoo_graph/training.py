@@ -89,8 +89,10 @@ def fit(
     """Train a node or graph model in place on graphs with ``y``, and leave it at the best epoch on ``valid``.
 
     batch_size counts graphs. ``run``: keeps it epoch by epoch, and goes on with what it holds. Raises ValueError for
-    graphs without targets and when a loss is not finite.
+    graphs without targets, for no graphs, and when a loss is not finite.
     """
+    if not train or not valid:
+        raise ValueError(f"there are {len(train)} graphs to train on and {len(valid)} to choose the epoch by")
     if getattr(model, "level", "") == "link":
         raise ValueError("fit trains node and graph models; a link model's pairs are sampled by its task")
     more = {**settings_for(model), "encoding": encoding, "encoding_size": int(getattr(model, "pe_dim", 0))}
@@ -112,6 +114,10 @@ def fit(
         order, total = r.permutation(len(train)), 0.0
         for i in range(a_pass):
             batch = join([train[j] for j in order[i * batch_size : (i + 1) * batch_size]], **more)  # type: ignore[arg-type]
+            if 1 in (int(batch.sizes.sum()), batch.edge_index.shape[1]):
+                if a_pass == 1:
+                    raise ValueError("the graphs have one node or one edge in all, which cannot be normalised")
+                continue  # one row alone has no deviation: another one is left over in the next epoch
             value = loss_of(str(model.kind), model(**batch.to(device).inputs()), _known(batch).to(device))
             if not math.isfinite(float(value.detach())):
                 raise ValueError(f"the loss is {float(value.detach())} in epoch {number}; a lower rate may help")
@@ -149,6 +155,8 @@ def answers(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """(outputs, targets) of all graphs in evaluation mode. Orders that are drawn at random follow ``seed``."""
+    if not graphs:
+        raise ValueError("no graphs were given; expected one or more")
     model.eval()
     more = {**settings_for(model), "encoding": encoding, "encoding_size": int(getattr(model, "pe_dim", 0))}
     device = next(model.parameters()).device

@@ -8,6 +8,7 @@ dissects on their usual ports (SNMP, SMB, ...) are Raw here.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from typing import NamedTuple
 
@@ -99,14 +100,20 @@ class Header(NamedTuple):
     first: bool  #: whether the transport header is in this piece
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def _address(packed: bytes) -> str:
+    """An address as text. A capture has the same few in most packets, and writing one takes longer than all else."""
+    return str(ipaddress.ip_address(packed))
+
+
 def header(kind: int, ip: bytes) -> Header:
     """The endpoints of an IP packet from :func:`network_layer`; ports are 0 in fragments but the first."""
     if kind == _IPV4:
-        source, destination = str(ipaddress.IPv4Address(ip[12:16])), str(ipaddress.IPv4Address(ip[16:20]))
+        source, destination = _address(ip[12:16]), _address(ip[16:20])
         protocol, start, piece = ip[9], max((ip[0] & 15) * 4, 20), _u16(ip, 6)
         offset, more, number = piece & 0x1FFF, bool(piece & 0x2000), _u16(ip, 4)
     else:
-        source, destination = str(ipaddress.IPv6Address(ip[8:24])), str(ipaddress.IPv6Address(ip[24:40]))
+        source, destination = _address(ip[8:24]), _address(ip[24:40])
         protocol, start, offset, more, number = _ipv6_payload(ip)
     ports = (0, 0)
     if offset == 0 and protocol in (_TCP, _UDP, _SCTP) and len(ip) >= start + 4:
