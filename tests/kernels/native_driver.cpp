@@ -399,6 +399,16 @@ void grouped_mlp(int64_t neighbours, int64_t channels, int64_t inner, int64_t bl
   }
 }
 
+void path_linear(int64_t length, int64_t paths, int64_t features, int64_t outputs, int64_t dtype) {
+  for (int apart = 0; apart < 2; ++apart) {  // whether sequences are one list of rows
+    Call c;
+    int64_t batch = 2, row = paths * features, rows = length + apart;
+    c({batch, length, paths, features, outputs, kThreads, dtype == F64, c.in(batch * rows * row, dtype), rows * row, row, features});
+    c({c.in(paths * outputs * features, dtype, 0.2), c.out(batch * length * paths * outputs, dtype)});
+    c.run("path_linear", label({length, paths, features, outputs, dtype, apart}));
+  }
+}
+
 void linear(int64_t rows, int64_t features, int64_t outputs, int64_t weight, int64_t dtype) {
   Call c;
   c({rows, features, outputs, kThreads, dtype == F64, c.in(rows * features, dtype), c.in(outputs * features, weight), weight, features});
@@ -488,6 +498,8 @@ void everything() {
     mamba3_step(2, 5, 8, 1, 0, dtype);
     mamba3_step(3, 17, 6, 3, 1, dtype);
     cauchy(1, 2, 17, 48, dtype);
+    path_linear(1, 3, 5, 3, dtype);
+    path_linear(97, 2, 17, 70, dtype);
     grouped_mlp(1, 5, 3, 1, dtype);
     grouped_mlp(12, 70, 66, 2, dtype);
     for (int64_t weight : {int64_t(dtype), int64_t(BF16), int64_t(F16), int64_t(I8)})

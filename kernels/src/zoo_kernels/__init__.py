@@ -22,6 +22,7 @@ _LAZY = {
     "causal_conv1d_step": "zoo_kernels.ops.causal_conv1d",
     "linear": "zoo_kernels.ops.linear",
     "grouped_mlp": "zoo_kernels.ops.grouped_mlp",
+    "path_linear": "zoo_kernels.ops.path_linear",
     "cauchy": "zoo_kernels.ops.cauchy",
     "unit_roots": "zoo_kernels.ops.cauchy",
     "gated_rms_norm": "zoo_kernels.ops.rms_norm",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from zoo_kernels.ops.mamba3_scan import mamba3_scan, mamba3_step
     from zoo_kernels.ops.mamba_step import MambaBlock, MambaStep, Matrix
     from zoo_kernels.ops.mlstm import mlstm, mlstm_step
+    from zoo_kernels.ops.path_linear import path_linear
     from zoo_kernels.ops.rms_norm import gated_rms_norm, rms_norm
     from zoo_kernels.ops.selective_scan import selective_scan, selective_scan_step
     from zoo_kernels.ops.slstm import slstm, slstm_step
@@ -108,6 +110,7 @@ __all__ = [
     "mamba3_step",
     "mlstm",
     "mlstm_step",
+    "path_linear",
     "rms_norm",
     "selective_scan",
     "selective_scan_step",

@@ -27,9 +27,8 @@ BLOCK, ROWS = 1 << 18, 1024
 #: The first layer is applied before gathering where features are no more than so many times the spread of the
 #: differences between them: beyond, subtracting afterwards costs digits.
 APART = 128.0
-#: Instruction sets for which one operator takes a stage's groups from the gathering to the maximum. On other processors
-#: torch's products are its maker's, and faster than that operator's own.
-FUSED = ("avx2", "avx512")
+#: Instruction sets for which one operator takes a stage's groups from the gathering to the maximum.
+FUSED = runtime.OWN_PRODUCTS
 #: A sum of squared differences comes from sums of their terms where it is no less than this part of them.
 CANCELLED = 64.0
 

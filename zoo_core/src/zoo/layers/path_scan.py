@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from zoo_kernels import selective_scan
+from zoo_kernels import path_linear, runtime, selective_scan
 
 from .inference import results_only
 from .init import inverse_softplus_log_uniform
@@ -130,11 +130,13 @@ class PathScan(nn.Module):
         if u.dim() == 3:
             projected = self.project(u) if projected is None else projected
             projected = projected.unflatten(-1, (-1, R + 2 * N))  # (batch, length, S, R + 2N)
-        elif results_only(u, self.x_proj):  # twice as fast as the batched product
+        elif not results_only(u, self.x_proj):
+            projected = torch.einsum("blke,kce->blkc", u, self.x_proj)
+        elif u.dtype == self.x_proj.dtype == torch.float32 and runtime.instruction_set() in runtime.OWN_PRODUCTS:
+            projected = path_linear(u, self.x_proj)
+        else:  # twice as fast as the batched product
             each = [linear(u[:, :, k].contiguous(), self.x_proj[k]) for k in range(K)]
             projected = torch.stack(each, dim=2)
-        else:
-            projected = torch.einsum("blke,kce->blkc", u, self.x_proj)
         dt_r, B, C = projected.split([R, N, N], dim=-1)
         dt_proj, bias, D = self.dt_proj, self.dt_bias, self.D
         if self.shared:
