@@ -108,8 +108,9 @@ def test_whole_or_not_at_all(tmp_path):
         interrupted()
     assert path.read_text() == "one"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
-    with pytest.raises(errors.StoreError, match="cannot be written: it is a folder"), whole(tmp_path / "new"):
-        pass
+    for folder in (tmp_path / "new", "."):  # the working directory has no name
+        with pytest.raises(errors.StoreError, match="cannot be written: it is a folder"), whole(folder):
+            pass
     with pytest.raises(errors.StoreError, match=r"a\.txt/b\.txt cannot be written: "), whole(path / "b.txt"):
         pass
 

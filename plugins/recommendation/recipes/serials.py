@@ -88,12 +88,16 @@ def main() -> None:
     import argparse
     import csv
 
+    from zoo.files import whole
+
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out")
     parser.add_argument("--users", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    with open(arguments.out, "w", newline="", encoding="utf-8") as file:
+    if arguments.users < 1:
+        parser.error(f"--users is {arguments.users}; expected 1 or more")
+    with whole(arguments.out) as work, open(work, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["user", "item", "timestamp"])
         writer.writerows(zip(*simulate(arguments.users, arguments.seed), strict=True))

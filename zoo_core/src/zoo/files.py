@@ -89,11 +89,11 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     StoreError where nothing can be written, DiskFull where the disk is full.
     """
     path = Path(path)
+    if path.is_dir():  # before its name is asked for: "." has none
+        raise unwritable(path, IsADirectoryError(None, "it is a folder", str(path)))
     work = path.with_name(f".{secrets.token_hex(4)}.{path.name}")  # all endings stay: .nii.gz
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder", str(path))
         yield work
         os.replace(work, path)
     except OSError as error:

@@ -92,8 +92,6 @@ class State:
             tensors["logits"] = self.logits.detach().contiguous()
         path = Path(path)
         meta = {"zoo_state": FORMAT, "model": self.model, "layers": json.dumps(len(self.layers))}
-        if not path.name:
-            raise errors.StoreError(f"{path} is a folder; expected the name of a file", path=str(path))
         with whole(path) as work:
             save_file(tensors, work, metadata=meta)
         return path

@@ -41,7 +41,7 @@ AT_LEAST_ONE = click.IntRange(min=1)
     default=None,
     help="Scale timestamps to [0, 1] over the data, or leave them (default: as RecBole, scaled for ml-100k alone).",
 )
-@click.option("--seed", default=2020, show_default=True)
+@click.option("--seed", default=2020, show_default=True, type=click.IntRange(-(2**40), 2**40))
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Another model argument; repeatable.")
 @output.as_json
 def train(
@@ -70,10 +70,11 @@ def train(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from zoo.files import check_place, whole
+    from zoo.files import check_place, read_json, whole
+    from zoo.loading import card_of
 
     from . import artifact
-    from ._base import SequentialRecommender
+    from .baselines import BASELINES
     from .protocol import prepare, split
     from .tables import read_table
     from .training import Settings, evaluate, fit, plot
@@ -82,6 +83,8 @@ def train(
     arguments = output.pairs(settings, "--set")
     if taken := {"n_items", "time_scale"} & arguments.keys():
         raise click.UsageError(f"--set {taken.pop()}: it follows from the data; leave it out")
+    if model not in SYSTEMS | BASELINES and (purpose := card_of(model).task) != "next-item":
+        raise click.UsageError(f"{model} is for {purpose}; `zoo list --domain recommendation` shows the recommenders")
     if out is None:
         out = Path(f"{model}-{interactions.stem}")
     check_place(out)
@@ -92,8 +95,6 @@ def train(
         arguments["max_length"] = max_length
     torch.manual_seed(seed)
     network = create(model, n_items=table.n_items, **arguments)
-    if not isinstance(network, SequentialRecommender):
-        raise click.UsageError(f"{model} is no sequential recommender; `zoo list --domain recommendation` shows them")
     if table.time_scale is not None and network.reads_times:  # so that its folder knows how to read seconds
         torch.manual_seed(seed)
         network = create(model, n_items=table.n_items, time_scale=table.time_scale, **arguments)
@@ -112,7 +113,7 @@ def train(
         raise click.ClickException("no validation or test samples: users need at least three interactions")
     chosen = Settings(epochs, batch_size, lr, patience, seed=seed)
     if (out / "history.json").exists():
-        done = json.loads((out / "history.json").read_text(encoding="utf-8"))["epochs"]
+        done = read_json(out / "history.json")["epochs"]
         console.print(f"{out} holds a run of {len(done)} epochs: going on after them", markup=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=as_json) as bar:
