@@ -228,6 +228,13 @@ def test_components_beyond_the_rank_are_zero():
     assert not principal_components(np.ones((3, 3, 6), np.float32), 3).any()
 
 
+def test_components_do_not_depend_on_the_blocks(monkeypatch):
+    cube = np.random.default_rng(0).normal(7, 3, size=(9, 8, 6)).astype(np.float32)
+    whole = principal_components(cube, 4)
+    monkeypatch.setattr("zoo_remote_sensing.hyperspectral.BLOCK", 5)
+    np.testing.assert_allclose(principal_components(cube, 4), whole, atol=1e-5)
+
+
 def test_cubes_that_cannot_be_read(spectra, tmp_path):
     pipe = zoo.pipeline(spectra)
     for name in ("a.npy", "a.mat", "a.npz", "a.hdr"):

@@ -20,6 +20,8 @@ from .palettes import class_names as named
 from .palettes import colours, label_set
 from .rasters import GEOTIFFS, NO_DATA, MapWriter, Scene, bad_input, place, require_rasterio, without_place_warning
 
+#: pixels that are brought to components at once
+BLOCK = 65536
 #: endings of numpy's and MATLAB's files
 ARRAYS = (".npy", ".npz", ".mat")
 #: endings of ENVI's data files, whose header lies beside them as NAME.hdr; some have no ending at all
@@ -158,20 +160,26 @@ def principal_components(cube: np.ndarray, count: int, valid: np.ndarray | None 
     pixels.
     """
     height, width, bands = cube.shape
-    pixels = (cube.reshape(-1, bands) if valid is None else cube[valid]).astype(np.float64)
+    pixels = cube.reshape(-1, bands) if valid is None else cube[valid]
     if bands < count or len(pixels) <= count:
         raise bad_input(
             f"the cube has {bands} bands and {len(pixels)} pixels with data; the model needs at least {count} bands "
             f"and {count + 1} pixels"
         )
-    pixels -= pixels.mean(0)
-    values, vectors = np.linalg.eigh(pixels.T @ pixels / (len(pixels) - 1))
+    parts = [slice(i, i + BLOCK) for i in range(0, len(pixels), BLOCK)]  # double precision takes twice the memory
+    mean = pixels.mean(0, dtype=np.float64)
+    products = np.zeros((bands, bands))
+    for part in parts:
+        centred = pixels[part] - mean
+        products += centred.T @ centred
+    values, vectors = np.linalg.eigh(products / (len(pixels) - 1))
     values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(count)])
     spread = values > 1e-12 * max(float(values[0]), np.finfo(np.float64).tiny)  # else rounding would be blown up
-    found = pixels @ vectors * np.where(spread, 1 / np.sqrt(np.where(spread, values, 1)), 0)
+    whiten = vectors * np.where(spread, 1 / np.sqrt(np.where(spread, values, 1)), 0)
+    found = np.concatenate([((pixels[part] - mean) @ whiten).astype(np.float32) for part in parts])
     if valid is None:
-        return found.reshape(height, width, count).astype(np.float32)
+        return found.reshape(height, width, count)
     components = np.zeros((height, width, count), np.float32)
     components[valid] = found
     return components
