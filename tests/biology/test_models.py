@@ -175,3 +175,9 @@ def test_masked_models_do_not_step():
     assert not hasattr(dna_xlstm(**DNA), "step")
     assert hasattr(dna_xlstm(**{**DNA, "bidirectional": False}), "step")
     assert not hasattr(dna_xlstm(**{**DNA, "bidirectional": False}, mlstm={"conv_causal": False}), "step")
+
+
+@pytest.mark.parametrize(("name", "argument", "value"), [("dna_mlstm_small", "num_blocks", 0)])
+def test_sizes_that_are_none(name, argument, value):
+    with pytest.raises(ValueError, match=f"{argument} is {value}"):
+        zoo.create(name, device="meta", **{argument: value})

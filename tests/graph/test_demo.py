@@ -283,3 +283,11 @@ def test_a_last_batch_of_one_node():
         fit(model, graphs, [], epochs=1)
     with pytest.raises(ValueError, match="no graphs were given"):
         score(model, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"), [("graphmamba_pattern", "dim_h", 0), ("gmn_node", "samples", 0)]
+)
+def test_sizes_that_are_none(name, argument, value):
+    with pytest.raises(ValueError, match=f"{argument} is {value}"):
+        zoo.create(name, device="meta", **{argument: value})

@@ -167,3 +167,9 @@ def test_a_silent_configuration_has_the_original_s_defaults():
     found = arguments_of({"mamba": {"hidden_size": 32}, "args": {}, "state_dim": 5, "act_dim": 3})
     wanted = {"max_length": None, "predict_sr": False, "vocab_size": 50280, "num_layers": 32, "hidden_size": 32}
     assert wanted.items() <= found.items()
+
+
+@pytest.mark.parametrize(("name", "argument", "value"), [("decision_mamba_micro", "max_length", 0)])
+def test_sizes_that_are_none(name, argument, value):
+    with pytest.raises(ValueError, match=f"{argument} is {value}"):
+        zoo.create(name, device="meta", **{argument: value})

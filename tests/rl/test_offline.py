@@ -168,3 +168,13 @@ def test_settings_that_are_refused():
 
 def test_no_warm_up():
     offline.train(model(), data(), offline.Settings(iterations=1, steps=1, batch_size=2, warmup=0))
+
+
+def test_a_loss_that_is_no_number_reaches_no_weight():
+    made = model()
+    with torch.no_grad():
+        next(made.layers.parameters()).fill_(float("nan"))
+    before = {k: v.clone() for k, v in made.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="the loss is nan in iteration 1"):
+        offline.train(made, data(), offline.Settings(iterations=1, steps=1, batch_size=2))
+    assert all(torch.equal(v, before[k]) or not v.isfinite().all() for k, v in made.state_dict().items())

@@ -140,3 +140,9 @@ def test_bad_arguments():
         Trainer(small(env), env, Settings(minibatches=4))
     with pytest.raises(ValueError, match="the model has obs_dim 4"):
         Trainer(small(env), envs.StatelessCartPole(8), Settings(minibatches=4))
+
+
+def test_settings_that_are_refused():
+    for name, value in (("steps", 0), ("epochs", 0), ("minibatches", 0), ("learning_rate", float("nan")), ("clip", 0)):
+        with pytest.raises(ValueError, match=f"{name} is"):
+            Settings(**{name: value})

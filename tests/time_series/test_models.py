@@ -328,3 +328,11 @@ def test_tsm2_refuses():
         TSM2(seq_len=40, patch_len=50)
     with pytest.raises(ValueError, match="no argument revin"):
         zoo.reference("mambamixer").build({"num_variates": 3, "revin": False}, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"), [("spacetime_ett_720", "model_dim", 0), ("tsm2_96", "d_model", 0)]
+)
+def test_sizes_that_are_none(name, argument, value):
+    with pytest.raises(ValueError, match=f"{argument} is {value}"):
+        zoo.create(name, device="meta", **{argument: value})

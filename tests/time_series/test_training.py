@@ -188,3 +188,14 @@ def test_training_leaves_the_callers_random_numbers():
     torch.manual_seed(5)
     training.fit(network, parts["train"], parts["val"], training.Settings(epochs=1, steps=1))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_rows_that_no_patch_reads_are_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "t.csv", seasons())
+    more = [x for s in ("patch_len=8", "stride=4", "d_model=8", "num_layers=1") for x in ("--set", s)]
+    options = ["tsm2", "t.csv", "--horizon", "6", "--epochs", "1", "--steps", "1", *more]
+    said = CliRunner().invoke(train_forecaster, [*options, "--lag", "27", "--out", "a"], catch_exceptions=False).output
+    assert "the newest 3 of 27 rows" in said
+    said = CliRunner().invoke(train_forecaster, [*options, "--lag", "24", "--out", "b"], catch_exceptions=False).output
+    assert "in no patch" not in said

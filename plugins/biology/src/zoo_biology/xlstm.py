@@ -97,6 +97,9 @@ class SequenceModel(nn.Module):
         embedding_width: int | None = None,
     ) -> None:
         super().__init__()
+        for name, size in (("vocab_size", vocab_size), ("d_model", d_model), ("num_blocks", num_blocks)):
+            if size < 1:
+                raise ValueError(f"{name} is {size}; expected at least 1")
         self.vocab_size, self.d_model = vocab_size, d_model
         width = d_model if embedding_width is None else embedding_width
         self.embedding = nn.Embedding(vocab_size, width)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoo.layers import Linear, Mamba
 
 from .graph_mamba import GatedGCN
-from .heads import FeatureEncoder, Head, check_graph, check_kind
+from .heads import FeatureEncoder, Head, check_graph, check_kind, check_sizes
 from .models import node_count
 from .segments import degree, graph_of, lexsort, segment_mean, starts
 from .tokens import tokenise
@@ -95,6 +95,7 @@ class GMN(nn.Module):
     ) -> None:
         super().__init__()
         check_kind(kind)
+        check_sizes(dim_h=dim_h, out_dim=out_dim, samples=samples, walks=walks)
         if m < 0 or local_layers < 0 or layers < 1:
             raise ValueError(f"m is {m}, local_layers {local_layers}, layers {layers}; expected 0, 0 and 1 or more")
         if m == 0 and local_layers:

@@ -84,3 +84,10 @@ def check_graph(x: Tensor | None, edge_index: Tensor, nodes: int, sizes: Tensor 
 def check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError naming a size that is below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected 1 or more")

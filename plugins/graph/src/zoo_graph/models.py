@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .graph_mamba import GPSLayers
-from .heads import FeatureEncoder, Head, check_graph, check_kind
+from .heads import FeatureEncoder, Head, check_graph, check_kind, check_sizes
 from .segments import graph_of
 
 
@@ -49,6 +49,7 @@ class GraphMamba(nn.Module):
     ) -> None:
         super().__init__()
         check_kind(kind)
+        check_sizes(dim_h=dim_h, out_dim=out_dim)
         self.level, self.kind, self.out_dim, self.pe_dim = level, kind, out_dim, pe_dim
         self.node_encoder = FeatureEncoder(node_dim, dim_h, node_categories)
         self.edge_encoder = FeatureEncoder(edge_dim, dim_h, edge_categories) if local_gnn_type != "None" else None

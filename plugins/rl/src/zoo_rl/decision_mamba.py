@@ -159,8 +159,9 @@ class DecisionMamba(nn.Module):
             raise ValueError(
                 "share_input_output_proj and mlp_embedding are both set; only linear embeddings can be heads as well"
             )
-        for name, size in (("state_dim", state_dim), ("act_dim", act_dim)):
-            if size < 1:
+        sizes = {"state_dim": state_dim, "act_dim": act_dim, "hidden_size": hidden_size, "max_length": max_length}
+        for name, size in (sizes | {"max_ep_len": max_ep_len}).items():
+            if size is not None and size < 1:
                 raise ValueError(f"{name} is {size}; expected 1 or more")
         self.state_dim, self.act_dim, self.hidden_size = state_dim, act_dim, hidden_size
         self.max_length, self.max_ep_len, self.predict_sr, self.fine = max_length, max_ep_len, predict_sr, fine

@@ -161,7 +161,8 @@ def train(
 ) -> Windows:
     """Train in place; returns the windows, whose ``mean`` and ``std`` the policy needs when it runs.
 
-    Raises ValueError where the data's sizes are not the model's, or their actions leave [-1, 1].
+    Raises ValueError where the data's sizes are not the model's, or their actions leave [-1, 1]; FloatingPointError for
+    a loss that is no number, before it reaches the weights.
     """
     settings = settings or Settings()
     data.fit((model.state_dim,), model.act_dim, discrete=False, limit=1.0)
@@ -184,6 +185,10 @@ def train(
                 with torch.no_grad():
                     before = past(*batch.inputs())["actions"]
             loss = decision_loss(model(*batch.inputs()), batch, settings, before, weight)
+            if not bool(torch.isfinite(loss)):
+                raise FloatingPointError(
+                    f"the loss is {float(loss.detach())} in iteration {iteration}; look at rate and scale"
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)

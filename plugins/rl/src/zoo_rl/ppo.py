@@ -5,6 +5,7 @@ Source: Schulman et al., arXiv 1707.06347; popjaxrl ``ppo_s5.py``, whose setting
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,15 @@ class Settings:
     entropy: float = 0.0
     value: float = 1.0
     max_grad_norm: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "total_steps", "epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("learning_rate", "clip", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}; expected a positive number")
 
 
 @dataclass
@@ -164,7 +174,8 @@ class Trainer:
         )  # fmt: skip
 
     def update(self, data: Rollout) -> dict[str, float]:
-        """Gradient steps on one rollout; the means of the loss's parts."""
+        """Gradient steps on one rollout; the means of the loss's parts. Raises FloatingPointError for a loss that is no
+        number, before it reaches the weights."""
         s = self.settings
         sums: dict[str, float] = {}
         size = self.env.num_envs // s.minibatches
@@ -177,6 +188,8 @@ class Trainer:
                 loss, parts = ppo_loss(
                     outputs, part["actions"], part["log_probs"], part["values"], part["advantages"], part["targets"], s
                 )
+                if not bool(torch.isfinite(loss)):
+                    raise FloatingPointError(f"the loss is {float(loss.detach())}; a lower learning rate may help")
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.model.parameters(), s.max_grad_norm)

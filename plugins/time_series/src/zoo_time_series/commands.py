@@ -151,6 +151,13 @@ def train_forecaster(
     network = create(name, lag, horizon, len(chosen.columns), output.pairs(settings, "--set"))
     with refused(table):
         parts, scaler = protocol.prepare(chosen, network.lag, network.horizon, split=split, apart=network.columns == 1)
+    unread = (network.lag - network.patch_len) % network.stride if hasattr(network, "patch_len") else 0
+    if unread:
+        console.print(
+            f"the newest {unread} of {network.lag} rows lie in no patch (of {network.patch_len} rows, every "
+            f"{network.stride}) and are not read: a --lag of {network.lag - unread} is as good",
+            soft_wrap=True,
+        )
     for note in chosen.notes:
         console.print(note, markup=False, soft_wrap=True)
     counts = ", ".join(f"{len(parts[part])} {part}" for part in protocol.PARTS)

@@ -424,6 +424,9 @@ def spacetime(
     """
     if kind not in ("companion", "shift"):
         raise ValueError(f"kind is {kind!r}; expected 'companion' or 'shift'")
+    for name, value in (("input_dim", input_dim), ("model_dim", model_dim), ("kernel_dim", kernel_dim)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1")
     D = model_dim if model_dim is not None else 128 * input_dim
     kernels = 8
     norm = norm_order if kind == "companion" else 0

@@ -74,6 +74,8 @@ class TSM2(Forecaster):
                 f"seq_len {seq_len}, patch_len {patch_len}, stride {stride}, pred_len {pred_len}; expected a patch no "
                 "longer than the history, and a stride and a horizon of at least 1"
             )
+        if d_model < 1 or num_layers < 0:
+            raise ValueError(f"d_model is {d_model}, num_layers {num_layers}; expected 1 or more, and 0 or more")
         self.num_variates, self.lag, self.horizon = num_variates, seq_len, pred_len
         self.patch_len, self.stride, self.num_layers = patch_len, stride, num_layers
         patches = (seq_len - patch_len) // stride + 1
