@@ -150,6 +150,8 @@ def test_samples_that_would_be_misread():
     with pytest.raises(errors.BadArgument, match=r"floats of up to 16383.*32768"):  # 16 bits that nobody scaled
         open_audio((32767 * tone(0.1, 8000), 8000)).whole(8000)
     assert open_audio((10 * tone(0.1, 8000), 8000)).whole(8000)[1].peak > 4  # loud, and read
+    with pytest.raises(errors.BadArgument, match="audio is of int64"):  # a list of 16-bit numbers would be silence
+        open_audio(([100, -20000, 5], 8000))
     with pytest.raises(errors.BadArgument, match="sampling rate is 'fast'"):
         open_audio((tone(0.1, 8000), "fast"))
 

@@ -54,10 +54,13 @@ def to_mono(samples: np.ndarray) -> np.ndarray:
         raise bad_samples(f"audio has shape {samples.shape}; expected (samples,) or (samples, channels)")
     if samples.dtype == np.uint8:
         samples = (samples.astype(np.float32) - 128) / 128
-    elif samples.dtype.kind == "i":
+    elif samples.dtype.kind == "i" and samples.dtype.itemsize <= 4:
         samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
     elif samples.dtype.kind != "f":
-        raise bad_samples(f"audio is of {samples.dtype}; expected floats in [-1, 1] or integers")
+        raise bad_samples(
+            f"audio is of {samples.dtype}; expected floats in [-1, 1], or integers of 8, 16 or 32 bits, whose range says "
+            "how loud they are"
+        )
     samples = samples.astype(np.float32, copy=False)
     loudest = float(np.abs(samples).max()) if samples.size else 0.0
     if not np.isfinite(loudest):

@@ -17,7 +17,7 @@ from torch import Tensor
 from zoo.pipelines import Pipeline, Result
 from zoo_registry import errors
 
-from .files import Audio, open_audio
+from .files import EXTENSIONS, Audio, open_audio
 from .mulaw import mu_law_decode, mu_law_encode
 from .pictures import waveform
 from .sashimi import SashimiLM
@@ -187,7 +187,7 @@ class AudioGeneration(Pipeline):
     """
 
     task = "audio-generation"
-    extensions = (".wav", ".flac", ".ogg", ".mp3")
+    extensions = EXTENSIONS
 
     def __init__(
         self, model: Any, seconds: float = 0.25, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
