@@ -58,8 +58,8 @@ def to_mono(samples: np.ndarray) -> np.ndarray:
         samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
     elif samples.dtype.kind != "f":
         raise bad_samples(
-            f"audio is of {samples.dtype}; expected floats in [-1, 1], or integers of 8, 16 or 32 bits, whose range says "
-            "how loud they are"
+            f"audio is of {samples.dtype}; expected floats in [-1, 1], or integers of 8, 16 or 32 bits, whose range "
+            "says how loud they are"
         )
     samples = samples.astype(np.float32, copy=False)
     loudest = float(np.abs(samples).max()) if samples.size else 0.0
