@@ -6,7 +6,7 @@ from toy_weights import toy
 
 import zoo
 from zoo import errors
-from zoo.pipelines import Failure, Pipeline, Result, describe_source, plain
+from zoo.pipelines import Failure, Pipeline, Result, describe_source, plain, ranked
 
 
 @pytest.fixture
@@ -73,8 +73,9 @@ def test_mistakes(pipe, files, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(errors.LocalFileMissing, match=r"expected \.txt"):
         pipe(tmp_path / "empty")
-    with pytest.raises(errors.BadArgument, match="batch_size is 0"):
-        pipe(files, batch_size=0)
+    for wrong in (0, "4", True):
+        with pytest.raises(errors.BadArgument, match=f"batch_size is {wrong!r}"):
+            pipe(files, batch_size=wrong)
 
 
 def test_a_file_that_cannot_be_read(pipe, files):
@@ -102,6 +103,25 @@ def test_one_bad_sample_does_not_take_its_batch_along(pipe, files):
     results = pipe(files, batch_size=4, keep_going=True)
     assert [i for i, r in enumerate(results) if isinstance(r, Failure)] == [9]
     assert [r.best for i, r in enumerate(results) if i != 9] == [b for i, b in enumerate(expected) if i != 9]
+
+
+def test_a_model_in_training_answers_in_evaluation(pipe, files):
+    expected = pipe(files / "f0.txt").confidence
+    modes = []
+    pipe.model.train()
+    next(iter(pipe.model.children())).eval()  # a frozen part
+    before = [m.training for m in pipe.model.modules()]
+    pipe.model.register_forward_pre_hook(lambda m, a: modes.append(m.training))
+    assert pipe(files / "f0.txt").confidence == expected
+    assert modes == [False]
+    assert [m.training for m in pipe.model.modules()] == before
+
+
+def test_classes_are_not_ranked_where_there_is_no_answer():
+    assert ranked(torch.tensor([0.0, 2.0]), ["a", "b"], 1)["labels"] == ["b"]
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not finite"):
+            ranked(torch.tensor([0.0, wrong]), ["a", "b"], 1)
 
 
 def test_a_model_that_fails(pipe, files):

@@ -158,3 +158,44 @@ def test_from_reference(toys):
     del broken["conv.bias"]
     with pytest.raises(errors.KeysDoNotMatch, match=r"stem\.bias"):
         zoo.from_reference("toy", {"dim": 8, "classes": 4}, broken)
+
+
+def test_what_is_said_of_a_model_is_looked_at(toys, tmp_path, caplog):
+    model = zoo.load("toy_small")
+    for options, words in (
+        ({"labels": "abcd"}, "expected a list of texts"),
+        ({"licence": 3}, "licence is 3"),
+        ({"metrics": [{"name": "accuracy", "value": 0.5}]}, "dataset"),
+        ({"metrics": [{"name": "accuracy", "value": "high", "dataset": "d"}]}, "a number"),
+    ):
+        with pytest.raises(errors.BadArgument, match=words):
+            zoo.save(model, tmp_path / "f", **options)
+        assert list(tmp_path.iterdir()) == []
+    figures = [{"name": n, "value": v, "dataset": "d"} for n, v in (("kept", 0.5), ("lost", float("nan")))]
+    zoo.save(model, tmp_path / "f", labels=["a"], metrics=figures)
+    assert "labels has 1 names and the model 4 classes" in caplog.text
+    assert "the figure lost is nan and is not saved" in caplog.text
+    table = json.loads((tmp_path / "f" / "config.json").read_text())
+    assert [m["name"] for m in table["pretrained_cfg"]["metrics"]] == ["kept"]
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_model_is_saved_as_itself(wrap, toys, tmp_path):
+    model = zoo.load("toy_small")
+    again = zoo.load(zoo.save(wrap(model), tmp_path / "f"))
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_arguments_of_another_kind(toys):
+    with pytest.raises(errors.BadArgument, match="config is a NoneType"):
+        zoo.from_reference("toy", None, {})
+    for source in (None, 3, b"toy_small", torch.nn.Linear(1, 1)):
+        with pytest.raises(errors.BadName, match=f"a {type(source).__name__} was given"):
+            zoo.load(source)
+    with pytest.raises(errors.BadArgument, match="'meta', which holds no numbers"):
+        zoo.load("toy_small", device="meta")
+    with pytest.raises(errors.BadFilter, match="no filter 'domian'; nearest: domain"):
+        zoo.list(domian="toys")
+    with pytest.raises(errors.BadFilter, match="pattern is 3"):
+        zoo.list(3)
+    assert zoo.list(p for p in ["toy_small.packed"]) == ["toy_small.packed"]

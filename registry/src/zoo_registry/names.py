@@ -77,6 +77,11 @@ def parse(source: str | os.PathLike[str] | Source) -> Source:
     """
     if isinstance(source, (ModelName, HubRepo, LocalPath)):
         return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise BadName(
+            f"a {type(source).__name__} was given; expected a name of the zoo, a path, or "
+            "'hf-hub:ORGANISATION/REPOSITORY'"
+        )
     if not isinstance(source, str):
         return _local(Path(os.fspath(source)), str(source))
     text = source.strip()

@@ -6,7 +6,8 @@ plugin's code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from zoo_registry import ModelName, query, resolve
-from zoo_registry.names import adapter_for, pipeline_for, validator_for
+from zoo_registry import ModelName, errors, query, resolve
+from zoo_registry.names import adapter_for, nearest, pipeline_for, validator_for
 
 if TYPE_CHECKING:
     from zoo_registry import ModelCard, WeightsCard
@@ -72,7 +73,20 @@ def list_models(pattern: str | Sequence[str] = "*", **filters: Any) -> list[str]
 
     Raises ``zoo.errors.BadFilter`` for a filter that nothing can match.
     """
-    return [entry.name for entry in query(pattern, **filters)]
+    known = list(inspect.signature(query).parameters)[1:-1]  # but the pattern, and the manager
+    for name in filters:
+        if name not in known:
+            raise errors.BadFilter(
+                f"there is no filter {name!r}; nearest: {', '.join(nearest(name, known) or known)}; known: "
+                f"{', '.join(known)}",
+                filter=name,
+                value=filters[name],
+                accepted=tuple(known),
+            )
+    patterns = pattern if isinstance(pattern, str) else list(pattern) if isinstance(pattern, Iterable) else [pattern]
+    if not all(isinstance(one, str) for one in patterns):
+        raise errors.BadFilter(f"pattern is {pattern!r}; expected a text such as 'vim*', or several of them")
+    return [entry.name for entry in query(patterns, **filters)]
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,14 @@ def from_reference(
     ``system``: id of a published system ("vim"); ``source``: which of its classes, where it has several.
     Short for ``zoo.reference(system).build(config, state, source=source)``.
     """
+    for name, value in (("config", config), ("state", state)):
+        if not isinstance(value, Mapping):
+            raise errors.BadArgument(
+                f"{name} is a {type(value).__name__}; expected two mappings: the original constructor's arguments, and "
+                "its state dict",
+                argument=name,
+                accepted=[],
+            )
     return catalog.adapter(system).build(config, state, source=source)
 
 

@@ -109,6 +109,12 @@ def load(
             )
         placement.needed()  # before anything is fetched
     device, dtype = placement.checked_device(device), placement.checked_dtype(dtype)
+    if device is not None and device.type == "meta":
+        raise errors.BadArgument(
+            "device is 'meta', which holds no numbers; zoo.create(..., device='meta') builds a model without weights",
+            argument="device",
+            accepted=[],
+        )
     located = locate(source, checkpoint=checkpoint, revision=revision, **access)
     if checkpoint is None and located.weights is not None and located.weights.config_file is not None:
         # a folder of zoo.save never gets here: it says everything itself

@@ -17,6 +17,7 @@ progress, errors that name the file::
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import inspect
@@ -116,8 +117,26 @@ class RankedClasses(Result):
         return f"{self.source}: {rows}"
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and every module's own mode again after it."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def ranked(logits: Tensor, names: Sequence[str] | None, top_k: int) -> dict[str, Any]:
     """The fields of :class:`RankedClasses` of one input's logits (classes,); a class without a name is "class i"."""
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(
+            "the model's answer is not finite; the input holds NaN or infinite values, or numbers too large for the "
+            "model's type of numbers"
+        )
     probabilities, indices = logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))
     found = indices.tolist()
     labels = [names[i] if names is not None and i < len(names) else f"class {i}" for i in found]
@@ -334,9 +353,9 @@ class Pipeline(ABC):
         return file.is_file() and not file.name.startswith(".") and file.name.lower().endswith(self.extensions)
 
     def _run(self, sources: list[Any], batch_size: int, progress: bool | None, keep_going: bool) -> Iterator[Result]:
-        if batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise errors.BadArgument(
-                f"batch_size is {batch_size}; expected 1 or more", argument="batch_size", accepted=[]
+                f"batch_size is {batch_size!r}; expected 1 or more", argument="batch_size", accepted=[]
             )
         if progress is None:
             progress = len(sources) > 4 and sys.stderr.isatty()
@@ -370,7 +389,7 @@ class Pipeline(ABC):
             return
         try:
             began = time.perf_counter()
-            with torch.inference_mode():
+            with torch.inference_mode(), evaluating(self.model):
                 ready = _map(self._to_model, self.collate([s.ready for s in batch]))
                 outputs = self.split(_map(_to_cpu, self.forward(ready)), len(batch))
             share = (time.perf_counter() - began) * 1000 / len(batch)

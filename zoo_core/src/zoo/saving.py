@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import os
 import secrets
 import shutil
@@ -28,6 +30,8 @@ from . import __version__, building, checkpoints
 from .adapting import ends_of
 from .files import unwritable
 from .loading import FORMAT
+
+logger = logging.getLogger("zoo")
 
 #: Larger weights are written in several files of at most this many bytes.
 SHARD_BYTES = 5_000_000_000
@@ -68,6 +72,8 @@ def save(
     A new folder appears whole or not at all; in an existing one each file is replaced whole, config.json last. Raises
     BadArgument for a model that the zoo did not build, KeysDoNotMatch when its layers were changed by hand.
     """
+    model = _unwrapped(model)
+    _check_said(model, labels, licence, metrics)
     info = getattr(model, "zoo_info", None)
     if info is None or info.card is None:
         raise errors.BadArgument(
@@ -101,6 +107,37 @@ def save(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, inside what torch.compile or parallel training put around it."""
+    for name in ("_orig_mod", "module"):
+        inner = model._modules.get(name)
+        if inner is not None and len(model._modules) == 1 and getattr(inner, "zoo_info", None) is not None:
+            return inner
+    return model
+
+
+def _check_said(
+    model: nn.Module, labels: Sequence[str] | None, licence: str | None, metrics: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse labels, licence and figures that say nothing, or something else than is meant. Raises BadArgument."""
+    count = getattr(model, "num_classes", None)
+    if labels is not None:
+        if isinstance(labels, str):
+            raise errors.BadArgument(f"labels is {labels!r}; expected a list of texts", argument="labels", accepted=[])
+        if isinstance(count, int) and count > 1 and len(labels) != count:  # said, and saved: it may have taken days
+            logger.warning("labels has %d names and the model %d classes; expected one for each", len(labels), count)
+    if licence is not None and not isinstance(licence, str):
+        raise errors.BadArgument(f"licence is {licence!r}; expected a text, as 'mit'", argument="licence", accepted=[])
+    for row in metrics:
+        if not all(row.get(name) for name in ("name", "dataset")) or not isinstance(row.get("value"), (int, float)):
+            raise errors.BadArgument(
+                f"metrics has the row {dict(row)!r}; expected name, value (a number), dataset, and optionally split "
+                "and source",
+                argument="metrics",
+                accepted=["name", "value", "dataset", "split", "source"],
+            )
 
 
 def present_config(model: nn.Module) -> dict[str, Any]:
@@ -164,8 +201,11 @@ def describe_model(
         facts = {k: v for k, v in facts.items() if k in kept}
     if licence is not None:
         facts["licence"] = licence
-    if metrics:
-        facts["metrics"] = [dict(m) for m in metrics]
+    if metrics:  # JSON has no NaN, and a card no use for it
+        facts["metrics"] = [dict(m) for m in metrics if math.isfinite(m["value"])]
+        for m in metrics:
+            if not math.isfinite(m["value"]):
+                logger.warning("the figure %s is %s and is not saved", m["name"], m["value"])
     table: dict[str, Any] = {
         "library": "zoo",
         "format": FORMAT,
