@@ -73,7 +73,7 @@ def test_packed_colors_of_pcd(tmp_path, kind):
         ("a.pcd", PCD + b"POINTS 9\nDATA ascii\n1 2 3\n", "1 rows; its header says 9"),
         ("a.las", b"no las", "no readable las"),
         ("a.laz", b"", "no readable las"),
-        ("a.npy", b"", "no readable npy"),
+        ("a.npy", b"", "is no .npz or .npy file"),
         ("a.obj", b"v 0 0 0\nv 1 0 0\n", "no surface to draw points on"),
         ("a.stl", b"junk", "no surface|no readable mesh"),
         ("a.obj", bytes(range(256)), "no surface|no readable mesh"),
