@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from zoo import errors
-from zoo.files import check_place, read_arrays, read_json, read_text, whole
+from zoo.files import check_place, read_arrays, read_json, read_text, refused, whole
 from zoo.images import read_picture
 
 
@@ -121,3 +121,14 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.StoreError, match="is a file"):
         check_place(tmp_path / "file" / "below")
+
+
+def test_refused_is_the_files_fault():
+    """A ValueError becomes BadFile with the same sentence; the zoo's own errors and all others stay what they are."""
+    with pytest.raises(errors.BadFile, match=r"^a.txt, line 3: no number$") as found, refused("a.txt"):
+        raise ValueError("a.txt, line 3: no number")
+    assert (found.value.path, found.value.exit_code) == ("a.txt", 5)
+    with pytest.raises(errors.BadArgument), refused("a.txt"):
+        raise errors.BadArgument("width is 0", argument="width", accepted=[])
+    with pytest.raises(KeyError), refused("a.txt"):
+        raise KeyError("x")
