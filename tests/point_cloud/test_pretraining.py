@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import zoo
+import zoo.testing
 from zoo.cli import run
 from zoo_point_cloud.pretraining import cloud_batches, pretrain, start_from
 
@@ -58,6 +59,16 @@ def test_the_loss_falls_and_a_classifier_starts_from_it(files):
         torch.testing.assert_close(classifier.forward_features(points), expected)
     with pytest.raises(ValueError, match="does not fit"):
         start_from(zoo.create("pointmamba_modelnet", **{**SMALL, "embed_dim": 32}), model)
+
+
+def test_training_goes_on_after_an_interruption(files, tmp_path):
+    def trained(run, report):
+        torch.manual_seed(0)
+        model = zoo.create("pointmamba_pretrain", decoder_depth=1, **SMALL)
+        pretrain(model, cloud_batches(files, 64, 4), 5, report=report, run=run)
+        return model
+
+    zoo.testing.check_resume(trained, tmp_path, after=3)
 
 
 def test_what_cannot_go_on(files):

@@ -94,7 +94,8 @@ def label_points(
     help="Points with NaN or infinite coordinates: refuse the file, or leave them out.",
 )
 @click.option("--set", "choices", multiple=True, metavar="NAME=VALUE", help="Model argument, as embed_dim=96.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps ...")
+@training.device
+@training.resume
 @output.as_json
 def pretrain_points(
     name: str,
@@ -108,6 +109,7 @@ def pretrain_points(
     invalid: str,
     choices: tuple[str, ...],
     device: str,
+    resume: bool,
     as_json: bool,
 ) -> int:
     """Pre-train NAME, a masked autoencoder, on INPUTS (clouds and folders without labels).
@@ -147,8 +149,9 @@ def pretrain_points(
             recent.clear()
 
     batches = cloud_batches(files, points, batch_size, seed, invalid=invalid)
-    losses = pretrain(model.to(device), batches, steps, rate=rate, report=report)
-    saved = zoo.save(model.cpu().eval(), out)
+    with training.run(out, resume, quiet=as_json, clouds=len(files)) as run:
+        losses = pretrain(model.to(device), batches, steps, rate=rate, report=report, run=run)
+        saved = zoo.save(model.cpu().eval(), out)
     if as_json:
         output.emit({"steps": steps, "clouds": len(files), "loss": losses[-1], "folder": str(saved)})
         return 0

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zoo.runs import Run
+
 from .files import read_cloud
 from .pointmamba import PointMambaMAE, PointMambaTrunk
 
@@ -55,11 +57,13 @@ def pretrain(
     warmup: int | None = None,
     clip: float = 10.0,
     report: Callable[[int, float], None] | None = None,
+    run: Run | None = None,
 ) -> list[float]:
     """Train ``model`` in place on ``steps`` batches (B, N, 3), on the model's device; returns the loss of every step.
 
     The rate rises over ``warmup`` steps (None: a thirtieth of all, as 10 of 300 epochs) and falls along a cosine to a
-    thousandth. Norms, biases and other vectors do not decay. ``report(step, loss)`` is called after every step.
+    thousandth. Norms, biases and other vectors do not decay. ``report(step, loss)`` is called after every step. ``run``
+    keeps the training, and it goes on with what that holds; batches that were seen are passed over.
     Raises ValueError when the batches end too early and when a loss is not finite.
     """
     if steps < 1:
@@ -81,9 +85,12 @@ def pretrain(
     device = model.mask_token.device
     was_training = model.training
     model.train()
-    losses: list[float] = []
+    run = run or Run()
+    losses: list[float] = run.start(model=model, optimizer=optimizer, schedule=schedule).get("losses", [])
     source = iter(batches)
-    for step in range(1, steps + 1):
+    for _ in losses:
+        next(source, None)
+    for step in range(len(losses) + 1, steps + 1):
         points = next(source, None)
         if points is None:
             raise ValueError(f"the batches ended after {step - 1} of {steps} steps")
@@ -99,6 +106,7 @@ def pretrain(
         losses.append(value)
         if report is not None:
             report(step, value)
+        run.keep(step, losses=losses)
     model.train(was_training)
     return losses
 
