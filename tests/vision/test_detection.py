@@ -503,7 +503,7 @@ def test_boxes_and_masks_are_in_pixels_of_the_picture(tmp_path):
     assert pipe.size_of(1000, 500) == (83, 166)  # the longer side is reached first: 100 x 1333 / 800
     with pytest.raises(errors.BadArgument, match=r"expected \.json, \.png"):
         found.save(tmp_path / "a.jpg")
-    assert ObjectDetection(Dark(), min_score=0.8, short_side=100)(spot()).summary() == "nothing found"
+    assert ObjectDetection(Dark(), 0.8, short_side=100)(spot()).summary() == "nothing found"
 
 
 def test_run_lengths_are_coco_s():

@@ -16,7 +16,7 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) fo
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
-    for folder in ("digits", "scenes"):
+    for folder in ("digits", "objects", "scenes"):
         shutil.copytree(ROOT / "examples" / folder, tmp_path / "examples" / folder)
     monkeypatch.chdir(tmp_path)
     return tmp_path

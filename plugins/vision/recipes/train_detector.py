@@ -80,8 +80,8 @@ def write_scenes(folder: Path, count: int) -> Path:
 def measure(model: torch.nn.Module, count: int = HELD_OUT) -> dict[str, float]:
     """Average precisions on ``count`` held-out scenes, through the pipeline."""
     with tempfile.TemporaryDirectory() as folder:
-        found = validate_coco(model, write_scenes(Path(folder), count), batch_size=10, progress=False).metrics
-    return {name: float(found[name] or 0.0) for name in METRICS}
+        found = validate_coco(model, write_scenes(Path(folder), count), short_side=SIZE, batch_size=10, progress=False)
+    return {name: float(found.metrics[name] or 0.0) for name in METRICS}
 
 
 def train(name: str, *, steps: int, size: int, rate: float, seed: int) -> torch.nn.Module:
@@ -119,8 +119,8 @@ def train(name: str, *, steps: int, size: int, rate: float, seed: int) -> torch.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="vmamba_micro_mask_rcnn")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="default: zoo_vision/demo/MODEL.shapes.safetensors")

@@ -158,8 +158,8 @@ class ObjectDetection(ResizedPictures):
 
     As mmdetection tests: the picture is resized, its sides in proportion, until the shorter is ``short_side`` long, or
     the longer ``long_side`` if that comes first (None: what the weights were tested at, else 800 and 1333), and padded
-    to multiples of 32. ``min_score``: objects below it are left out (None: the model's ``score_threshold``, 0.05, which
-    suits measuring; 0.3 or more suits looking). Pictures: paths, PIL images or arrays (H, W, 3) of uint8.
+    to multiples of 32. ``min_score``: less sure objects are left out; below the model's ``score_threshold`` (0.05) it has
+    no effect. Pictures: paths, PIL images or arrays (H, W, 3) of uint8.
     """
 
     task = "object-detection"
@@ -167,7 +167,7 @@ class ObjectDetection(ResizedPictures):
     def __init__(
         self,
         model: nn.Module,
-        min_score: float | None = None,
+        min_score: float = 0.3,
         short_side: int | None = None,
         long_side: int | None = None,
     ) -> None:
@@ -179,7 +179,7 @@ class ObjectDetection(ResizedPictures):
                 argument="model",
                 accepted=[],
             )
-        if min_score is not None and not 0 <= min_score <= 1:
+        if not 0 <= min_score <= 1:
             raise errors.BadArgument(
                 f"min_score is {min_score}; expected 0 to 1", argument="min_score", accepted=[]
             )  # fmt: skip
@@ -201,7 +201,7 @@ class ObjectDetection(ResizedPictures):
         boxes = output["boxes"] * scale
         objects = []
         for i, (score, index) in enumerate(zip(output["scores"].tolist(), output["labels"].tolist(), strict=True)):
-            if self.min_score is not None and score < self.min_score:
+            if score < self.min_score:
                 break
             label = self.names[index] if self.names is not None and index < len(self.names) else f"class {index}"
             left, top, right, bottom = boxes[i].tolist()

@@ -66,4 +66,5 @@ def zoo_demos() -> Iterable[Mapping[str, str]]:
         {"model": "vim_micro.digits", "file": "demo/samples/digit_8.png"},
         {"model": "vmamba_micro.digits", "file": "demo/samples/digit_8.png"},
         {"model": "vmamba_micro_upernet.shapes", "file": "demo/samples/scene_0.jpg", "picture": "yes"},
+        {"model": "vmamba_micro_mask_rcnn.shapes", "file": "demo/samples/objects_0.jpg", "picture": "yes"},
     ]

@@ -132,6 +132,7 @@ def validate_coco(
     annotations: str | Path,
     *,
     images: str | Path | None = None,
+    short_side: int | None = None,
     batch_size: int = 1,
     limit: int | None = None,
     progress: bool = True,
@@ -140,9 +141,10 @@ def validate_coco(
 
     DATA is the annotations' .json (``instances_val2017.json``); ``images`` the folder of the pictures (default: the
     folder ``val2017`` for ``instances_val2017.json``, beside the annotations or one above, else the folder of the
-    file). Categories are matched to the model's labels by name, else, if their number is the model's, in the order of
-    their ids. ``limit``: the first so many images. The measure is pycocotools' (Lin et al., arXiv 1405.0312): the mean
-    over thresholds of 0.5 to 0.95 of the overlap, and over categories.
+    file). ``short_side``: pixels of resized pictures' shorter sides. Categories are matched to the model's labels by
+    name, else, if their number is the model's, in the order of their ids. ``limit``: the first so many images. The
+    measure is pycocotools' (Lin et al., arXiv 1405.0312): the mean over thresholds of 0.5 to 0.95 of the overlap, and
+    over categories.
 
     Raises ``zoo.errors.BadArgument`` for a file of another format, missing pictures, and categories that do not fit;
     ``MissingExtra`` without pycocotools.
@@ -157,7 +159,7 @@ def validate_coco(
             accepted=[],
         )
     began = time.perf_counter()
-    pipe = ObjectDetection(model)
+    pipe = ObjectDetection(model, min_score=0.0, short_side=short_side)
     ids, matching = match_categories(table["categories"], pipe)
     folder = _pictures_of(Path(annotations), images)
     entries = sorted(table["images"], key=lambda entry: entry["id"])[:limit]
