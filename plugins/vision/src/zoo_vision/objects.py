@@ -158,8 +158,8 @@ class ObjectDetection(ResizedPictures):
 
     As mmdetection tests: the picture is resized, its sides in proportion, until the shorter is ``short_side`` long, or
     the longer ``long_side`` if that comes first (None: what the weights were tested at, else 800 and 1333), and padded
-    to multiples of 32. ``min_score``: less sure objects are left out; below the model's ``score_threshold`` (0.05) it has
-    no effect. Pictures: paths, PIL images or arrays (H, W, 3) of uint8.
+    to multiples of 32. ``min_score``: less sure objects are left out; below the model's ``score_threshold`` (0.05) it
+    has no effect. Pictures: paths, PIL images or arrays (H, W, 3) of uint8.
     """
 
     task = "object-detection"
