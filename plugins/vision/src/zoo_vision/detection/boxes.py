@@ -94,6 +94,12 @@ def best(boxes: Tensor, scores: Tensor, groups: Tensor, overlap: float, count: i
     return batched_nms(boxes, scores, groups, overlap)[:count]
 
 
+def best_solid(boxes: Tensor, scores: Tensor, groups: Tensor, overlap: float, count: int) -> Tensor:
+    """:func:`best` of those boxes that have an area."""
+    (solid,) = torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))
+    return solid[best(boxes[solid], scores[solid], groups[solid], overlap, count)]
+
+
 def pyramid_level(boxes: Tensor, count: int, finest: float = 56.0) -> Tensor:
     """Which of ``count`` maps, largest first, sees each of ``boxes`` (N, 4): the first below twice ``finest`` pixels
     (root of the area), the next below four times, and so on. Lin et al., arXiv 1612.03144, equation 1."""

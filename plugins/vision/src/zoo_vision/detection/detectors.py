@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from zoo.adapting import InputChannels, NewHead
 from zoo_vision._base import freeze_norms
 
-from .boxes import Anchors, best, decode, ordered
+from .boxes import Anchors, best, best_solid, decode, ordered
 from .heads import BoxHead, MaskHead, RetinaHead, RPNHead
 from .regions import region_features
 
@@ -268,9 +268,9 @@ class TwoStageDetector(Detector):
                 boxes.append(decode(anchor[at], by_anchor(delta[i], 4)[at], ANCHOR_STDS, size))
                 scores.append(score)
                 levels.append(torch.full_like(at, level))
-            proposals.append(
-                _best_of_positive(torch.cat(boxes), torch.cat(scores), torch.cat(levels), self.proposal_overlap, count)
-            )
+            box = torch.cat(boxes)
+            kept = best_solid(box, torch.cat(scores), torch.cat(levels), self.proposal_overlap, count)
+            proposals.append(box[kept])
         return proposals
 
     def _cascade(
@@ -348,13 +348,6 @@ def refined(head: BoxHead, stage: int, regions: Tensor, labels: Tensor, deltas: 
     return decode(regions, deltas.detach()[torch.arange(len(labels), device=labels.device), which], STDS[stage], size)
 
 
-def _best_of_positive(boxes: Tensor, scores: Tensor, groups: Tensor, overlap: float, count: int) -> Tensor:
-    """:func:`best` of the boxes that have an area."""
-    (solid,) = torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))
-    boxes = boxes[solid]
-    return boxes[best(boxes, scores[solid], groups[solid], overlap, count)]
-
-
 # -- one stage -------------------------------------------------------------------------------------------------------
 
 
@@ -408,8 +401,7 @@ class OneStageDetector(Detector):
                 scores.append(score)
                 labels.append(label)
             box, score, label = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
-            (solid,) = torch.where((box[:, 2:] > box[:, :2]).all(dim=1))
-            kept = solid[best(box[solid], score[solid], label[solid], self.overlap, self.per_image)]
+            kept = best_solid(box, score, label, self.overlap, self.per_image)
             found.append(Detections(box[kept], score[kept], label[kept]))
         return found
 
