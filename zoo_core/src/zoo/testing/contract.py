@@ -295,7 +295,9 @@ def check_adapt(what: str | Case) -> bool:
             if argument == "num_classes":
                 with torch.no_grad():
                     shapes = [tuple(found.shape) for found in _run(other, c.inputs()).values()]
-                assert any(wanted in shape for shape in shapes), f"{c.name}: with num_classes=5 the outputs are {shapes}"
+                assert any(wanted in shape for shape in shapes), (
+                    f"{c.name}: with num_classes=5 the outputs are {shapes}"
+                )
     return True
 
 
