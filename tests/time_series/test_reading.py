@@ -87,6 +87,17 @@ def test_ways_of_writing_dates(tmp_path, name, values, first, said):
     assert table.columns == ["x"]
 
 
+@pytest.mark.parametrize(
+    "values", [[np.nan, 1.7e9, 1.7e9 + 60], [1.7e9, np.inf, 1.7e9 + 120], [2020.0, 2021.0, np.nan]]
+)
+def test_numbers_that_are_no_dates_are_told_by_their_row(values):
+    """Arrow's NaN is no gap: it must not become a date, nor infinity."""
+    row = int(np.argmin(np.isfinite(values))) + 1
+    table = pa.table({"date": pa.array(values, from_pandas=False), "x": [1.0, 2.0, 3.0]})
+    with pytest.raises(ValueError, match=f"the date is (nan|inf) in row {row} of 3"):
+        read_table(table)
+
+
 def test_parts_of_a_second_stay(tmp_path):
     text = "time,x\n" + "".join(f"{1700000000 + i / 10:.1f},1\n" for i in range(20))
     dates = read_table(written(tmp_path, text)).regular().dates

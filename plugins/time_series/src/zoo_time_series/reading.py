@@ -245,7 +245,13 @@ def _dates(column: Any, name: str, source: str) -> tuple[np.ndarray, list[str]]:
         raise ValueError(f"{source}: the date is missing in row {row + 1} of {len(column)}; every row needs one")
     try:
         if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-            found, said = _from_numbers(column.to_numpy(zero_copy_only=False), name)
+            numbers = column.to_numpy(zero_copy_only=False)
+            if not np.isfinite(numbers).all():  # tables in memory and parquet files have NaN where text has gaps
+                row = int(np.argmin(np.isfinite(numbers)))
+                raise ValueError(
+                    f"{source}: the date is {numbers[row]} in row {row + 1} of {len(numbers)}; every row needs one"
+                )
+            found, said = _from_numbers(numbers, name)
             notes = [said]
         elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
             found, notes = _from_text(column)
@@ -262,8 +268,8 @@ def _dates(column: Any, name: str, source: str) -> tuple[np.ndarray, list[str]]:
 
 
 def _from_numbers(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
-    """Numbers as datetime64[ns], and what they were taken for."""
-    whole = np.issubdtype(values.dtype, np.integer) or bool((np.isfinite(values) & (values == values.round())).all())
+    """Finite numbers as datetime64[ns], and what they were taken for."""
+    whole = np.issubdtype(values.dtype, np.integer) or bool((values == values.round()).all())
     numbers = values.astype(np.int64) if whole else values
     largest = float(np.abs(numbers).max(initial=0))
     if whole and name.lower() not in ("time", "timestamp") and ((numbers >= 1000) & (numbers <= 2500)).all():
