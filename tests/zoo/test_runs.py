@@ -154,6 +154,23 @@ def test_a_disk_that_is_full_does_not_end_the_training(tmp_path, monkeypatch, ca
     assert [p.name for p in tmp_path.iterdir()] == ["training.run"]
 
 
+def test_a_run_of_more_gpus_goes_on_with_fewer(tmp_path, monkeypatch):
+    """Each GPU that is there takes up its own random state; those of the others are passed over."""
+    states = [torch.full((4,), i, dtype=torch.uint8) for i in range(3)]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    run = Run(tmp_path / "run", every=0)
+    run.start()
+    run.keep(1)
+    taken = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: taken.update({device: int(state[0])}))
+    again = Run(tmp_path / "run")
+    again.start()
+    assert (again.begun, taken) == (1, {0: 0, 1: 1})
+
+
 def test_what_cannot_be_kept_is_named(tmp_path):
     run = Run(tmp_path / "training.run")
     run.start()

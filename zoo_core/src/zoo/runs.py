@@ -88,7 +88,8 @@ class Run:
                 _put(part, tree["parts"][name])
             torch.set_rng_state(tree["random"])
             if tree["cuda"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(tree["cuda"])
+                for i, state in enumerate(tree["cuda"][: torch.cuda.device_count()]):  # fewer GPUs than before, perhaps
+                    torch.cuda.set_rng_state(state, i)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise errors.BadFile(
                 f"{self.path} holds the run of another model: {str(error).splitlines()[0]}; start over (--anew, or "
