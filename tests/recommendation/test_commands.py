@@ -9,6 +9,7 @@ from click.testing import CliRunner
 import zoo
 from zoo_recommendation import artifact
 from zoo_recommendation.commands import create, recommend, train
+from zoo_recommendation.protocol import prepare
 from zoo_recommendation.recbole_models import installed
 
 
@@ -190,6 +191,23 @@ def test_what_users_took_since_survives_a_run_that_goes_on(interactions, tmp_pat
     fresh = artifact.Recommender(again.model, again.item_tokens)
     fresh.update_many([("new", "i1", 1), ("new", "i2", 2)])
     assert fresh.scores("new")[1:] == pytest.approx(again.scores("new")[1:], rel=1e-4, abs=1e-5)
+
+
+def test_what_users_took_since_is_read_on_the_time_scale_of_the_new_table(tmp_path):
+    """A folder holds times as its model reads them; a later table of the same items has a scale of its own."""
+    users, items = ["a", "a", "b", "b"], ["x", "y", "x", "y"]
+    before = prepare(users, items, [100.0, 200.0, 100.0, 200.0], core=1, scale_time=True)
+    model = create("mamba4rec", n_items=before.n_items, hidden_size=8, d_state=4, max_length=4)
+    recommender = artifact.save(tmp_path, model, before)
+    recommender.update("a", "x", 300.0)
+    recommender.store.close()
+    after = prepare(users, items, [100.0, 200.0, 100.0, 500.0], core=1, scale_time=True)
+    assert (before.time_scale, after.time_scale) == ((100, 200), (100, 500))
+    again = artifact.save(tmp_path, model, after)
+    assert again.store.get("a").times == pytest.approx([0, 0.25, 0.5])
+    raw = prepare(users, items, [100.0, 200.0, 100.0, 200.0], core=1)
+    again.store.close()
+    assert artifact.save(tmp_path, model, raw).store.get("a").times == pytest.approx([100, 200, 300])
 
 
 def test_a_damaged_file_of_users_does_not_cost_the_training(interactions, tmp_path, caplog):

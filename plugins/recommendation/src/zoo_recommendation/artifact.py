@@ -27,7 +27,7 @@ from zoo_registry import errors
 
 from ._base import SequentialRecommender
 from .baselines import build
-from .protocol import Interactions
+from .protocol import Interactions, scaled, seconds
 from .serving import Recommender, SQLiteStore
 
 logger = logging.getLogger("zoo")
@@ -75,7 +75,8 @@ def _later(folder: Path, table: Interactions) -> list[tuple[str, np.ndarray, np.
     if not ((folder / "items.json").exists() and (folder / "users.sqlite").exists()):
         return []
     try:
-        if read_json(folder / "items.json").get("items") != table.item_tokens:  # these numbers are other items there
+        there = read_json(folder / "items.json")
+        if there.get("items") != table.item_tokens:  # these numbers are other items there
             return []
         store = SQLiteStore(folder / "users.sqlite")
     except errors.BadFile as error:  # hours of training shall not end in this
@@ -87,9 +88,11 @@ def _later(folder: Path, table: Interactions) -> list[tuple[str, np.ndarray, np.
     for user in list(store.users()):
         record = store.get(user)
         assert record is not None
-        known = table.item[first[ids[user]] : first[ids[user] + 1]] if user in ids else table.item[:0]
+        own = slice(first[ids[user]], first[ids[user] + 1]) if user in ids else slice(0, 0)
+        known = table.item[own]
         if len(record.items) > len(known) and np.array_equal(record.items[: len(known)], known):
-            found.append((user, record.items, record.times))
+            since = scaled(seconds(record.times[len(known) :], there.get("time_scale")), table.time_scale)
+            found.append((user, record.items, np.concatenate([table.time[own], since])))
     store.close()
     return found
 

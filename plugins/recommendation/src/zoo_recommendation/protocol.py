@@ -157,6 +157,11 @@ def scaled(times: np.ndarray | float, scale: tuple[float, float] | None) -> np.n
     return (times - low) / (high - low) if high > low else np.zeros_like(times)
 
 
+def seconds(times: np.ndarray, scale: Sequence[float] | None) -> np.ndarray:
+    """The inverse of :func:`scaled` (all the same second where the training data held one)."""
+    return times if scale is None else scale[0] + times * (scale[1] - scale[0])
+
+
 def _number(tokens: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Ids from 1 by first appearance, and the names by id."""
     names, first, code = np.unique(tokens.astype(str), return_index=True, return_inverse=True)
