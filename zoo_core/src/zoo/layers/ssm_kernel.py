@@ -101,7 +101,8 @@ class Kept(nn.Module):
         return all(map(_plain, self._own()))
 
     def _own(self) -> list[Tensor]:
-        return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+        # Not by parameters(), which takes longer than all else that a step asks before it computes.
+        return [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
 
     def kept(self, key: Any, make: Any, *, watch: bool = True) -> Any:
         """``make()``, remembered (see :meth:`remembers`) until a parameter is written to or replaced.
