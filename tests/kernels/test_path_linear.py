@@ -34,6 +34,7 @@ def test_matches_float64(backend, batch, length, paths, features, out) -> None:
             a, b = x.to(dtype), weight.to(dtype)
             y = zk.path_linear(a, b)
             assert y.dtype == dtype
+            assert y.is_contiguous()  # as compiled code expects of every back end
             util.close(y, exact(a, b))
 
 
