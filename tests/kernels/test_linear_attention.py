@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from recurrences import LIMIT, agree, equal_to_definition, golden, results
 
 import zoo_kernels
-from zoo_kernels import linear_attention, linear_attention_step
+from zoo_kernels import _native, linear_attention, linear_attention_step
 from zoo_kernels.ops.linear_attention import _cases, _gated
 
 KINDS = ["none", "constant", "head", "channel"]
@@ -144,7 +144,7 @@ def test_channel_decay_has_the_same_bits_for_any_number_of_threads():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_channel_decay_keeps_nan_in_its_channel_until_a_reset(bad):
+def test_channel_decay_keeps_nan_in_its_channel_until_a_reset(bad, native):
     t = problem("channel", 1, 60, 1, 21, 1, 5)
     clean, _ = linear_attention(**t)
     t["v"][0, 10, 0, 3] = bad
@@ -159,12 +159,27 @@ def test_channel_decay_keeps_nan_in_its_channel_until_a_reset(bad):
     agree(y[:, :40, :, others], clean[:, :40, :, others], 1e-6)
 
 
-def test_channel_decay_of_minus_infinity_forgets():
-    t = problem("channel", 1, 30, 2, 5, 1, 4)
+@pytest.mark.parametrize("backend", ["native", "reference", "chunked"])
+@pytest.mark.parametrize("kind", ["head", "channel"])
+def test_decay_of_minus_infinity_forgets(kind, backend, monkeypatch):
+    """Chunked: what serves on a CPU where the library is not built."""
+    t = problem(kind, 1, 30, 2, 5, 1, 4)
     t["decay"][0, 12, 0] = -torch.inf
+    after = {name: value[:, 12:] for name, value in t.items()}
     with zoo_kernels.backend("reference"):
-        exact, _ = linear_attention(**t)
-    agree(linear_attention(**t)[0], exact, 1e-6)
+        first = linear_attention(**{name: value[:, :12] for name, value in t.items()})[0]
+        forgotten = linear_attention(**after)[0]
+    if backend == "chunked":
+        monkeypatch.setattr(_native, "missing", lambda *names: "the native library is not built")
+    leaves = {name: value.requires_grad_() for name, value in t.items()}
+    with zoo_kernels.backend("native" if backend == "chunked" else backend):
+        y = linear_attention(**leaves)[0]
+    agree(y[:, :12], first, 1e-6)
+    agree(y[:, 12:, 0], forgotten[:, :, 0], 1e-6)
+    if kind == "head":
+        with torch.no_grad(), zoo_kernels.backend("export"):
+            agree(linear_attention(**t)[0], y, 1e-6)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.square().sum(), [*leaves.values()]))
 
 
 def test_gradcheck_opcheck_and_compile():

@@ -549,7 +549,7 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
         zk.selective_scan(**{**arguments(), **change})
 
 
-def test_decays_are_exact_over_their_whole_range():
+def test_decays_are_exact_over_their_whole_range(native):
     """One step from a state of 1 with no input gives the decay itself: exp(dt A) to a few units in the last place."""
     x = torch.cat(
         [-torch.logspace(-9, 2, 4000, dtype=torch.float64), torch.linspace(-80, 80, 4001, dtype=torch.float64)]
@@ -569,7 +569,7 @@ def test_decays_are_exact_over_their_whole_range():
     assert torch.allclose(y[0, 0][near].double(), want[near], rtol=0, atol=1.3e-7)
 
 
-def test_decays_at_infinity():
+def test_decays_at_infinity(native):
     x = torch.tensor([-float("inf"), -1e30, -200.0, 0.0, 200.0, 1e30, float("inf"), float("nan")] * 3)
     one = torch.ones(1, 1, x.numel())
     none = torch.zeros(1, 1, 1)

@@ -210,7 +210,7 @@ def test_zero_dt_keeps_the_state():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_channel_and_later_steps(value):
+def test_what_is_not_finite_stays_in_its_channel_and_later_steps(value, native):
     tensors = problem(1, 150) | {"z": None}
     clean, _ = ssd(**tensors, dt_softplus=True)
     x = tensors["x"].clone()

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from zoo_kernels._memory import empty
 
+#: Log decays of chunked forms are no smaller: its exp is 0 in every type, and differences of running sums stay numbers
+#: (those of minus infinity, which forgets all, would not).
+LEAST = -1e4
+
 
 def walk_order(
     path: Tensor | None, reverse: bool, lengths: Tensor | None, *, batch: int, length: int, device: torch.device

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo_kernels.ops._walk import gather_rows, scatter_rows
+from zoo_kernels.ops._walk import LEAST, gather_rows, scatter_rows
 
 CHUNK = 16
 
@@ -24,7 +24,7 @@ def _pieces(v, decay, k, q, resets, order, a, b, strict):
         return part.transpose(1, 2)
 
     vs, ks, qs = (rows(x).to(work) for x in (v, k, q))
-    c = rows(decay).to(torch.float64).cumsum(2)
+    c = rows(decay).to(torch.float64).clamp(min=LEAST).cumsum(2)
     n = c.shape[2]
     keep = torch.ones(n, n, dtype=torch.bool, device=v.device).tril()[None, None]
     segment = None

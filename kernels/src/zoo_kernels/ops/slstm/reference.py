@@ -41,7 +41,8 @@ def forward(
         gi, gf, gz, go = raw.unbind(1)
         logf = m + F.logsigmoid(gf)
         m_new = torch.where(n == 0, gi, torch.maximum(gi, logf))  # nothing remembered yet: nothing to compare with
-        i, f = torch.exp(gi - m_new).clamp(max=1), torch.exp(logf - m_new).clamp(max=1)
+        # At most 1, whatever is not yet remembered: clamped before exp, whose infinity would make NaN of the gradient
+        i, f = torch.exp((gi - m_new).clamp(max=0)), torch.exp((logf - m_new).clamp(max=0))
         c_new = f * c + i * torch.tanh(gz)
         n_new = f * n + i
         y_new = torch.sigmoid(go) * c_new / n_new

@@ -1,8 +1,8 @@
 """The chunked form in torch: matrix products inside a chunk, a short recurrence over chunks; forward and backward.
 
 Inside a chunk, with c the running sum of the log decays, ``M[t, s] = exp(c_t - c_s)`` for s <= t in the same segment
-(masked
-before the exponential: above the diagonal the difference is positive and would overflow) and S the state at the start::
+(masked before the exponential: above the diagonal the difference is positive and would overflow) and S the state at the
+start::
 
     y_t = sum_s M[t, s] (q_t . k_s) w_s v_s + exp(c_t) S q_t
     S'  = exp(c_end) S + sum_s M[end, s] w_s v_s k_s^T
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo_kernels.ops._walk import gather_rows, scatter_rows
+from zoo_kernels.ops._walk import LEAST, gather_rows, scatter_rows
 
 CHUNK = 64
 
@@ -30,7 +30,7 @@ class _Walk:
         self.work = torch.promote_types(v.dtype, torch.float32)
         self.args = (v, k, q)
         self.order, self.resets, self.chunk = order, resets, chunk
-        self.decay = None if decay is None else gather_rows(decay, order).to(torch.float64)
+        self.decay = None if decay is None else gather_rows(decay, order).to(torch.float64).clamp(min=LEAST)
         self.weight = None if weight is None else gather_rows(weight, order).to(self.work)
         self.steps = self.length if order is None else order.shape[1]
         walked = None if resets is None else gather_rows(resets, order)

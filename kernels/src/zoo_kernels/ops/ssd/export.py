@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from zoo_kernels.ops._walk import gather_rows, scatter_rows
+from zoo_kernels.ops._walk import LEAST, gather_rows, scatter_rows
 
 
 def forward(v, decay, weight, k, q, D, state, resets, order, strict, *, save=False):
@@ -19,7 +19,7 @@ def forward(v, decay, weight, k, q, D, state, resets, order, strict, *, save=Fal
     if decay is None:
         c = torch.zeros(batch, vs.shape[1], heads, dtype=torch.float64, device=v.device)
     else:  # in float64, for differences of sums that may be large
-        c = gather_rows(decay, order).to(torch.float64).cumsum(1)
+        c = gather_rows(decay, order).to(torch.float64).clamp(min=LEAST).cumsum(1)
     carry = c.to(work).exp()
     if resets is not None:
         segment = gather_rows(resets, order).to(torch.int64).cumsum(1)
