@@ -219,7 +219,7 @@ def test_embed_command(tmp_path, capsys):
     assert len(out.with_suffix(".txt").read_text().splitlines()) == 10
     assert "10 images, 64 features" in capsys.readouterr().out
     assert run(["embed-images", "vim_micro.digits", str(DIGITS), "--out", str(tmp_path / "e.csv")]) == 2
-    assert "expected .npy or .parquet" in capsys.readouterr().err
+    assert "expected .npy, .parquet" in capsys.readouterr().err
 
 
 def test_embeddings_as_parquet(tmp_path):

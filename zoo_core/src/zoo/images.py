@@ -26,16 +26,18 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 def open_image(source: Any, channels: int) -> Image.Image:
     """A path, PIL image or array as a PIL image of 1 or 3 channels, upright as its EXIF data says.
 
-    Arrays: uint8, (height, width) or (height, width, 3). Greys of 16 bits and of floats are stretched to 8 bits by
-    their own range; transparent parts become white. Raises BadArgument for what is no picture, MissingExtra without
-    Pillow.
+    Arrays: uint8, (height, width) or (height, width, 1, 3 or 4). Greys of 16 bits and of floats are stretched to 8 bits
+    by their own range (of finite values: others become black); transparent parts become white. Raises BadArgument for
+    what is no picture, MissingExtra without Pillow.
     """
     Image, ImageOps = _pillow()
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3):
+        if source.ndim == 3 and source.shape[2] == 1:
+            source = source[:, :, 0]
+        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
             raise errors.BadArgument(
                 f"an array of {source.dtype} and shape {source.shape} was given; expected uint8, (height, width) or "
-                "(height, width, 3)",
+                "(height, width, 3 or 4)",
                 argument="inputs",
                 accepted=[],
             )
@@ -46,7 +48,7 @@ def open_image(source: Any, channels: int) -> Image.Image:
         try:
             image = Image.open(source)
             image.load()
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # ValueError: a broken PPM
             raise errors.BadArgument(
                 f"{source} is not an image that can be read ({error}); expected {', '.join(EXTENSIONS)}",
                 argument="inputs",
@@ -58,15 +60,27 @@ def open_image(source: Any, channels: int) -> Image.Image:
             argument="inputs",
             accepted=[],
         )
+    if not all(image.size):
+        raise errors.BadArgument(
+            f"a picture of {image.width} x {image.height} pixels was given; expected one or more each way",
+            argument="inputs",
+            accepted=[],
+        )
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # 16-bit and float greys: stretch their own range to 8 bits
         values = np.asarray(image, dtype=np.float64)
-        low, high = float(values.min()), float(values.max())
+        real = np.isfinite(values)
+        if not real.any():
+            raise errors.BadArgument("the picture holds no finite value", argument="inputs", accepted=[])
+        low, high = float(values[real].min()), float(values[real].max())
+        values = np.where(real, values, low)
         image = Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         solid = Image.new("RGBA", image.size, (255, 255, 255, 255))
         solid.alpha_composite(image.convert("RGBA"))
         image = solid
+    if image.mode == "LAB":  # Pillow makes no grey of it in one step
+        image = image.convert("RGB")
     return image.convert("L" if channels == 1 else "RGB")
 
 
@@ -95,13 +109,15 @@ def read_picture(source: Any) -> Any:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return _rgb(ImageOps.exif_transpose(image), str(path))
+    except errors.ZooError:  # a ValueError, with a sentence of its own
+        raise
     except PermissionError as error:
         raise unreadable(path, error) from error
     except Image.DecompressionBombError as error:
         raise errors.BadFile(
             f"{path} has too many pixels: {error} PIL.Image.MAX_IMAGE_PIXELS raises the limit", path=str(path)
         ) from error
-    except (OSError, SyntaxError) as error:  # Pillow's own error is an OSError; broken PNG is a SyntaxError
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's own is an OSError; a broken PNG is a SyntaxError
         raise errors.BadFile(
             f"{path} is no picture that can be read ({error}); expected png, jpg, webp, bmp, tif ...", path=str(path)
         ) from error

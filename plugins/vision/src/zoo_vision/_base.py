@@ -247,12 +247,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def build(cls: type[Model], *, features_only: bool = False, out_indices: Indices = None, **config: Any) -> Model:
     """``cls(**config)``, as a feature pyramid if ``features_only``. The builders of the cards are this with a class."""
+    check_count("in_chans", config.get("in_chans", 3))
     model = cls(**config)
     if features_only:
         model.as_pyramid(out_indices)
     elif out_indices is not None:
         raise ValueError(f"out_indices={out_indices!r} has a meaning only together with features_only=True")
     return model
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a whole number of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected 1 or more")
 
 
 def takes(*callables: Any, pyramid: bool = True, without: Collection[str] = ()) -> Callable[[F], F]:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +45,45 @@ def classify(
     """
     import zoo
     from zoo.cli.predict import picture_name
+    from zoo.files import check_place
     from zoo.pipelines import Failure
 
     from .pipelines import write_csv
 
+    for place in (table, pictures):
+        if place is not None:
+            check_place(place)
     arguments = output.loading(options) | {"top_k": top_k, "contributions": contributions}
     pipe = zoo.pipeline(name, "image-classification", **arguments)
-    results = pipe(list(inputs), batch_size=batch_size, keep_going=keep_going)
-    drawn: dict[int, str] = {}
-    for i, result in enumerate(results):
+    results, rows = [], []
+    for i, result in enumerate(_answers(pipe, inputs, batch_size, keep_going)):
+        row, shown = result.to_dict(), str(result)
         if pictures is not None and result.has_picture:
-            drawn[i] = str(result.save_picture(Path(pictures) / picture_name(result.source, i)))
+            row["picture"] = str(result.save_picture(Path(pictures) / picture_name(result.source, i)))
+            shown += f"  -> {row['picture']}"
+        if not isinstance(result, Failure):
+            result.image = None  # a folder's pictures would fill the memory
+        results.append(result)
+        rows.append(row)
+        if not as_json:
+            click.echo(shown)
     if table is not None:
         write_csv(results, table)
     if as_json:
-        output.emit([r.to_dict() | ({"picture": drawn[i]} if i in drawn else {}) for i, r in enumerate(results)])
-    else:
-        for i, result in enumerate(results):
-            click.echo(str(result) + (f"  -> {drawn[i]}" if i in drawn else ""))
+        output.emit(rows)
     return 1 if any(isinstance(r, Failure) for r in results) else 0
+
+
+def _answers(pipe: Any, inputs: tuple[str, ...], batch_size: int, keep_going: bool) -> Iterator[Any]:
+    """The pipeline's answers one after the other, with a bar for many of them if they are not read as they come."""
+    from zoo.pipelines import progress_bar
+
+    sources, _ = pipe.expand(list(inputs))
+    shown = len(sources) > 4 and sys.stderr.isatty() and not sys.stdout.isatty()
+    with progress_bar(shown, len(sources), pipe.name) as advance:
+        for result in pipe.stream(sources, batch_size=batch_size, keep_going=keep_going):
+            yield result
+            advance()
 
 
 @click.command()
@@ -88,10 +110,15 @@ def embed_images(
         zoo embed-images vim_tiny.in1k photos/ --out photos.parquet
     """
     import zoo
+    from zoo.files import check_ending, check_place
     from zoo.pipelines import Failure
 
-    from .pipelines import write_embeddings
+    from .pipelines import TABLES, parquet_writer, write_embeddings
 
+    check_ending(out, TABLES)
+    check_place(out)
+    if out.lower().endswith(".parquet"):
+        parquet_writer()  # or say what lacks, before the work
     pipe = zoo.pipeline(name, "image-embedding", **output.loading(options))
     results = pipe(list(inputs), batch_size=batch_size, keep_going=keep_going)
     path = write_embeddings(results, out)
@@ -134,8 +161,16 @@ def segment_images(
     """
     import zoo
     from zoo.cli.predict import picture_name
+    from zoo.files import check_place
     from zoo.pipelines import Failure
 
+    for place in (out, pictures):
+        if place is not None:
+            check_place(place)
+    if pictures is not None and Path(pictures).resolve() == Path(out).resolve():
+        raise click.UsageError(
+            f"--out and --save-picture are both {out}; their files have the same names: give two folders"
+        )
     arguments = output.loading(options) | ({} if short_side is None else {"short_side": short_side})
     pipe = zoo.pipeline(name, "semantic-segmentation", **arguments)
     rows, failed = [], False
@@ -194,7 +229,13 @@ def detect(
 
     if results is not None:
         check_ending(results, [".json"])
-        check_place(results)
+    for place in (results, numbers, pictures):
+        if place is not None:
+            check_place(place)
+    if pictures is not None and numbers is not None and Path(pictures).resolve() == Path(numbers).resolve():
+        raise click.UsageError(
+            f"--numbers and --save-picture are both {numbers}; their files have the same names: give two folders"
+        )
     arguments = output.loading(options) | ({} if short_side is None else {"short_side": short_side})
     pipe = zoo.pipeline(name, "object-detection", min_score=min_score, **arguments)
     rows, entries, failed = [], [], False
@@ -204,7 +245,7 @@ def detect(
             failed = True
         else:
             file = picture_name(result.source, i)
-            entries += result.coco(Path(result.source).name)  # type: ignore[attr-defined]
+            entries.append((result.source, result.coco(Path(result.source).name)))  # type: ignore[attr-defined]
             if numbers is not None:
                 row["numbers"] = str(result.save(Path(numbers) / file))  # type: ignore[attr-defined]
             if pictures is not None:
@@ -215,7 +256,20 @@ def detect(
             click.echo(shown)
     if results is not None:
         with whole(results) as work:
-            work.write_text(json.dumps(entries), encoding="utf-8")
+            work.write_text(json.dumps(_told_apart(entries)), encoding="utf-8")
     if as_json:
         output.emit(rows)
     return 1 if failed else 0
+
+
+def _told_apart(entries: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """All pictures' entries of COCO's results format, from (source, entries) of each: where two pictures of different
+    folders have one name, ``image_id`` is the path as given instead of the name."""
+    named: dict[str, set[str]] = {}
+    for source, _ in entries:
+        named.setdefault(Path(source).name, set()).add(source)
+    return [
+        row | ({"image_id": source} if len(named[Path(source).name]) > 1 else {})
+        for source, rows in entries
+        for row in rows
+    ]

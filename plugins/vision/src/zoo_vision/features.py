@@ -16,7 +16,7 @@ from zoo.pipelines import Result
 from zoo_registry import errors
 
 from .pictures import maps_card
-from .pipelines import ImageClassification
+from .pipelines import ImageClassification, finite
 
 
 @dataclass(kw_only=True)
@@ -66,6 +66,7 @@ class ImageFeatures(ImageClassification):
     built with ``features_only=True``. Pictures are resized and cropped to the size that the model was built for."""
 
     task = "image-backbone"
+    needs_classes = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -78,6 +79,7 @@ class ImageFeatures(ImageClassification):
                 argument="model",
                 accepted=[],
             )
+        finite(self.name, *maps)
         seen = None
         if not isinstance(sample, Tensor):
             mean, std = (torch.tensor(self.settings[k]).view(-1, 1, 1) for k in ("mean", "std"))

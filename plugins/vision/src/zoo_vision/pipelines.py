@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from zoo.files import check_ending, whole
 from zoo.images import EXTENSIONS, open_image
 from zoo.pipelines import Failure, Pipeline, RankedClasses, Result, ranked
 from zoo_registry import errors, optional
@@ -61,18 +62,20 @@ class ImageClassification(Pipeline):
 
     task = "image-classification"
     extensions = EXTENSIONS
+    #: whether the output is logits; not so in the kinds below
+    needs_classes = True
 
     def __init__(self, model: nn.Module, top_k: int = 5, contributions: bool = False) -> None:
         super().__init__(model)
         if int(top_k) < 1:
             raise errors.BadArgument(f"top_k is {top_k}; expected 1 or more", argument="top_k", accepted=[])
         self.top_k, self.contributions = int(top_k), bool(contributions)
-        self.in_chans = int(getattr(model, "in_chans", 3))
-        if self.in_chans not in (1, 3):
+        self.in_chans = channels_of_files(model)
+        if self.needs_classes and getattr(model, "num_classes", None) == 0:
             raise errors.BadArgument(
-                f"the model takes {self.in_chans} channels; files of one or three channels can be read. Call the model "
-                "on tensors of your own instead",
-                argument="model",
+                f"{self.name} gives no vector of logits: it has no classes (num_classes=0, or features_only). For "
+                "features there are the tasks image-embedding and image-backbone",
+                argument="num_classes",
                 accepted=[],
             )
         self.settings = transform_settings(model, self.preprocess)
@@ -127,6 +130,28 @@ class ImageClassification(Pipeline):
         return [info.index_to_description(i) for i in range(info.num_classes())]
 
 
+def channels_of_files(model: nn.Module) -> int:
+    """1 or 3, as the model takes. Raises BadArgument for a model of other inputs than files of pictures hold."""
+    channels = int(getattr(model, "in_chans", 3))
+    if channels not in (1, 3):
+        raise errors.BadArgument(
+            f"the model takes {channels} channels; files of one or three channels can be read. Call the model on "
+            "tensors of your own instead",
+            argument="model",
+            accepted=[],
+        )
+    return channels
+
+
+def finite(name: str, *values: Tensor) -> None:
+    """Raise ValueError where the ``values`` that the model ``name`` gives are not all finite."""
+    if not all(bool(torch.isfinite(v).all()) for v in values):
+        raise ValueError(
+            f"the answer of {name} is not finite: the input or the weights hold NaN or infinite values, or numbers are "
+            "too large for the model's type of numbers (float32 and bfloat16 have room)"
+        )
+
+
 def transform_settings(model: nn.Module, preprocess: dict[str, Any]) -> dict[str, Any]:
     """Arguments of ``timm.data.create_transform``: the card's settings, at the size that the model was built for."""
     from timm.data import resolve_data_config
@@ -159,13 +184,15 @@ def write_csv(results: Sequence[Result], path: str | Path) -> Path:
         for r in results
     ]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as work, work.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    return path
+    return Path(path)
+
+
+#: endings that :func:`write_embeddings` knows
+TABLES = (".npy", ".parquet")
 
 
 @dataclass(kw_only=True)
@@ -182,6 +209,7 @@ class ImageEmbedding(ImageClassification):
     """Image files to vectors: the features that the classifier sees (``forward_head(..., pre_logits=True)``)."""
 
     task = "image-embedding"
+    needs_classes = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -197,6 +225,7 @@ class ImageEmbedding(ImageClassification):
         return model.forward_head(model.forward_features(batch), pre_logits=True)
 
     def finish(self, output: Any, sample: Any) -> Embedding:  # type: ignore[override]
+        finite(self.name, output)
         return Embedding(vector=output.float().numpy())
 
 
@@ -206,25 +235,30 @@ def write_embeddings(results: Sequence[Result], path: str | Path) -> Path:
     Failed images are left out of the file. Parquet needs pyarrow. Raises BadArgument for any other ending.
     """
     path = Path(path)
+    check_ending(path, TABLES)
     done = [r for r in results if isinstance(r, Embedding)]
     vectors = np.stack([r.vector for r in done]) if done else np.zeros((0, 0), dtype=np.float32)
     names = [r.source for r in done]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
-        np.save(path, vectors)
-        path.with_suffix(".txt").write_text("".join(f"{n}\n" for n in names), encoding="utf-8")
-    elif path.suffix == ".parquet":
-        otherwise = "or choose a name that ends in .npy"
-        pyarrow: Any = optional("pyarrow", "writing parquet", "pyarrow", otherwise=otherwise)
-        parquet: Any = optional("pyarrow.parquet", "writing parquet", "pyarrow", otherwise=otherwise)
-        flat = pyarrow.array(vectors.reshape(-1))
-        column = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1] if vectors.size else 1)
-        parquet.write_table(pyarrow.table({"source": names, "embedding": column}), path)
-    else:
-        raise errors.BadArgument(
-            f"{path.name} ends in {path.suffix or 'nothing'}; expected .npy or .parquet", argument="out", accepted=[]
+    if path.suffix.lower() == ".npy":
+        with whole(path) as work, work.open("wb") as file:
+            np.save(file, vectors)
+        with whole(path.with_suffix(".txt")) as work:
+            work.write_text("".join(f"{n}\n" for n in names), encoding="utf-8")
+        return path
+    parquet = parquet_writer()
+    pyarrow: Any = optional("pyarrow", "writing parquet", "pyarrow")
+    flat = pyarrow.array(vectors.reshape(-1))
+    column = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1] if vectors.size else 1)
+    with whole(path) as work:
+        parquet.write_table(
+            pyarrow.table({"source": pyarrow.array(names, pyarrow.string()), "embedding": column}), work
         )
     return path
+
+
+def parquet_writer() -> Any:
+    """``pyarrow.parquet``. Raises ``zoo.errors.MissingExtra``."""
+    return optional("pyarrow.parquet", "writing parquet", "pyarrow", otherwise="or choose a name that ends in .npy")
 
 
 def embed(model: nn.Module, inputs: Any, *, batch_size: int = 8) -> np.ndarray:

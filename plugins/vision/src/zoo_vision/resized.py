@@ -13,7 +13,7 @@ from zoo.images import EXTENSIONS, open_image
 from zoo.pipelines import Pipeline
 from zoo_registry import errors
 
-from .pipelines import transform_settings
+from .pipelines import channels_of_files, transform_settings
 from .segmentation import resize
 
 
@@ -31,13 +31,13 @@ class ResizedPictures(Pipeline):
         self, model: nn.Module, short_side: int | None, long_side: int | None, *, usual: tuple[int, int]
     ) -> None:
         super().__init__(model)
-        self.in_chans = int(getattr(model, "in_chans", 3))
+        self.in_chans = channels_of_files(model)
         settings = transform_settings(model, self.preprocess)
         self.mean, self.std = (torch.tensor(settings[k]).view(-1, 1, 1) for k in ("mean", "std"))
         shortest = int(self.preprocess.get("short_side", usual[0]))
         longest = int(self.preprocess.get("long_side", shortest * usual[1] / usual[0]))
-        self.short_side = int(short_side or shortest)
-        self.long_side = int(long_side or self.short_side * longest / shortest)
+        self.short_side = shortest if short_side is None else int(short_side)
+        self.long_side = int(self.short_side * longest / shortest) if long_side is None else int(long_side)
         if not 0 < self.short_side <= self.long_side:
             raise errors.BadArgument(
                 f"short_side is {self.short_side}, long_side {self.long_side}; expected 0 < short_side <= long_side",

@@ -17,6 +17,7 @@ from zoo.pipelines import Result
 from zoo_registry import errors
 
 from .pictures import legend_card
+from .pipelines import finite
 from .resized import ResizedPictures
 from .segmentation import resize
 
@@ -99,6 +100,7 @@ class SemanticSegmentation(ResizedPictures):
                 argument="model",
                 accepted=[],
             )
+        finite(self.name, output)
         inner = self.size_of(sample.width, sample.height)
         classes = largest(output.float(), inner, (sample.height, sample.width))
         count = len(output)

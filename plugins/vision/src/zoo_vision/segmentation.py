@@ -22,7 +22,7 @@ from zoo.layers.inference import results_only, settled
 from zoo.reference import ReferenceAdapter, unwrapped
 from zoo.rules import Rules
 
-from ._base import check_reference_config, feature_info_of, takes
+from ._base import check_count, check_reference_config, feature_info_of, takes
 from .mambavision import MambaVision, mambavision
 from .openmmlab import Way, build_backbone, convert_backbone
 from .vmamba import VMamba, vmamba
@@ -181,6 +181,7 @@ class Segmentor(nn.Module):
         pool_scales: Sequence[int] = POOL_SCALES,
     ) -> None:
         super().__init__()
+        check_count("num_classes", num_classes)
         if channels is None:
             channels = feature_info_of(backbone).channels()
         if len(channels) < 2:
@@ -209,6 +210,12 @@ class Segmentor(nn.Module):
         maps = self.backbone(x)
         if labels.shape != (x.shape[0], *x.shape[2:]):
             raise ValueError(f"labels have shape {tuple(labels.shape)}; expected {(x.shape[0], *x.shape[2:])}")
+        labels = labels.long()
+        if not ((labels == ignore) | ((labels >= 0) & (labels < self.num_classes))).all():
+            raise ValueError(
+                f"labels go from {int(labels.min())} to {int(labels.max())}; expected 0 to {self.num_classes - 1}, or "
+                f"{ignore} for pixels that do not count"
+            )
 
         def of(logits: Tensor) -> Tensor:
             full = resize(logits, labels.shape[1:])

@@ -1,23 +1,25 @@
-"""Measuring a classifier on a folder of images, with timm's data set, transforms and loader; a detector on COCO's
+"""Measuring a classifier on a folder of images, with timm's transforms and loader; a detector on COCO's
 annotations, with pycocotools."""
 
 from __future__ import annotations
 
 import contextlib
-import io
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
-from zoo.files import read_json
+from zoo.images import EXTENSIONS, open_image
 from zoo.pipelines import progress_bar
 from zoo.validation import Measured
-from zoo_registry import errors, optional
+from zoo_registry import errors
 
+from .coco import average_precisions, has_mask, pycocotools, read_coco
 from .objects import ObjectDetection
 from .pipelines import ImageClassification
 
@@ -37,23 +39,31 @@ def validate_folder(
     fits and their number is the model's, in sorted order. ``workers``: processes that read files; ``limit``: at most so
     many images, spread over the classes.
 
-    Raises ``zoo.errors.BadArgument`` when the folder holds no images or its classes cannot be matched to the model's.
+    Raises ``zoo.errors.BadArgument`` when the folder holds no images, a damaged one, or classes that cannot be matched
+    to the model's.
     """
-    from timm.data import ImageDataset, create_loader
+    from timm.data import create_loader
 
+    for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
+        at_least(name, value, least)
     pipe = ImageClassification(model)
+    if not Path(folder).is_dir():
+        raise errors.BadArgument(
+            f"{folder} is a file; expected a folder FOLDER/CLASS/IMAGE", argument="folder", accepted=[]
+        )
     classes = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
     wanted, matching = match_classes(classes, pipe)
-    try:
-        data: Any = ImageDataset(str(folder), class_map=wanted, input_img_mode="L" if pipe.in_chans == 1 else "RGB")
-    except RuntimeError as error:  # timm: no images
+    data = LabelledPictures(Path(folder), wanted, pipe.in_chans)
+    if not len(data):
         raise errors.BadArgument(
-            f"{folder} holds no images; expected {folder}/CLASS/IMAGE ({error})", argument="folder", accepted=[]
-        ) from error
+            f"{folder} holds no images; expected {folder}/CLASS/IMAGE ({', '.join(EXTENSIONS)})",
+            argument="folder",
+            accepted=[],
+        )
     if limit is not None and limit < len(data):
         # spread over the classes, which come one after the other
         chosen = torch.linspace(0, len(data) - 1, limit).long().tolist()
-        data.reader.samples = [data.reader.samples[i] for i in chosen]
+        data.samples = [data.samples[i] for i in chosen]
     settings = {k: v for k, v in pipe.settings.items() if k != "input_size"}
     loader = create_loader(
         data, pipe.settings["input_size"], batch_size, is_training=False, use_prefetcher=False,
@@ -64,6 +74,8 @@ def validate_folder(
     began = time.perf_counter()
     with progress_bar(progress and sys.stderr.isatty(), len(data), pipe.name) as advance, torch.inference_mode():
         for images, targets in loader:
+            if (damaged := targets[targets < 0]).numel():
+                data.read(-1 - int(damaged[0]))  # here, so that its error is not a worker's
             logits = pipe.model(pipe._to_model(images)).float().cpu()
             outputs = logits.shape[-1]
             best = logits.topk(min(5, outputs), dim=-1).indices
@@ -82,6 +94,49 @@ def validate_folder(
         seconds=seconds,
         notes=matching,
     )
+
+
+class LabelledPictures:
+    """Pictures of FOLDER/CLASS/... and their classes, as timm's loader takes a data set.
+
+    Read as timm reads them (not turned by their EXIF data, transparency left out), so that figures compare with
+    published ones; but greys of 16 bits and floats, which it would make nearly all white, as :func:`open_image` does.
+    timm's own data set would leave out other formats than PNG and JPEG, and measure the next picture twice in place of
+    one that is damaged.
+    """
+
+    def __init__(self, folder: Path, classes: dict[str, int], channels: int) -> None:
+        self.channels = channels
+        self.transform: Any = None  # set by the loader
+        self.samples: list[tuple[str, int]] = []
+        for name, index in classes.items():
+            files = (str(Path(at, f)) for at, _, names in os.walk(folder / name, followlinks=True) for f in names)
+            fitting = (f for f in files if f.lower().endswith(EXTENSIONS) and not Path(f).name.startswith("."))
+            self.samples += [(file, index) for file in sorted(fitting)]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> Image.Image:
+        """Raises ``zoo.errors.BadArgument`` for a damaged file."""
+        file = self.samples[index][0]
+        with contextlib.suppress(OSError, SyntaxError, ValueError), Image.open(file) as image:
+            if not image.mode.startswith(("I", "F")):
+                return image.convert("L" if self.channels == 1 else "RGB")
+        return open_image(file, self.channels)  # or what is wrong with it
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """A picture, transformed, and its class; of a damaged one something grey, and -1 - index."""
+        try:
+            return self.transform(self.read(index)), self.samples[index][1]
+        except errors.BadArgument:
+            return self.transform(Image.new("L" if self.channels == 1 else "RGB", (8, 8))), -1 - index
+
+
+def at_least(name: str, value: int | None, least: int) -> None:
+    """Raise BadArgument for a ``value`` below ``least``; None is allowed."""
+    if value is not None and value < least:
+        raise errors.BadArgument(f"{name} is {value}; expected {least} or more", argument=name, accepted=[])
 
 
 def match_classes(folders: list[str], pipe: ImageClassification) -> tuple[dict[str, int], str]:
@@ -123,9 +178,6 @@ def _names(pipe: ImageClassification) -> list[tuple[str, list[str]]]:
 
 # -- detection -------------------------------------------------------------------------------------------------------
 
-#: pycocotools' first six numbers
-_PRECISIONS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
-
 
 def validate_coco(
     model: nn.Module,
@@ -142,25 +194,21 @@ def validate_coco(
     DATA is the annotations' .json (``instances_val2017.json``); ``images`` the folder of the pictures (default: the
     folder ``val2017`` for ``instances_val2017.json``, beside the annotations or one above, else the folder of the
     file). ``short_side``: pixels of resized pictures' shorter sides. Categories are matched to the model's labels by
-    name, else, if their number is the model's, in the order of their ids. ``limit``: the first so many images. The
-    measure is pycocotools' (Lin et al., arXiv 1405.0312): the mean over thresholds of 0.5 to 0.95 of the overlap, and
-    over categories.
+    name, else, if their number is the model's, in the order of their ids. ``limit``: the first so many images. Masks
+    are measured if every object has one (polygons or run lengths). Pictures count as upright. The measure is
+    pycocotools' (Lin et al., arXiv 1405.0312): the mean over thresholds of 0.5 to 0.95 of the overlap, and over
+    categories.
 
-    Raises ``zoo.errors.BadArgument`` for a file of another format, missing pictures, and categories that do not fit;
-    ``MissingExtra`` without pycocotools.
+    Raises ``zoo.errors.BadArgument`` for a file of another format, missing pictures or pictures of another size, and
+    categories that do not fit; ``MissingExtra`` without pycocotools.
     """
-    coco_module: Any = optional("pycocotools.coco", "measuring on COCO's annotations", "ssm-zoo-vision[coco]")
-    evaluation: Any = optional("pycocotools.cocoeval", "measuring on COCO's annotations", "ssm-zoo-vision[coco]")
-    table = read_json(annotations)
-    if not isinstance(table, dict) or not all(isinstance(table.get(k), list) for k in _COCO_LISTS):
-        raise errors.BadArgument(
-            f"{annotations} is no file of COCO's format; expected a table with the lists {', '.join(_COCO_LISTS)}",
-            argument="data",
-            accepted=[],
-        )
+    at_least("limit", limit, 1)
+    pycocotools("cocoeval")  # or say what lacks, before hours of work
+    table = read_coco(annotations)
     began = time.perf_counter()
     pipe = ObjectDetection(model, min_score=0.0, short_side=short_side)
-    ids, matching = match_categories(table["categories"], pipe)
+    used = {entry["category_id"] for entry in table["annotations"]}
+    ids, matching = match_categories([c for c in table["categories"] if c["id"] in used], table["categories"], pipe)
     folder = _pictures_of(Path(annotations), images)
     entries = sorted(table["images"], key=lambda entry: entry["id"])[:limit]
     if missing := [e["file_name"] for e in entries if not (folder / e["file_name"]).is_file()]:
@@ -174,59 +222,49 @@ def validate_coco(
     found = pipe.stream([folder / e["file_name"] for e in entries], batch_size=batch_size)
     with progress_bar(progress and sys.stderr.isatty(), len(entries), pipe.name) as advance:
         for entry, result in zip(entries, found, strict=True):
+            size = result.size  # type: ignore[attr-defined]
+            if (said := (entry.get("width", size[0]), entry.get("height", size[1]))) != size:
+                raise errors.BadArgument(
+                    f"{result.source} has {size[0]} x {size[1]} pixels (upright), its annotations are for {said[0]} x "
+                    f"{said[1]}; give the folder of the pictures that were annotated as images=",
+                    argument="images",
+                    accepted=[],
+                )
+            entry |= {"width": size[0], "height": size[1]}
             rows += result.coco(entry["id"])  # type: ignore[attr-defined]
             advance()
     rows = [row | {"category_id": ids[row["category_id"]]} for row in rows if row["category_id"] in ids]
-    metrics: dict[str, float | None] = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        truth = coco_module.COCO()
-        truth.dataset = table
-        truth.createIndex()
-        for kind, name in (("bbox", "box"), ("segm", "mask")):
-            if kind == "segm" and not getattr(model, "has_masks", False):
-                continue
-            metrics |= {f"{name} {k}": v for k, v in _precisions(truth, rows, kind, entries, evaluation).items()}
+    chosen = [entry["id"] for entry in entries]
+    metrics = {f"box {k}": v for k, v in average_precisions(table, rows, chosen, masks=False).items()}
+    if getattr(model, "has_masks", False):
+        measured = set(chosen)
+        objects = [a for a in table["annotations"] if a["image_id"] in measured]
+        if bare := sum(not has_mask(a) for a in objects):
+            matching += f"; masks not measured: {bare} of {len(objects)} annotations have none"
+        else:
+            metrics |= {f"mask {k}": v for k, v in average_precisions(table, rows, chosen, masks=True).items()}
     return Measured(
         model=pipe.name, data=str(annotations), samples=len(entries), metrics=metrics,
         seconds=time.perf_counter() - began, notes=matching,
     )  # fmt: skip
 
 
-_COCO_LISTS = ("images", "annotations", "categories")
-
-
-def _precisions(
-    truth: Any, rows: list[dict[str, Any]], kind: str, entries: list[dict[str, Any]], evaluation: Any
-) -> dict[str, float | None]:
-    if not rows:
-        return dict.fromkeys(_PRECISIONS, 0.0)
-    if kind == "segm":
-        masks: Any = optional("pycocotools.mask", "measuring masks", "ssm-zoo-vision[coco]")
-        rows = [r | {"segmentation": masks.frPyObjects(r["segmentation"], *r["segmentation"]["size"])} for r in rows]
-    else:
-        rows = [{k: v for k, v in r.items() if k != "segmentation"} for r in rows]
-    measured = evaluation.COCOeval(truth, truth.loadRes(rows), kind)
-    measured.params.imgIds = [e["id"] for e in entries]
-    measured.evaluate()
-    measured.accumulate()
-    measured.summarize()
-    values = measured.stats[: len(_PRECISIONS)].tolist()
-    return {k: v if v >= 0 else None for k, v in zip(_PRECISIONS, values, strict=True)}  # -1: no such object
-
-
-def match_categories(categories: list[dict[str, Any]], pipe: ObjectDetection) -> tuple[dict[int, int], str]:
-    """From the model's class to the file's category id, and in words how they were matched."""
-    by_name = {c["name"].casefold(): int(c["id"]) for c in categories}
+def match_categories(
+    used: list[dict[str, Any]], categories: list[dict[str, Any]], pipe: ObjectDetection
+) -> tuple[dict[int, Any], str]:
+    """From the model's class to the file's category id, and in words how they were matched. ``used``: those of the
+    file's ``categories`` that have objects; the model need not know the others (they have no precision)."""
     names = [n.casefold() for n in pipe.names or []]
+    by_name = {c["name"].casefold(): c["id"] for c in categories}
     known = {i: by_name[n] for i, n in enumerate(names) if n in by_name}
-    if len(known) == len(by_name):
+    lacking = sorted({c["name"] for c in used if c["name"].casefold() not in names})
+    if not lacking:
         return known, "categories matched by name"
     if (count := int(getattr(pipe.model, "num_classes", 0))) == len(categories) and not known:
         return dict(enumerate(sorted(by_name.values()))), "categories matched in the order of their ids"
-    lacking = sorted(set(by_name) - set(names))
     raise errors.BadArgument(
-        f"the file has {len(by_name)} categories, the model {count} classes; the model has no {lacking[0]!r}. Expected "
-        "equal names, or equal numbers of classes without a name in common",
+        f"the file has {len(categories)} categories, the model {count} classes; the model has no {lacking[0]!r}. "
+        "Expected equal names, or equal numbers of classes without a name in common",
         argument="data",
         accepted=[],
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo_vision._base import feature_info_of, takes
+from zoo_vision._base import check_count, feature_info_of, takes
 from zoo_vision.efficientvim import EfficientViM
 from zoo_vision.mambavision import MambaVision, mambavision
 from zoo_vision.pyramids import FPNNeck
@@ -108,6 +108,7 @@ def mambavision_cascade_mask_rcnn(**config: Any) -> TwoStageDetector:
 
 def _efficientvim(config: dict[str, Any]) -> tuple[EfficientViM, dict[str, Any], int]:
     body, heads = _parted(config)
+    check_count("in_chans", body.get("in_chans", 3))
     backbone = EfficientViM(**body)
     backbone.as_pyramid()
     return backbone, heads, heads.pop("neck_channels", 256)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
-from zoo_vision._base import freeze_norms
+from zoo_vision._base import check_count, freeze_norms
 
 from .boxes import Anchors, best, best_solid, decode, ordered
 from .heads import BoxHead, MaskHead, RetinaHead, RPNHead
@@ -90,10 +90,18 @@ class Detector(nn.Module):
     def detect(self, x: Tensor, sizes: Sequence[Size] | None = None) -> list[Detections]:
         """The objects in each of the images x (batch, in_chans, H, W), without gradients.
 
-        ``sizes``: (height, width) of each image where it was padded on the right and below; boxes end there.
+        ``sizes``: (height, width) of each image where it was padded on the right and below; boxes end there. Raises
+        ValueError for other sizes, and where the pyramid holds NaN or infinite values: nothing would be found.
         """
+        known = checked_sizes(x, sizes)
         with torch.no_grad():
-            return self._detect(self.maps(x), checked_sizes(x, sizes))
+            maps = self.maps(x)
+            if not all(bool(torch.isfinite(m).all()) for m in maps):
+                raise ValueError(
+                    "the pyramid's maps are not finite: the images or weights hold NaN or infinite values, or numbers "
+                    "are too large for the model's type of numbers (float32 and bfloat16 have room)"
+                )
+            return self._detect(maps, known)
 
     def _detect(self, maps: list[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         raise NotImplementedError
@@ -202,6 +210,7 @@ class TwoStageDetector(Detector):
         frozen_norms: bool = False,
     ) -> None:
         super().__init__(backbone, neck, anchors, frozen_norms=frozen_norms)
+        check_count("num_classes", num_classes)
         if not 1 <= stages <= len(STDS):
             raise ValueError(f"stages is {stages}; expected 1 to {len(STDS)}")
         if box_loss not in ("l1", "giou"):
@@ -371,6 +380,7 @@ class OneStageDetector(Detector):
         frozen_norms: bool = False,
     ) -> None:
         super().__init__(backbone, neck, anchors, frozen_norms=frozen_norms)
+        check_count("num_classes", num_classes)
         self.num_classes = num_classes
         self.bbox_head = RetinaHead(channels, anchors.per_place, num_classes, head_depth, head_width)
 

@@ -57,6 +57,9 @@ def checked_targets(
                     f"the masks of image {i} have shape {tuple(one['masks'].shape)}; expected "
                     f"{(len(boxes), *x.shape[2:])}: one of the input's size for each box"
                 )
+            low, high = torch.aminmax(one["masks"]) if one["masks"].numel() else (0.0, 0.0)
+            if not 0 <= low <= high <= 1:
+                raise ValueError(f"the masks of image {i} go from {low:g} to {high:g}; expected bool, or 0 and 1")
         found.append(one)
     return found
 
