@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zoo
 import zoo.testing
-from zoo.layers import hippo
+from zoo.layers import hippo, ssm_kernel
 from zoo.layers.conv_kernels import EMAKernel
 from zoo.layers.fft_conv import FFTConv, S4Block
 from zoo.layers.lru import LRU
@@ -338,8 +338,12 @@ def test_pieces_build_their_kernels_once(name, monkeypatch):
     assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("mode", ["dplr", "diag", "dense"])
-def test_what_is_written_through_data_is_seen(mode):
+def test_what_is_written_through_data_is_seen(mode, at_once, monkeypatch):
+    """``at_once``: by all parameters' bytes in one tensor, as on a GPU."""
+    if at_once:
+        monkeypatch.setattr(ssm_kernel, "_on_cpu", lambda tensors: False)
     torch.manual_seed(0)
     layer = S4Block(4, mode=mode, d_state=8, init="diag-lin" if mode == "diag" else "legs").eval()
     x = torch.randn(1, 12, 4)

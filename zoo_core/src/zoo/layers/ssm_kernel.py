@@ -75,13 +75,28 @@ def _stamp(tensors: list[Tensor]) -> tuple[Any, ...]:
     return tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
 
 
-def _equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    """Whether all numbers are the same; asks a device once."""
-    if not ours or ours[0].device.type == "cpu":
-        return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    if ours[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def _on_cpu(tensors: list[Tensor]) -> bool:
+    return not tensors or tensors[0].device.type == "cpu"
+
+
+def _numbers(tensors: list[Tensor]) -> list[Tensor]:
+    """A copy of all numbers: a tensor for each on a CPU; elsewhere, where every call costs, one of all their bytes."""
+    if _on_cpu(tensors):
+        return [t.detach().clone() for t in tensors]
+    return [_bytes(tensors)]
+
+
+def _bytes(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.detach().contiguous().resolve_conj().flatten().view(torch.uint8) for t in tensors])
+
+
+def _unchanged(kept: list[Tensor], tensors: list[Tensor]) -> bool:
+    """Whether all numbers are those of :func:`_numbers`; asks a device once."""
+    if _on_cpu(tensors):
+        return all(torch.equal(a, b) for a, b in zip(kept, tensors, strict=True))
+    if tensors[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return True  # a graph that is being recorded cannot ask, and holds what it was recorded with anyway
-    return not bool(torch.stack([(a != b).any() for a, b in zip(ours, theirs, strict=True)]).any())
+    return torch.equal(kept[0], _bytes(tensors))
 
 
 class Kept(nn.Module):
@@ -125,9 +140,9 @@ class Kept(nn.Module):
         """Forget everything if a parameter has changed since it was remembered; ``watch`` as for :meth:`kept`."""
         tensors = self._own()
         stamp = _stamp(tensors)
-        if self._made_of is None or self._made_of[0] != stamp or (watch and not _equal(self._made_of[1], tensors)):
+        if self._made_of is None or self._made_of[0] != stamp or (watch and not _unchanged(self._made_of[1], tensors)):
             self._kept.clear()
-            self._made_of = stamp, [t.detach().clone() for t in tensors]
+            self._made_of = stamp, _numbers(tensors)
 
     def _forget(self) -> None:
         self._kept.clear()
