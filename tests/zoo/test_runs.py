@@ -19,7 +19,7 @@ from torch import nn
 import zoo
 from zoo.cli import output, training
 from zoo.layers import S4Block
-from zoo.runs import Run
+from zoo.runs import Run, seeded
 
 
 class Interrupted(KeyboardInterrupt):
@@ -169,6 +169,22 @@ def test_a_run_of_more_gpus_goes_on_with_fewer(tmp_path, monkeypatch):
     again = Run(tmp_path / "run")
     again.start()
     assert (again.begun, taken) == (1, {0: 0, 1: 1})
+
+
+def test_seeded_numbers_leave_the_callers_alone():
+    torch.manual_seed(5)
+    torch.rand(2)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    torch.rand(2)
+    found = []
+    for _ in range(2):
+        with seeded(1, torch.device("cpu")):
+            found.append(torch.rand(4))
+    assert torch.equal(*found)
+    with pytest.raises(KeyError), seeded(1, torch.device("cpu")):
+        raise KeyError
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_what_cannot_be_kept_is_named(tmp_path):

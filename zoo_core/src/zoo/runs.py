@@ -15,10 +15,11 @@ own random state is part of it, so a run that goes on equals one that was never 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ log = logging.getLogger("zoo")
 FORMAT = "1"
 #: Lists of so many floats are stored as tensors.
 LONG = 64
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's random numbers follow ``seed`` within, on the CPU and on ``device``; the caller's go on after it as if
+    nothing had been drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class Run:

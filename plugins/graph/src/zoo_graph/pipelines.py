@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from zoo.files import refused, whole
 from zoo.pipelines import Pipeline, Result
+from zoo.runs import seeded
 from zoo_registry import errors
 
 from .batching import join
 from .encodings import checked_encoding
 from .files import EXTENSIONS, Graph, read_graphs, read_links
-from .training import seeded, settings_for
+from .training import settings_for
 
 
 @dataclass(kw_only=True)

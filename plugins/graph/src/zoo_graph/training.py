@@ -5,10 +5,9 @@ Source: bowang-lab/Graph-Mamba ``configs/Mamba`` (rate 1e-3, decay 0.01, gradien
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.runs import Run
+from zoo.runs import Run, seeded
 
 from .batching import Batch, join
 from .files import Graph
@@ -60,14 +59,6 @@ def settings_for(model: nn.Module) -> dict[str, bool]:
         "integers": bool(len(model.node_encoder.embeddings)),  # type: ignore[union-attr, arg-type]
         "integer_edges": edges is not None and bool(len(edges.embeddings)),
     }
-
-
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers that follow ``seed`` within; the caller's go on after it as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def fit(

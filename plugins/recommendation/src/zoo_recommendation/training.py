@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from zoo.runs import seeded
 from zoo_kernels import runtime
 from zoo_registry import errors
 
@@ -178,9 +179,7 @@ def fit(
         raise ValueError("no training samples: every user needs at least two interactions after the filter")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed, next(model.parameters()).device):
         return _fit(model, train, valid, folder, settings, progress, on_epoch)
 
 

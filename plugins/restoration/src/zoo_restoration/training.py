@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from zoo import errors
 from zoo.files import whole
+from zoo.runs import seeded
 
 from . import metrics
 from .degradations import Degradation, crop_to_multiple
@@ -126,9 +127,7 @@ class Trainer:
         s = self.settings
         clean, generator = crops(self.images, s, self.step, self.degradation.scale)
         spoilt = self.degradation(clean, generator)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(s.seed * 1_000_003 + self.step)  # for dropped paths
+        with seeded(s.seed * 1_000_003 + self.step, self.device):  # for dropped paths
             loss = F.l1_loss(self.model(spoilt.to(self.device)), clean.to(self.device))
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate()

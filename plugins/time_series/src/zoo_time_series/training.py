@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo import errors
+from zoo.runs import seeded
 
 from ._base import Forecaster
 from .baselines import last_value, seasonal_naive
@@ -108,8 +109,7 @@ def fit(
     FloatingPointError when the loss is not a number. Random numbers of the caller's are left as they are.
     """
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed, device):
         return _fit(model, train, val, settings, device, on_epoch, on_batch)
 
 
