@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from recipes import recipe
 
 import zoo
+import zoo.cli
 import zoo.testing
 import zoo_multimodal
 from zoo.cli.predict import predict as predict_command
@@ -241,6 +242,16 @@ def test_training_from_a_file(ridge, tmp_path, moods, monkeypatch):
     assert set(measured.per_class) == set(moods.MOODS)
     assert 0 < measured.metrics["weighted F1"] <= 1
     assert {r["label"] for r in zoo.pipeline("./trained")("moods.npz").rows} <= set(moods.MOODS)
+
+
+def test_an_interrupted_run_of_other_options_is_refused_as_by_every_command(tmp_path, moods, capsys):
+    """A damaged or foreign run is a bad file (status 5), not a wrong option (2)."""
+    moods.write(tmp_path / "moods.npz", 30, 5)
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "training.run").write_bytes(b"no run")
+    words = ["train-emotions", "broad_mamba_micro", str(tmp_path / "moods.npz"), "--out", str(tmp_path / "trained")]
+    assert zoo.cli.run([*words, "--epochs", "1", "--set", "dim=8"]) == 5
+    assert "--anew" in capsys.readouterr().err
 
 
 def test_other_inputs_are_refused():

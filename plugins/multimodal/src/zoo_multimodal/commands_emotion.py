@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from zoo.cli import output, training
+from zoo_registry import errors
 
 
 @click.command()
@@ -100,6 +101,8 @@ def train_emotions(
             split_name = f"{len(parts.test)} dialogues"
             rows = training.measured(figures, dataset=data.name, split=split_name, command="train-emotions")
             zoo.save(model.cpu(), out, labels=list(model.classes), metrics=rows)
+    except errors.ZooError:  # with a status of its own
+        raise
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if as_json:

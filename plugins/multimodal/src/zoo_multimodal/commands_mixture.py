@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from zoo.cli import output, training
+from zoo_registry import errors
 
 
 @click.command()
@@ -66,6 +67,8 @@ def train_interleaved(
     with training.run(out, resume, quiet=as_json, bytes=data.stat().st_size) as run:
         try:
             found, count = train(model, data, settings, device, report, run)
+        except errors.ZooError:  # with a status of its own
+            raise
         except ValueError as error:
             raise click.UsageError(str(error)) from error
         rows = training.measured(found, dataset=data.name, split=f"{count} documents", command="train-interleaved")
