@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -237,6 +238,9 @@ def test_seeds():
     texts = [generate(model, [[1, 2]], sampling=Sampling(1.0, seed=2**64 - 1), max_new_tokens=8)[0] for _ in range(2)]
     assert texts[0][0].tokens == texts[1][0].tokens
     generate(model, [[1], [2]], sampling=Sampling(1.0, seed=2**64 - 1), max_new_tokens=1)  # the next one is 0
+    counts = {"max_new_tokens": np.int64(4), "stop_tokens": np.int64(1)}
+    plain = generate(model, [[1, 2]], sampling=Sampling(1.0, seed=3), max_new_tokens=4, stop_tokens=1)[0]
+    assert generate(model, [[1, 2]], sampling=Sampling(1.0, seed=np.int64(3)), **counts)[0][0].tokens == plain[0].tokens
     with pytest.raises(ValueError, match="1 seeds for 2 texts"):
         generate(model, [[1], [2]], sampling=Sampling(1.0, seed=[1]))
 

@@ -39,7 +39,7 @@ def test_labels_lie_where_the_file_has_them(tmp_path):
     # axes exchanged and flipped, voxels of 2 x 1.5 x 1 mm
     affine = np.array([[0, -1.5, 0, 40], [-2.0, 0, 0, 10], [0, 0, 1.0, -5], [0, 0, 0, 1]])
     data = volume(tmp_path / "scan.nii.gz", affine=affine)
-    pipeline = MedicalSegmentation(Threshold(), patch=(16, 16, 8), normalisation="none", mirror=True)
+    pipeline = MedicalSegmentation(Threshold(), patch=tuple(np.array([16, 16, 8])), normalisation="none", mirror=True)
     answer = pipeline(tmp_path / "scan.nii.gz")
     assert np.array_equal(answer.labels, data.astype(np.uint8))
     assert answer.volumes_ml == pytest.approx({"label 1": data.sum() * 3.0 / 1000})

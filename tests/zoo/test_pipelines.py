@@ -1,5 +1,6 @@
 """From files, folders, patterns and objects to results; batching; errors that name the file."""
 
+import numpy as np
 import pytest
 import torch
 from toy_weights import toy
@@ -73,6 +74,7 @@ def test_mistakes(pipe, files, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(errors.LocalFileMissing, match=r"expected \.txt"):
         pipe(tmp_path / "empty")
+    assert len(pipe(files, batch_size=np.int64(5))) == len(pipe(files))
     for wrong in (0, "4", True):
         with pytest.raises(errors.BadArgument, match=f"batch_size is {wrong!r}"):
             pipe(files, batch_size=wrong)

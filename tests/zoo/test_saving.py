@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -177,6 +178,10 @@ def test_what_is_said_of_a_model_is_looked_at(toys, tmp_path, caplog):
     assert "the figure lost is nan and is not saved" in caplog.text
     table = json.loads((tmp_path / "f" / "config.json").read_text())
     assert [m["name"] for m in table["pretrained_cfg"]["metrics"]] == ["kept"]
+    figures = [{"name": "kept", "value": v, "dataset": "d"} for v in (np.float32(0.5), np.int64(7), 3)]
+    zoo.save(model, tmp_path / "g", metrics=figures)
+    table = json.loads((tmp_path / "g" / "config.json").read_text())
+    assert [m["value"] for m in table["pretrained_cfg"]["metrics"]] == [0.5, 7, 3]
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])

@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import glob
 import inspect
+import numbers
 import os
 import re
 import sys
@@ -353,9 +354,9 @@ class Pipeline(ABC):
         return file.is_file() and not file.name.startswith(".") and file.name.lower().endswith(self.extensions)
 
     def _run(self, sources: list[Any], batch_size: int, progress: bool | None, keep_going: bool) -> Iterator[Result]:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral) or batch_size < 1:
             raise errors.BadArgument(
-                f"batch_size is {batch_size!r}; expected 1 or more", argument="batch_size", accepted=[]
+                f"batch_size is {batch_size!r}; expected a whole number, 1 or more", argument="batch_size", accepted=[]
             )
         if progress is None:
             progress = len(sources) > 4 and sys.stderr.isatty()

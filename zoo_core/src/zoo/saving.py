@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import math
+import numbers
 import os
 import secrets
 import shutil
@@ -131,7 +132,7 @@ def _check_said(
     if licence is not None and not isinstance(licence, str):
         raise errors.BadArgument(f"licence is {licence!r}; expected a text, as 'mit'", argument="licence", accepted=[])
     for row in metrics:
-        if not all(row.get(name) for name in ("name", "dataset")) or not isinstance(row.get("value"), (int, float)):
+        if not all(row.get(name) for name in ("name", "dataset")) or not isinstance(row.get("value"), numbers.Real):
             raise errors.BadArgument(
                 f"metrics has the row {dict(row)!r}; expected name, value (a number), dataset, and optionally split "
                 "and source",
@@ -202,7 +203,11 @@ def describe_model(
     if licence is not None:
         facts["licence"] = licence
     if metrics:  # JSON has no NaN, and a card no use for it
-        facts["metrics"] = [dict(m) for m in metrics if math.isfinite(m["value"])]
+        facts["metrics"] = [
+            {**m, "value": m["value"] if isinstance(m["value"], int) else float(m["value"])}  # numpy's, too
+            for m in metrics
+            if math.isfinite(m["value"])
+        ]
         for m in metrics:
             if not math.isfinite(m["value"]):
                 logger.warning("the figure %s is %s and is not saved", m["name"], m["value"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -84,7 +85,8 @@ def stream(
             f"temperature is {temperature} and top_p {top_p}; expected temperature of at least 0 and top_p in (0, 1]",
             argument="temperature", accepted=[],
         )  # fmt: skip
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    given: Any = seed  # numpy's integers and arrays too
+    seeds = [int(given)] if isinstance(given, numbers.Integral) else [int(one) for one in given]
     if len(seeds) not in (1, batch):
         raise errors.BadArgument(
             f"{len(seeds)} seeds for {batch} recordings; expected one, or one for each", argument="seed", accepted=[]

@@ -197,7 +197,7 @@ def stream(
 
     prompts = _ids(prompts)
     stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-    stop_tokens = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens)
+    stop_tokens = (int(stop_tokens),) if isinstance(stop_tokens, numbers.Integral) else tuple(stop_tokens)
     _check(model, prompts, max_new_tokens, stop_strings, decode, state)
     state = None if state is None else state.fork()
     rows = len(prompts)
@@ -322,7 +322,7 @@ def _check(
 ) -> None:
     if not prompts:
         raise ValueError("no prompts: expected a list with one list of token ids for each text")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number, 0 or more")
     if "" in stop_strings:
         raise ValueError("a stop string is empty, which ends every text at once; leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -166,8 +167,8 @@ class TextGeneration(Pipeline):
     def continue_from(self, prompts: list[list[int]], state: State | None = None) -> tuple[list[Text], State]:
         """Token ids in, texts and the state after them out; ``state`` goes on where it stands."""
         how = self._how()
-        if isinstance(self.sampling.seed, int):  # as each alone
-            how["sampling"] = replace(self.sampling, seed=[self.sampling.seed] * len(prompts))
+        if isinstance(self.sampling.seed, numbers.Integral):  # as each alone
+            how["sampling"] = replace(self.sampling, seed=[int(self.sampling.seed)] * len(prompts))
         return generate(self.lm, prompts, state=state, **how)
 
     def stream_text(self, prompt: str, state: State | None = None) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -347,7 +348,7 @@ class MedicalSegmentation(VolumePipeline):
 
 
 def _whole(sides: Sequence[Any]) -> bool:
-    return all(isinstance(side, int) and side >= 1 for side in sides)
+    return all(isinstance(side, numbers.Integral) and int(side) >= 1 for side in sides)
 
 
 def _orientation(given: str | None) -> str | None:
