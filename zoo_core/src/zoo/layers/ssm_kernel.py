@@ -131,8 +131,8 @@ class Kept(nn.Module):
         found = self._kept.pop(key, None)  # and to the end: the one that was not used for longest goes first
         if found is None:
             found = make()
-            while len(self._kept) >= 4:
-                self._kept.pop(next(iter(self._kept), None), None)
+            for oldest in list(self._kept)[:-3]:  # a list, for another thread may add to it meanwhile
+                self._kept.pop(oldest, None)
         self._kept[key] = found
         return found
 
