@@ -12,6 +12,7 @@ from zoo.cli import run
 from zoo.images import open_image
 from zoo_registry import errors
 from zoo_vision.detection.building import retinanet
+from zoo_vision.objects import Found, Objects, pasted, run_lengths
 from zoo_vision.pipelines import ImageEmbedding
 from zoo_vision.segmentation import Segmentor
 from zoo_vision.validation import validate_folder
@@ -131,6 +132,52 @@ def test_labels_of_pixels_are_checked(pyramid):
     assert model.loss(torch.rand(2, 3, 32, 32), labels.to(torch.uint8)).isfinite()
     with pytest.raises(ValueError, match="num_classes is 0"):
         retinanet(pyramid, num_classes=0)
+
+
+def test_images_of_another_shape_and_no_images():
+    detector = zoo.create("vmamba_micro_mask_rcnn").eval()
+    for shape in ((3, 64, 64), (1, 1, 64, 64)):
+        with pytest.raises(ValueError, match=r"expected \(batch, 3, height, width\)"):
+            detector.detect(torch.rand(shape))
+        with pytest.raises(ValueError, match=r"expected \(batch, 3, height, width\)"):
+            detector.loss(torch.rand(shape), [{}] * shape[0])
+    assert detector.detect(torch.rand(0, 3, 64, 64)) == []
+
+
+@pytest.mark.parametrize("name", ["vim_micro.digits", "vmamba_micro_mask_rcnn.shapes"])
+def test_what_gives_no_class_for_every_pixel_is_said_at_once(name):
+    with pytest.raises(errors.BadArgument, match="no class for every pixel"):
+        zoo.pipeline(name, "semantic-segmentation")
+
+
+def test_run_lengths_of_a_part_are_those_of_the_whole():
+    random = np.random.default_rng(0)
+    for _ in range(500):
+        height, width = random.integers(1, 8, 2)
+        h, w = random.integers(0, height + 1), random.integers(0, width + 1)
+        top, left = random.integers(0, height - h + 1), random.integers(0, width - w + 1)
+        part = random.random((h, w)) < random.choice([0, 0.3, 0.7, 1])
+        whole = np.zeros((height, width), dtype=bool)
+        whole[top : top + h, left : left + w] = part
+        counts = run_lengths(part, (top, left), (height, width))
+        values = np.repeat(np.arange(len(counts)) % 2, counts)
+        assert np.array_equal(values.reshape(width, height).T, whole)
+        assert all(counts[1:])  # a run of none stands at most at the beginning
+        assert counts == run_lengths(whole)
+
+
+def test_objects_at_the_border_and_without_an_area():
+    objects = [
+        Found(label="a", index=0, score=0.9, box=(8.0, 8.0, 10.5, 10.5)),
+        Found(label="a", index=0, score=0.8, box=(10.0, 2.0, 10.0, 5.0)),
+        Found(label="a", index=0, score=0.7, box=(-3.0, -2.0, 2.0, 1.0)),
+    ]
+    found = Objects(objects=objects, size=(10, 10), image=Image.new("RGB", (10, 10)))
+    assert [int((found.numbers() == number).sum()) for number in (1, 2, 3)] == [4, 0, 2]
+    assert found.picture().size[0] > 10
+    mask, corner = pasted(torch.ones(28, 28), torch.tensor([3.0, 3, 3, 9]), (10, 10))
+    assert not mask.any()
+    assert run_lengths(mask.numpy(), corner, (10, 10)) == [100]
 
 
 # -- folders of labelled pictures ------------------------------------------------------------------------------------

@@ -39,13 +39,17 @@ class Found:
         """The mask at the size of the picture, ``size`` = (width, height): (height, width) bool. Without a mask, the
         pixels whose centres lie in the box."""
         out = np.zeros((size[1], size[0]), dtype=bool)
-        if self.mask is None:
-            left, top, right, bottom = (round(v) for v in self.box)
-            out[top:bottom, left:right] = True
-        else:
-            top, left = self.corner
-            out[top : top + self.mask.shape[0], left : left + self.mask.shape[1]] = self.mask
+        part, (top, left) = self.part(size)
+        out[top : top + part.shape[0], left : left + part.shape[1]] = part
         return out
+
+    def part(self, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+        """The part of :meth:`whole_mask` that holds all its pixels, and the row and column where that begins."""
+        if self.mask is not None:
+            return self.mask, self.corner
+        left, right = (min(max(round(v), 0), size[0]) for v in self.box[::2])
+        top, bottom = (min(max(round(v), 0), size[1]) for v in self.box[1::2])
+        return np.ones((max(bottom - top, 0), max(right - left, 0)), dtype=bool), (top, left)
 
 
 @dataclass(kw_only=True)
@@ -84,8 +88,8 @@ class Objects(Result):
                 "bbox": [left, top, right - left, bottom - top],
             }  # fmt: skip
             if one.mask is not None:
-                counts = run_lengths(one.whole_mask(self.size))
-                row["segmentation"] = {"size": [self.size[1], self.size[0]], "counts": counts}
+                whole = (self.size[1], self.size[0])
+                row["segmentation"] = {"size": list(whole), "counts": run_lengths(one.mask, one.corner, whole)}
             rows.append(row)
         return rows
 
@@ -105,7 +109,8 @@ class Objects(Result):
         """(height, width) uint16, as :meth:`save` describes it."""
         out = np.zeros((self.size[1], self.size[0]), dtype=np.uint16)
         for number, one in reversed(list(enumerate(self.objects, 1))):
-            out[one.whole_mask(self.size)] = number
+            part, (top, left) = one.part(self.size)
+            out[top : top + part.shape[0], left : left + part.shape[1]][part] = number
         return out
 
     def picture(self) -> Image.Image | None:
@@ -128,12 +133,21 @@ class Objects(Result):
         return legend_card(self.image, drawn, rows, title=f"{self.model}   {Path(self.source).name}")
 
 
-def run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's run lengths of a mask (height, width) bool: pixels column by column, counts of zeros and ones in turn."""
-    flat = mask.ravel(order="F")
-    (edges,) = np.nonzero(np.diff(flat))
-    counts = np.diff(np.concatenate([[0], edges + 1, [flat.size]])).tolist()
-    return [0, *counts] if flat.size and flat[0] else counts
+def run_lengths(mask: np.ndarray, corner: tuple[int, int] = (0, 0), size: tuple[int, int] | None = None) -> list[int]:
+    """COCO's run lengths of a mask (h, w) bool: pixels column by column, counts of zeros and ones in turn.
+
+    ``corner``: row and column of a picture of ``size`` (height, width) where the mask begins; zeros are around it. So
+    an object costs what it covers, however large the picture.
+    """
+    height, width = mask.shape if size is None else size
+    steps = np.diff(np.pad(mask, ((1, 1), (0, 0))).astype(np.int8), axis=0).T  # (w, h + 1): where ones begin and end
+    begins, ends = (column * height + row for column, row in (np.nonzero(steps == 1), np.nonzero(steps == -1)))
+    apart = begins[1:] != ends[:-1]  # ones may go on in the next column
+    if len(begins):
+        begins, ends = begins[np.r_[True, apart]], ends[np.r_[apart, True]]
+    edges = np.stack([begins, ends], axis=1).ravel() + corner[1] * height + corner[0]
+    counts = np.diff(np.concatenate([[0], edges, [height * width]])).tolist()
+    return counts[:-1] if len(counts) > 1 and counts[-1] == 0 else counts
 
 
 def pasted(mask: Tensor, box: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:

@@ -91,6 +91,12 @@ class SemanticSegmentation(ResizedPictures):
 
     def __init__(self, model: nn.Module, short_side: int | None = None, long_side: int | None = None) -> None:
         super().__init__(model, short_side, long_side, usual=(512, 2048))
+        if hasattr(model, "forward_head") or hasattr(model, "detect"):
+            raise errors.BadArgument(
+                f"{self.name} gives no map of logits, a class for every pixel: it is a classifier, a backbone or a detector",
+                argument="model",
+                accepted=[],
+            )
         self.names = self.labels()
 
     def finish(self, output: Tensor, sample: Image.Image) -> Scene:

@@ -87,13 +87,21 @@ class Detector(nn.Module):
         """Images (batch, in_chans, H, W) to the pyramid's maps, largest first."""
         return list(self.neck(self.backbone(x)))
 
+    def _checked(self, x: Tensor) -> Tensor:
+        channels = getattr(self.backbone, "in_chans", "channels")  # a backbone of the user's own need not say
+        if x.dim() != 4 or channels not in (x.shape[1], "channels"):
+            raise ValueError(f"images have shape {tuple(x.shape)}; expected (batch, {channels}, height, width)")
+        return x
+
     def detect(self, x: Tensor, sizes: Sequence[Size] | None = None) -> list[Detections]:
         """The objects in each of the images x (batch, in_chans, H, W), without gradients.
 
         ``sizes``: (height, width) of each image where it was padded on the right and below; boxes end there. Raises
         ValueError for other sizes, and where the pyramid holds NaN or infinite values: nothing would be found.
         """
-        known = checked_sizes(x, sizes)
+        known = checked_sizes(self._checked(x), sizes)
+        if not known:
+            return []
         with torch.no_grad():
             maps = self.maps(x)
             if not all(bool(torch.isfinite(m).all()) for m in maps):
@@ -116,7 +124,7 @@ class Detector(nn.Module):
         """
         from .training import checked_targets
 
-        known = checked_targets(targets, x, self.num_classes, masks=self.has_masks)
+        known = checked_targets(targets, self._checked(x), self.num_classes, masks=self.has_masks)
         return self._loss(self.maps(x), known, checked_sizes(x, sizes))
 
     def _loss(
