@@ -85,6 +85,18 @@ def test_numbers_of_channels_and_classes_are_checked(name):
         zoo.pipeline(name, short_side=0)
 
 
+@pytest.mark.parametrize("name", ["vim_micro.digits", "vmamba_micro.digits"])
+@pytest.mark.parametrize("size", [0, -4, (32, 0)])
+def test_sizes_below_one_are_refused(name, size):
+    with pytest.raises(ValueError, match=r"img_size is (0|-4); expected 1 or more"):
+        zoo.load(name, img_size=size)
+
+
+def test_sizes_below_a_patch_are_refused():
+    with pytest.raises(ValueError, match="3 x 3 is smaller than a patch, 4 x 4"):
+        zoo.load("vim_micro.digits", img_size=3)
+
+
 @pytest.mark.parametrize(
     ("name", "task"),
     [
@@ -146,7 +158,7 @@ def test_images_of_another_shape_and_no_images():
 
 @pytest.mark.parametrize("name", ["vim_micro.digits", "vmamba_micro_mask_rcnn.shapes"])
 def test_what_gives_no_class_for_every_pixel_is_said_at_once(name):
-    with pytest.raises(errors.BadArgument, match="no class for every pixel"):
+    with pytest.raises(errors.BadArgument, match="a class for every pixel"):
         zoo.pipeline(name, "semantic-segmentation")
 
 

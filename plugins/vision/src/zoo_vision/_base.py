@@ -248,6 +248,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 def build(cls: type[Model], *, features_only: bool = False, out_indices: Indices = None, **config: Any) -> Model:
     """``cls(**config)``, as a feature pyramid if ``features_only``. The builders of the cards are this with a class."""
     check_count("in_chans", config.get("in_chans", 3))
+    size = config.get("img_size", 1)
+    for side in size if isinstance(size, (tuple, list)) else (size,):
+        check_count("img_size", side)
     model = cls(**config)
     if features_only:
         model.as_pyramid(out_indices)

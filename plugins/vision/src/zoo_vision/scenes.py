@@ -93,7 +93,7 @@ class SemanticSegmentation(ResizedPictures):
         super().__init__(model, short_side, long_side, usual=(512, 2048))
         if hasattr(model, "forward_head") or hasattr(model, "detect"):
             raise errors.BadArgument(
-                f"{self.name} gives no map of logits, a class for every pixel: it is a classifier, a backbone or a detector",
+                f"{self.name} gives no map of logits (a class for every pixel); it is a classifier or detector",
                 argument="model",
                 accepted=[],
             )

@@ -124,7 +124,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch, stride=stride, **dd)
 
     def grid(self, size: Sequence[int]) -> tuple[int, int]:
-        """Number of patches (rows, columns) of an image of ``size`` (H, W)."""
+        """Number of patches (rows, columns) of an image of ``size`` (H, W). Raises ValueError where it has none."""
+        if any(n < p for n, p in zip(size, self.patch, strict=True)):
+            raise ValueError(
+                f"an image of {size[0]} x {size[1]} is smaller than a patch, {self.patch[0]} x {self.patch[1]}; give a "
+                "larger img_size, or resize the image"
+            )
         rows, columns = ((n - p) // s + 1 for n, p, s in zip(size, self.patch, self.stride, strict=True))
         return rows, columns
 
