@@ -129,6 +129,10 @@ def test_act(tmp_path):
     )
     assert done.exit_code == 0
     assert np.load(tmp_path / "o.npz")["actions"].shape == (60,)
+    (tmp_path / "file").write_text("")
+    nowhere = str(tmp_path / "file" / "o.npz")
+    with pytest.raises(zoo.errors.StoreError, match="is a file"):  # before a model is looked for
+        runner.invoke(act, ["no_such_model", str(tmp_path / "a.npz"), "--out", nowhere], catch_exceptions=False)
 
 
 def test_play(tmp_path):

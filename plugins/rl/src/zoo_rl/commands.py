@@ -36,10 +36,12 @@ def act(
         zoo act decision_mamba_micro glide.npz --target-return 24 --out actions.npz
     """
     import zoo
-    from zoo.files import check_ending
+    from zoo.files import check_ending, check_place
 
-    if out is not None and out.suffix:
-        check_ending(out, (".npz",))
+    if out is not None:
+        check_place(out)
+        if out.suffix:
+            check_ending(out, (".npz",))
     pipe = zoo.pipeline(model, "policy", target_return=target_return, scale=scale, **output.loading(options))
     answer: Any = pipe(trajectories)
     if out is not None:
