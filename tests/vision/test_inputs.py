@@ -92,6 +92,10 @@ def test_sizes_below_one_are_refused(name, size):
         zoo.load(name, img_size=size)
 
 
+def test_sizes_of_numpy_s_are_sizes():
+    assert zoo.load("vim_micro.digits", img_size=np.int64(40)).grid_size == (10, 10)
+
+
 def test_sizes_below_a_patch_are_refused():
     with pytest.raises(ValueError, match="3 x 3 is smaller than a patch, 4 x 4"):
         zoo.load("vim_micro.digits", img_size=3)

@@ -337,8 +337,8 @@ def test_published_formats_load_by_tag(tmp_path):
 def test_every_published_checkpoint_has_a_card_and_a_place():
     cards = [c for c in load_cards("zoo_vision") if c.system == "vmamba"]
     weights = [w for c in cards for w in c.weights.values() if w.package_file is None]
-    # 9 classifiers, 8 + 5 detectors, 7 segmentors, and these once more as whole segmentors with their heads
-    assert len(weights) == 29 + 7
+    # 9 classifiers, 8 + 5 detectors, 7 segmentors, and the latter once more as wholes with their heads
+    assert len(weights) == 29 + 13 + 7
     places = {w.where for w in weights}
     assert len(places) == 29
     assert all(p.startswith("https://github.com/MzeroMiko/VMamba/releases/download/%23v") for p in places)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any, ClassVar, Self, TypeVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -261,7 +262,7 @@ def build(cls: type[Model], *, features_only: bool = False, out_indices: Indices
 
 def check_count(name: str, value: Any) -> None:
     """Raise ValueError unless ``value`` is a whole number of 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         raise ValueError(f"{name} is {value!r}; expected 1 or more")
 
 
