@@ -92,6 +92,26 @@ def test_sizes_below_one_are_refused(name, size):
         zoo.load(name, img_size=size)
 
 
+@pytest.mark.parametrize("indices", ["a", 1.5, (1, 1), (0, -4), (0, 1.0), True, [], 0])
+def test_indices_of_maps_are_checked(indices):
+    # twice the same map: feature_info would say two, and forward give one
+    with pytest.raises(ValueError, match=r"feature indices are|feature maps were asked for"):
+        zoo.create("vmamba_micro", features_only=True, out_indices=indices)
+
+
+def test_indices_of_maps_as_numpy_s():
+    model = zoo.create("vmamba_micro", features_only=True, out_indices=np.array([3, 1]))
+    assert len(model.eval()(torch.rand(1, 1, 32, 32))) == len(model.feature_info.channels()) == 2
+
+
+def test_prepared_tensors_are_floats_with_pixels():
+    pipe = zoo.pipeline("vmamba_micro.digits")
+    with pytest.raises(errors.BadArgument, match=r"torch\.uint8 was given; expected floats"):
+        pipe(torch.zeros(1, 40, 40, dtype=torch.uint8))
+    with pytest.raises(errors.BadArgument, match=r"shape \(1, 0, 40\)"):
+        pipe(torch.zeros(1, 0, 40))
+
+
 def test_sizes_of_numpy_s_are_sizes():
     assert zoo.load("vim_micro.digits", img_size=np.int64(40)).grid_size == (10, 10)
 

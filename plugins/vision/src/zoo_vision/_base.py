@@ -9,7 +9,7 @@ answer the same calls: ``forward_features``, ``forward_head``, ``forward_interme
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral
 from typing import Any, ClassVar, Self, TypeVar
@@ -201,14 +201,16 @@ def check_indices(indices: Indices, count: int) -> Any:
     """Indices of ``count`` feature maps as timm takes them, ascending; the message of a bad one names the count."""
     if indices is None:
         return count
-    if isinstance(indices, int):
-        if not 1 <= indices <= count:
+    if isinstance(indices, Integral) and not isinstance(indices, bool):
+        if not 1 <= int(indices) <= count:
             raise ValueError(f"{indices} feature maps were asked for; this model has {count}")
-        return indices
-    wanted = list(indices)
-    if not wanted or any(not -count <= i < count for i in wanted):
-        raise ValueError(f"feature indices are {wanted}; expected one or more of 0 to {count - 1}")
-    return sorted(i % count for i in wanted)
+        return int(indices)
+    wanted = list(indices) if isinstance(indices, Iterable) else [indices]
+    whole = all(isinstance(i, Integral) and not isinstance(i, bool) and -count <= int(i) < count for i in wanted)
+    found = sorted({int(i) % count for i in wanted}) if whole else []
+    if not found or len(found) < len(wanted):
+        raise ValueError(f"feature indices are {wanted}; expected one or more of 0 to {count - 1}, each once")
+    return found
 
 
 def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -89,9 +89,16 @@ class ImageClassification(Pipeline):
 
     def prepare(self, sample: Any) -> Tensor:
         if isinstance(sample, Tensor):
-            if sample.dim() != 3 or sample.shape[0] != self.in_chans:
+            if sample.dim() != 3 or sample.shape[0] != self.in_chans or not sample.numel():
                 raise errors.BadArgument(
                     f"a tensor of shape {tuple(sample.shape)} was given; expected ({self.in_chans}, height, width)",
+                    argument="inputs",
+                    accepted=[],
+                )
+            if not sample.is_floating_point():
+                raise errors.BadArgument(
+                    f"a tensor of {sample.dtype} was given; expected floats already resized and normalised, as "
+                    "prepare(read(file)) gives them. Pixels of 8 bits go in as an array (height, width, 3)",
                     argument="inputs",
                     accepted=[],
                 )
