@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recipes import recipe
 
 import zoo
 from zoo.cli import run
@@ -292,6 +293,16 @@ def test_places_are_checked_before_anything_is_answered(tmp_path, capsys, monkey
     said = capsys.readouterr()
     assert said.out == ""
     assert "error" in said.err.lower()
+
+
+@pytest.mark.parametrize("name", ["train_digits", "train_segmentor", "train_detector"])
+def test_recipes_look_at_their_place_before_they_train(tmp_path, monkeypatch, name):
+    (tmp_path / "file").write_text("")
+    module = recipe("vision", name)
+    monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("it was trained"))
+    monkeypatch.setattr("sys.argv", [name, "--out", str(tmp_path / "file" / "a.safetensors")])
+    with pytest.raises(errors.StoreError, match="is a file"):
+        module.main()
 
 
 def test_answers_before_a_damaged_file_are_shown(tmp_path, capsys):

@@ -26,6 +26,7 @@ from torch import Tensor
 from train_segmentor import CLASSES, draw
 
 import zoo
+from zoo.files import check_place, whole
 from zoo_vision.objects import ObjectDetection, run_lengths
 from zoo_vision.validation import validate_coco
 
@@ -94,7 +95,8 @@ def train(name: str, *, steps: int, size: int, rate: float, seed: int) -> torch.
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
     warm = max(steps // 20, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(i - warm, 0) / (steps - warm))))
+        optimizer,
+        lambda i: min((i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(i - warm, 0) / max(steps - warm, 1)))),
     )
     totals: dict[str, float] = {}
     began = time.perf_counter()
@@ -132,12 +134,15 @@ def main() -> None:
         for i in range(3):
             draw(HELD_SEED + i, SIZE)[0].save(options.samples / f"objects_{i}.jpg", quality=92)
         return
-    model = train(options.model, steps=options.steps, size=options.batch, rate=options.rate, seed=options.seed)
     out = options.out or PACKAGE / "demo" / f"{options.model}.shapes.safetensors"
+    if not options.dry:
+        check_place(out)  # before it is trained
+    model = train(options.model, steps=options.steps, size=options.batch, rate=options.rate, seed=options.seed)
     if not options.dry:
         state = {k: v.detach() for k, v in model.state_dict().items()}
         state = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
-        save_file(state, str(out), metadata={"format": "pt", "architecture": options.model})
+        with whole(out) as work:
+            save_file(state, str(work), metadata={"format": "pt", "architecture": options.model})
     measured = {"model": options.model, "steps": options.steps, "seed": options.seed} | measure(model)
     print(json.dumps(measured | ({} if options.dry else {"bytes": out.stat().st_size})))
 

@@ -30,6 +30,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 import zoo
+from zoo.files import check_place, whole
 from zoo_vision.pipelines import ImageClassification
 
 PACKAGE = Path(__file__).parents[1] / "src" / "zoo_vision"
@@ -101,7 +102,7 @@ def train(
     warm = max(steps // 20, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda i: min((i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(i - warm, 0) / (steps - warm)))),
+        lambda i: min((i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(i - warm, 0) / max(steps - warm, 1)))),
     )
     began = time.perf_counter()
     for epoch in range(epochs):
@@ -159,6 +160,9 @@ def main() -> None:
         for path in write_samples(options.samples):
             print(path)
         return
+    out = options.out or PACKAGE / "demo" / f"{options.model}.digits.safetensors"
+    if not options.dry:
+        check_place(out)  # before it is trained
     settings = {}
     for text in options.set:
         key, _, value = text.partition("=")
@@ -175,10 +179,9 @@ def main() -> None:
         settings=settings,
     )
     if not options.dry:
-        out = options.out or PACKAGE / "demo" / f"{options.model}.digits.safetensors"
-        out.parent.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
-        save_file(state, str(out), metadata={"format": "pt", "architecture": options.model})
+        with whole(out) as work:
+            save_file(state, str(work), metadata={"format": "pt", "architecture": options.model})
         measured["bytes"] = out.stat().st_size
     print(json.dumps(measured))
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import zoo
+from zoo.files import check_place, whole
 from zoo_vision.scenes import SemanticSegmentation
 
 PACKAGE = Path(__file__).parents[1] / "src" / "zoo_vision"
@@ -120,7 +121,8 @@ def train(name: str, *, steps: int, size: int, rate: float, seed: int) -> Semant
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
     warm = max(steps // 20, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(i - warm, 0) / (steps - warm))))
+        optimizer,
+        lambda i: min((i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(i - warm, 0) / max(steps - warm, 1)))),
     )
     total, began = 0.0, time.perf_counter()
     for step in range(1, steps + 1):
@@ -154,13 +156,16 @@ def main() -> None:
         for i in range(3):
             scene(HELD_SEED + i)[0].save(options.samples / f"scene_{i}.jpg", quality=92)
         return
+    out = options.out or PACKAGE / "demo" / f"{options.model}.shapes.safetensors"
+    if not options.dry:
+        check_place(out)  # before it is trained
     pipe = train(options.model, steps=options.steps, size=options.batch, rate=options.rate, seed=options.seed)
     measured = {"model": options.model, "steps": options.steps, "seed": options.seed} | measure(pipe)
     if not options.dry:
-        out = options.out or PACKAGE / "demo" / f"{options.model}.shapes.safetensors"
         state = {k: v.detach() for k, v in pipe.model.state_dict().items()}
         state = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
-        save_file(state, str(out), metadata={"format": "pt", "architecture": options.model})
+        with whole(out) as work:
+            save_file(state, str(work), metadata={"format": "pt", "architecture": options.model})
         measured["bytes"] = out.stat().st_size
     print(json.dumps(measured))
 
