@@ -247,27 +247,13 @@ def fill(
     }
     if missing or unexpected or mismatched:
         raise errors.KeysDoNotMatch.between(
-            what,
-            missing=missing,
-            unexpected=unexpected,
-            mismatched=mismatched,
-            explained=explained,
-            hint=None if unexpected or mismatched else _said_by_modules(model, missing),
+            what, missing=missing, unexpected=unexpected, mismatched=mismatched, explained=explained
         )
     for key, tensor in full.items():
         _assign(model, key, tensor, own[key])
     for group in groups:
         _tie(model, group)
     return model
-
-
-def _said_by_modules(model: nn.Module, missing: list[str]) -> str | None:
-    """What the modules that own the missing keys say of them (``missing_hints``), if each says something."""
-    hints: list[str | None] = []
-    for key in missing:
-        owner, _, name = key.rpartition(".")
-        hints.append(getattr(model.get_submodule(owner), "missing_hints", {}).get(name))
-    return "; ".join(dict.fromkeys(str(hint) for hint in hints)) if all(hints) else None
 
 
 def _share(state: dict[str, Tensor], group: list[str], what: str) -> None:

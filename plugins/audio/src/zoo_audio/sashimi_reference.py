@@ -81,6 +81,12 @@ class SashimiAdapter(ReferenceAdapter):
             model = Sashimi(**_modular(config, state, "", source))
         model.standalone = "backbone" not in config and _is_standalone(state, source)  # type: ignore[assignment]
         model.flat_up = any(_is_flat(key) for key in state)  # type: ignore[assignment]
+        have = self.to_zoo(state, model=model)
+        # Files may leave the kernels' lengths out: those of a fresh model, whose C is not transformed yet.
+        table = self.rules(state, model=model)
+        for name, value in model.state_dict().items():
+            if name.endswith("l_kernel") and name not in have:
+                state |= table.to_reference({name: value})
         return self.load(model, state)
 
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +26,6 @@ class S4Kernel(SSMKernel):
     ``init``: "legs", "legt" (rank 2), "fout", "hippo", "dplr-lin" ...
     Source: Gu et al., arXiv 2111.00396, algorithm 1; state-spaces/s4 ``SSMKernelDPLR``.
     """
-
-    #: A file without the buffer cannot be read, by the original either: C could be the one or the other.
-    missing_hints: ClassVar[dict[str, str]] = {
-        "l_kernel": "the file holds parameters without buffers, and l_kernel says for which length C was transformed; "
-        "save the whole state dict, or add l_kernel: 0 for kernels that never ran in training, else the length of the "
-        "sequences that they were trained on"
-    }
 
     def __init__(self, d_model: int, channels: int = 1, l_max: int | None = None, lr=None, **system: Any) -> None:
         system.pop("disc", None)  # always bilinear; the original accepts and ignores the argument, too

@@ -150,6 +150,9 @@ class S4Adapter(ReferenceAdapter):
         model.channels_first = (
             config.get("transposed", first) if kind in ("S4D", "S4Block", "FFTConv", "S4ND") else False
         )  # type: ignore[assignment]
+        for name, buffer in model.state_dict().items():  # counters that a file may leave out
+            if name.endswith(("l_kernel", "num_batches_tracked")) and kind != "S5" and _theirs(name, state) is None:
+                state[name] = buffer
         if kind == "S5":
             state |= {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
         return self.load(model, state)
@@ -218,6 +221,12 @@ def _kind(source: str, state: Mapping[str, Tensor], config: Mapping[str, Any]) -
     raise ValueError(
         "the arguments and keys are of none of S4Block, FFTConv, S4D, S4ND, SequenceModel, S5 or HiPPO matrices"
     )
+
+
+def _theirs(name: str, state: Mapping[str, Tensor]) -> str | None:
+    """The key under which a state dict (of version 3 or 4) holds our buffer ``name``, or None."""
+    old = re.sub(r"\.layer\.layer\.kernel\.l_kernel$", ".layer.kernel.kernel.L", name)
+    return next((key for key in (name, old) if key in state), None)
 
 
 def _language_model(config: Mapping[str, Any]) -> S4LanguageModel:

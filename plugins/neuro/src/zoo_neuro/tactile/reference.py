@@ -219,7 +219,11 @@ class TactileAdapter(ReferenceAdapter):
         """Checkpoints of Lightning (keys begin with "model.") are read as well."""
         if any(key.startswith("model.encoder.") for key in state):
             state = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-        return super().to_zoo(state, model=model)
+        found = super().to_zoo(state, model=model)
+        if model is not None:  # a fresh S4 kernel's length, where a file leaves it out
+            own = model.state_dict()
+            found |= {k: v for k, v in own.items() if k.endswith("l_kernel") and k not in found}
+        return found
 
     def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
         if isinstance(model, Parts):
