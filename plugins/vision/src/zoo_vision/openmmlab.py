@@ -11,7 +11,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from zoo import catalog
-from zoo.reference import unwrapped
+from zoo.reference import ReferenceAdapter, unwrapped
+from zoo.rules import Rules
 
 from .efficientvim import EfficientViM
 from .mambavision import MambaVision
@@ -53,3 +54,30 @@ def convert_backbone(state: Mapping[str, Tensor], way: Way, backbone: nn.Module)
     system = next(system for system, cls, _, _ in _BACKBONES.values() if isinstance(backbone, cls))
     found = getattr(catalog.adapter(system), way)(below("backbone.", state), model=backbone)
     return {f"backbone.{k}": v for k, v in found.items()}
+
+
+class NetworkAdapter(ReferenceAdapter):
+    """Base of the adapters of such networks. ``network``: the class of ours; heads keep their keys unless
+    :meth:`heads` says otherwise."""
+
+    network: type[nn.Module]
+
+    def heads(self, state: Mapping[str, Tensor], way: Way) -> dict[str, Tensor]:
+        """All that does not lie below ``backbone.``, under the other side's keys."""
+        return {k: v for k, v in state.items() if not k.startswith("backbone.")}
+
+    def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
+        raise NotImplementedError(f"the table of a {self.system} is its backbone's, below 'backbone.'")
+
+    def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
+        return self._converted(state, "to_zoo", model)
+
+    def to_reference(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
+        return self._converted(state, "to_reference", model)
+
+    def _converted(self, state: Mapping[str, Tensor], way: Way, model: nn.Module | None) -> dict[str, Tensor]:
+        if not isinstance(model, self.network):
+            raise ValueError(f"the state dict of a {self.system} is converted for a model: give model=")
+        state, backbone = unwrapped(state), model.backbone
+        assert isinstance(backbone, nn.Module)
+        return convert_backbone(state, way, backbone) | self.heads(state, way)

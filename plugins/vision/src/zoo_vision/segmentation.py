@@ -19,12 +19,10 @@ from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
 from zoo.layers.inference import results_only, settled
-from zoo.reference import ReferenceAdapter, unwrapped
-from zoo.rules import Rules
 
 from ._base import check_count, check_reference_config, feature_info_of, takes
 from .mambavision import MambaVision, mambavision
-from .openmmlab import Way, build_backbone, convert_backbone
+from .openmmlab import NetworkAdapter, build_backbone
 from .vmamba import VMamba, vmamba
 
 POOL_SCALES = (1, 2, 3, 6)
@@ -244,11 +242,12 @@ def mambavision_upernet(**config: Any) -> Segmentor:
 # -- the original's format -------------------------------------------------------------------------------------------
 
 
-class UPerNetAdapter(ReferenceAdapter):
+class UPerNetAdapter(NetworkAdapter):
     """mmsegmentation's ``EncoderDecoder`` with ``UPerHead`` and ``FCNHead`` on a backbone of MzeroMiko/VMamba
     (``MM_VSSM``) or NVlabs/MambaVision (``MM_mamba_vision``); the configuration is its ``model`` dictionary."""
 
     system = "upernet"
+    network = Segmentor
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> Segmentor:
         backbone = build_backbone(config.get("backbone", {}), state)
@@ -278,23 +277,6 @@ class UPerNetAdapter(ReferenceAdapter):
         assert isinstance(model, Segmentor)
         maps = model.backbone(inputs["image"])
         return {"logits": model.decode_head(maps), "auxiliary_logits": model.auxiliary_head(maps[-2])}
-
-    def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
-        raise NotImplementedError("a segmentor's table is its backbone's, below 'backbone.'")
-
-    def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
-        return self._converted(state, "to_zoo", model)
-
-    def to_reference(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
-        return self._converted(state, "to_reference", model)
-
-    @staticmethod
-    def _converted(state: Mapping[str, Tensor], way: Way, model: nn.Module | None) -> dict[str, Tensor]:
-        if not isinstance(model, Segmentor):
-            raise ValueError("a segmentor's state dict is converted for a model: give model=")
-        state = unwrapped(state)
-        heads = {k: v for k, v in state.items() if not k.startswith("backbone.")}
-        return convert_backbone(state, way, model.backbone) | heads
 
 
 def _head(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

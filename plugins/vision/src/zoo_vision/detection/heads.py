@@ -65,8 +65,8 @@ class RetinaHead(nn.Module):
         """Maps (batch, channels, h, w) to logits (batch, anchors * classes, h, w), anchor by anchor, and deltas
         (batch, anchors * 4, h, w)."""
         logits, deltas = [], []
-        for kind in maps:
-            x = y = kind
+        for m in maps:
+            x = y = m
             for conv in self.cls_convs:
                 x = conv(x)
             for conv in self.reg_convs:

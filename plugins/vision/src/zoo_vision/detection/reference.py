@@ -7,12 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.reference import ReferenceAdapter, unwrapped
-from zoo.rules import Rules
 from zoo_vision._base import check_reference_config
 from zoo_vision.efficientvim import EfficientViM
 from zoo_vision.efficientvim_dense import NECK_RULES
-from zoo_vision.openmmlab import Way, below, build_backbone, convert_backbone
+from zoo_vision.openmmlab import NetworkAdapter, Way, below, build_backbone
 from zoo_vision.pyramids import FPNNeck, neck_arguments
 
 from .boxes import Anchors
@@ -23,12 +21,13 @@ _UNREAD = {"data_preprocessor", "train_cfg", "init_cfg", "pretrained"}
 _CODER = {"type": "DeltaXYWHBBoxCoder", "target_means": (0.0,) * 4, "target_stds": ANCHOR_STDS, "clip_border": True}
 
 
-class DetectorAdapter(ReferenceAdapter):
+class DetectorAdapter(NetworkAdapter):
     """mmdetection's ``MaskRCNN``, ``FasterRCNN``, ``CascadeRCNN`` and ``RetinaNet`` on a backbone of MzeroMiko/VMamba
     (``MM_VSSM``), NVlabs/MambaVision (``MM_mamba_vision``) or mlvlab/EfficientViM (``EfficientViM_M4``); the
     configuration is its ``model`` dictionary. Versions 2.25 and 3.3 have the same keys."""
 
     system = "detector"
+    network = Detector
 
     def build(self, config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str = "") -> Detector:
         kinds = {
@@ -64,23 +63,10 @@ class DetectorAdapter(ReferenceAdapter):
         given = (inputs["regions"],) if "regions" in inputs else ()
         return {f"{name}_{i}": m for name, maps in model(image, *given).items() for i, m in enumerate(maps)}
 
-    def rules(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> Rules:
-        raise NotImplementedError("a detector's table is its backbone's, below 'backbone.'")
-
-    def to_zoo(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
-        return self._converted(state, "to_zoo", model)
-
-    def to_reference(self, state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> dict[str, Tensor]:
-        return self._converted(state, "to_reference", model)
-
-    @staticmethod
-    def _converted(state: Mapping[str, Tensor], way: Way, model: nn.Module | None) -> dict[str, Tensor]:
-        if not isinstance(model, Detector):
-            raise ValueError("a detector's state dict is converted for a model: give model=")
-        state = unwrapped(state)
-        heads = {k: v for k, v in state.items() if not k.startswith(("backbone.", "neck."))}
+    def heads(self, state: Mapping[str, Tensor], way: Way) -> dict[str, Tensor]:
         neck = getattr(NECK_RULES, way)(below("neck.", state))
-        return convert_backbone(state, way, model.backbone) | {f"neck.{k}": v for k, v in neck.items()} | heads
+        rest = {k: v for k, v in super().heads(state, way).items() if not k.startswith("neck.")}
+        return rest | {f"neck.{k}": v for k, v in neck.items()}
 
 
 # -- the model's table -----------------------------------------------------------------------------------------------
@@ -169,9 +155,9 @@ def _searching(model: Any, test: Mapping[str, Any]) -> Any:
     model.score_threshold = test.get("score_thr", 0.05)
     model.overlap = test.get("nms", {}).get("iou_threshold", 0.5)
     model.per_image = test.get("max_per_img", 100)
-    for kind in (test.get("nms", {}).get("type", "nms"),):
-        if kind != "nms":
-            raise ValueError(f"test_cfg.nms.type is {kind!r}; expected 'nms'")
+    kind = test.get("nms", {}).get("type", "nms")
+    if kind != "nms":
+        raise ValueError(f"test_cfg.nms.type is {kind!r}; expected 'nms'")
     _same("test_cfg", {"mask_thr_binary": 0.5, **test}, {"mask_thr_binary": 0.5})
     return model
 
