@@ -133,6 +133,19 @@ def embed_images(
     return 1 if failed else 0
 
 
+def _check_folders(option: str, folder: str | None, pictures: str | None) -> None:
+    """Refuse folders that cannot be written, and one folder for answers and drawings, whose files have one name."""
+    from zoo.files import check_place
+
+    for place in (folder, pictures):
+        if place is not None:
+            check_place(place)
+    if folder is not None and pictures is not None and Path(folder).resolve() == Path(pictures).resolve():
+        raise click.UsageError(
+            f"{option} and --save-picture are both {folder}; their files have the same names: give two folders"
+        )
+
+
 @click.command()
 @click.argument("name")
 @click.argument("inputs", nargs=-1, required=True)
@@ -161,16 +174,9 @@ def segment_images(
     """
     import zoo
     from zoo.cli.predict import picture_name
-    from zoo.files import check_place
     from zoo.pipelines import Failure
 
-    for place in (out, pictures):
-        if place is not None:
-            check_place(place)
-    if pictures is not None and Path(pictures).resolve() == Path(out).resolve():
-        raise click.UsageError(
-            f"--out and --save-picture are both {out}; their files have the same names: give two folders"
-        )
+    _check_folders("--out", out, pictures)
     arguments = output.loading(options) | ({} if short_side is None else {"short_side": short_side})
     pipe = zoo.pipeline(name, "semantic-segmentation", **arguments)
     rows, failed = [], False
@@ -229,13 +235,8 @@ def detect(
 
     if results is not None:
         check_ending(results, [".json"])
-    for place in (results, numbers, pictures):
-        if place is not None:
-            check_place(place)
-    if pictures is not None and numbers is not None and Path(pictures).resolve() == Path(numbers).resolve():
-        raise click.UsageError(
-            f"--numbers and --save-picture are both {numbers}; their files have the same names: give two folders"
-        )
+        check_place(results)
+    _check_folders("--numbers", numbers, pictures)
     arguments = output.loading(options) | ({} if short_side is None else {"short_side": short_side})
     pipe = zoo.pipeline(name, "object-detection", min_score=min_score, **arguments)
     rows, entries, failed = [], [], False
