@@ -8,3 +8,8 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 # Tests that need a Hub start their own server on loopback and set HF_ENDPOINT in a subprocess.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def pytest_make_parametrize_id(val, argname):
+    """Name bytes by their argument: every worker must collect the same names, and packed bytes hold the time."""
+    return argname if isinstance(val, bytes) else None
