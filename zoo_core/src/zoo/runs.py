@@ -10,7 +10,8 @@ A loop says what its state is, and at the end of every step (or epoch) that it m
     run.finish()
 
 The file holds tensors and JSON (safetensors); reading one executes nothing. It is written whole or not at all. Torch's
-own random state is part of it, so a run that goes on equals one that was never interrupted, bit by bit on a CPU.
+own random state is part of it, so a run that goes on equals one that was never interrupted, bit by bit on a CPU. Of
+processes that train together (torch.distributed) all read the file and the first writes it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -130,7 +132,7 @@ class Run:
 
     def write(self, done: int, **facts: Any) -> None:
         """As :meth:`keep`, now. Raises StoreError."""
-        if self.path is None:
+        if self.path is None or not _first():
             return
         tensors: dict[str, Tensor] = {}
         tree = {
@@ -153,10 +155,23 @@ class Run:
         self.kept = done
 
     def finish(self) -> None:
-        """The run is over and its result is saved: remove the file."""
-        if self.path is not None:
+        """The run is over and its result is saved: remove the file. Processes that train together wait here."""
+        if self.path is None:
+            return
+        if _first():
             self.path.unlink(missing_ok=True)
-            self.begun = self.kept = 0
+        if _together():
+            dist.barrier()
+        self.begun = self.kept = 0
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _first() -> bool:
+    """Whether this process is the one that writes, of those that train together."""
+    return not _together() or dist.get_rank() == 0
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -18,11 +18,22 @@ and what the command does goes on after an interruption where its loop takes a :
     with training.run(out, resume, quiet=as_json, dialogues=len(train)) as run:
         fit(model, train, run=run)
         zoo.save(model, out)
+
+Commands on the shared loop of :mod:`zoo.training` take its options at once, and train in several processes as well::
+
+    @training.loop(steps=2000, rate=1e-3)    # --steps, --rate, --weight-decay, --warmup, ... into **options
+    ...
+    with training.processes(device) as place, training.run(out, resume, quiet=as_json, pictures=len(train)) as run:
+        model = training.begun(name, start, seed, **arguments).to(place.device)
+        fit(model, batch, loss, training.settings(options, seed), run=run, report=report)
+        if place.first:
+            zoo.save(model.cpu(), out)
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +45,10 @@ import click
 from zoo_registry import errors
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from zoo.runs import Run
+    from zoo.training import Place, Settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -100,6 +114,8 @@ def rate(default: float, help: str | None = None) -> Decorator:
     return click.option("--rate", default=default, show_default=True, type=float, callback=positive, help=help)
 
 
+_STEPS, _RATE = steps, rate  # under names that arguments do not hide
+
 #: ``--seed``
 seed = click.option("--seed", default=0, show_default=True, type=int)
 #: ``--device``: the CPU unless given, found out at once
@@ -159,6 +175,77 @@ def run_options(example: str | None = None) -> Decorator:
         return seed(device(model_arguments(example)(command)))
 
     return add
+
+
+#: ``--start NAME`` for :func:`begun`
+start = click.option("--start", help="Weights to begin with: a name with its tag, or a saved folder.")
+
+
+def begun(name: str, start: str | None, seed: int, **arguments: Any) -> nn.Module:
+    """The model that a command trains: NAME with random weights from ``seed``, or the weights that ``start`` names, in
+    float32. Raises BadArgument where these are another model's."""
+    import torch
+
+    import zoo
+
+    torch.manual_seed(seed)
+    if start is None:
+        return zoo.create(name, **arguments)
+    model = zoo.load(start, **arguments).float()
+    if model.zoo_info.architecture != name:
+        raise errors.BadArgument(
+            f"--start {start} is a {model.zoo_info.architecture}, and {name} is to be trained; name that one, or "
+            f"weights of {name} (zoo info {name} lists them)"
+        )
+    return model
+
+
+def loop(*, steps: int, rate: float, weight_decay: float = 0.05) -> Decorator:
+    """The options of :class:`zoo.training.Settings`, for :func:`settings`; the arguments are their defaults."""
+    from_zero = click.FloatRange(min=0)
+    shown: dict[str, Any] = {"show_default": True}
+    options = [
+        _STEPS(steps),
+        _RATE(rate, "Learning rate of AdamW, which falls along half a cosine."),
+        click.option("--weight-decay", default=weight_decay, type=from_zero, **shown),
+        click.option("--warmup", type=click.IntRange(min=0), help="Steps of a rising rate (default: a twentieth)."),
+        click.option("--clip", default=1.0, type=from_zero, help="Largest norm of the gradient; 0: any.", **shown),
+        click.option(
+            "--average",
+            default=0.0,
+            type=click.FloatRange(0, 1, max_open=True),
+            help="Keep the moving average of the weights, with this decay.",
+            **shown,
+        ),
+        click.option(
+            "--accumulate",
+            default=1,
+            type=click.IntRange(min=1),
+            help="Batches whose gradients make up one step.",
+            **shown,
+        ),
+        click.option("--precision", default="float32", type=click.Choice(["float32", "bfloat16"]), **shown),
+        click.option("--recompute", is_flag=True, help="Compute activations twice instead of keeping them in memory."),
+    ]
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.reduce(lambda done, option: option(done), reversed(options), command)
+
+    return add
+
+
+def settings(options: Mapping[str, Any], seed: int) -> Settings:
+    """:class:`zoo.training.Settings` of what :func:`loop` gave a command."""
+    from zoo.training import Settings
+
+    return Settings(**options, seed=seed)
+
+
+def processes(device: str) -> contextlib.AbstractContextManager[Place]:
+    """:func:`zoo.training.processes`: this process alone, or one of those that torchrun started."""
+    from zoo.training import processes
+
+    return processes(device)
 
 
 def measured(found: Mapping[str, float], *, dataset: str, split: str, command: str) -> list[dict[str, Any]]:

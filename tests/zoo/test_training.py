@@ -1,0 +1,262 @@
+"""The training loop that commands share: steps, averages, scores, resuming, several processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import click
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+import zoo.testing
+from zoo.cli import training
+from zoo.training import Settings, Shuffled, fit, parameter_groups
+from zoo_registry import errors
+
+X = torch.randn(24, 3, generator=torch.Generator().manual_seed(1))
+Y = X @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.3
+
+
+class Net(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def network(seed: int = 0, **kind) -> Net:
+    torch.manual_seed(seed)
+    return Net(**kind)
+
+
+def zeros() -> nn.Linear:
+    model = nn.Linear(3, 1)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
+def batches(batch_size: int = 6, seed: int = 0):
+    order = Shuffled(len(X), batch_size, seed)
+    return lambda index: (X[order(index)], Y[order(index)])
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def test_it_learns():
+    model = network()
+    found = fit(model, batches(), loss, Settings(steps=300, rate=3e-2, weight_decay=0.0))
+    assert len(found.losses) == 300
+    assert found.taken_at == 300
+    assert not model.training
+    with torch.no_grad():
+        assert loss(model, (X, Y)) < 0.02 * Y.var()
+
+
+def test_every_sample_once_an_epoch_in_another_order():
+    order = Shuffled(10, 4, seed=3)
+    seen = [i for index in range(5) for i in order(index)]  # two epochs
+    first, second = seen[:10], seen[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert order(0) == first[:4]  # asked again, out of turn
+    assert Shuffled(10, 4, seed=4)(0) != first[:4]
+    assert order.random(2).random() == Shuffled(10, 4, seed=3).random(2).random() != order.random(3).random()
+    assert len(set(Shuffled(3, 8, seed=-1)(0))) == 3  # more than there are: every one, then again
+
+
+def test_the_rate_rises_and_falls():
+    settings = Settings(steps=100, rate=1.0, warmup=10, final=0.1)
+    rates = [settings.rate_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[99] == pytest.approx(0.1, abs=1e-3)
+    assert Settings(steps=3).rate_at(0) == 1e-3  # no warm-up of less than a step
+
+
+@pytest.mark.parametrize("kind", [{}, {"average": 0.9}, {"accumulate": 2}, {"precision": "bfloat16"}])
+def test_an_interrupted_run_goes_on(tmp_path, kind):
+    settings = Settings(steps=6, rate=1e-2, **kind)
+    score = lambda model: -float(loss(model, (X, Y)))  # noqa: E731
+
+    def train(run, report):
+        model = network(dropout=0.5)
+        found = fit(model, batches(), loss, settings, run=run, report=report, score=score, score_every=1)
+        model.register_buffer("losses", torch.tensor(found.losses, dtype=torch.float64))
+        return model
+
+    zoo.testing.check_resume(train, tmp_path, after=4)
+
+
+def test_two_halves_of_a_batch_are_one_step():
+    """Without batch statistics, gradients of accumulated batches are those of the batch that they make up."""
+    whole, parts = zeros(), zeros()
+    order = Shuffled(len(X), 8)
+    half = lambda index: (X[order(index // 2)].chunk(2)[index % 2], Y[order(index // 2)].chunk(2)[index % 2])  # noqa: E731
+    a = fit(whole, batches(8), loss, Settings(steps=5, rate=1e-2))
+    b = fit(parts, half, loss, Settings(steps=5, rate=1e-2, accumulate=2))
+    zoo.testing.assert_close(parts.weight, whole.weight, tolerance=1e-6, what="weights")
+    assert b.losses == pytest.approx(a.losses, rel=1e-6)
+
+
+def test_the_best_weights_come_out():
+    """Scores fall after the second: its weights are what is left."""
+    scores = iter([1.0, 5.0, 5.0, 2.0])
+    seen: list[dict[str, Tensor]] = []
+
+    def score(model: nn.Module) -> float:
+        assert not model.training
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return next(scores)
+
+    model = network()
+    found = fit(model, batches(), loss, Settings(steps=7, rate=1e-2), score=score, score_every=2)
+    assert found.scores == [(2, 1.0), (4, 5.0), (6, 5.0), (7, 2.0)]
+    assert found.taken_at == 4
+    assert all(torch.equal(v, seen[1][k]) for k, v in model.state_dict().items())
+
+
+def test_averaged_weights_come_out():
+    model = network()
+    settings = Settings(steps=20, rate=0.1, average=0.99)
+    fit(model, batches(), loss, settings)
+    plain = network()
+    fit(plain, batches(), loss, Settings(steps=20, rate=0.1))
+    assert not torch.equal(model.layers[0].weight, plain.layers[0].weight)
+    assert torch.equal(model.layers[1].running_mean, plain.layers[1].running_mean)
+
+
+def test_the_callers_random_numbers_go_on():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    model = network(dropout=0.5)
+    torch.manual_seed(5)
+    fit(model, batches(), loss, Settings(steps=3))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_vectors_and_named_parameters_have_no_decay():
+    model = network()
+    model.no_weight_decay = lambda: {"layers.3.weight"}
+    model.layers[1].requires_grad_(False)
+    decayed, free = parameter_groups(model, 0.1)
+    assert [p.shape for p in decayed["params"]] == [(8, 3)]
+    assert decayed["weight_decay"] == 0.1
+    assert sorted(p.dim() for p in free["params"]) == [1, 1, 2]
+    assert free["weight_decay"] == 0.0
+    with pytest.raises(ValueError, match="nothing to train"):
+        parameter_groups(model.requires_grad_(False), 0.1)
+
+
+def test_a_batch_that_cannot_be_made_ends_the_training():
+    def batch(index: int):
+        if index == 3:
+            raise ValueError("picture 7 is damaged")
+        return batches()(index)
+
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="picture 7 is damaged"):
+        fit(network(), batch, loss, Settings(steps=9))
+    assert threading.active_count() == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_training():
+    with pytest.raises(ValueError, match="the loss is nan at step 1; try a smaller rate"):
+        fit(network(), lambda index: (X, Y * float("nan")), loss, Settings(steps=3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"rate": float("nan")}, "rate is nan"),
+        ({"average": 1.0}, "average is 1.0"),
+        ({"precision": "half"}, "precision is 'half'; expected one of float32, bfloat16"),
+    ],
+)
+def test_settings_are_checked(kind, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**kind)
+    with pytest.raises(ValueError, match="no sample"):
+        Shuffled(0, 4)
+
+
+def test_recomputing_needs_a_model_that_can():
+    with pytest.raises(ValueError, match="Net cannot compute activations again"):
+        fit(network(), batches(), loss, Settings(steps=1, recompute=True))
+    model = zoo.create("vim_micro", num_classes=3)
+    told: list[bool] = []
+    model.set_grad_checkpointing = told.append
+    x, y = torch.randn(4, 1, 32, 32), torch.tensor([0, 1, 2, 0])
+    fit(model, lambda index: (x, y), lambda m, b: F.cross_entropy(m(b[0]), b[1]), Settings(steps=1, recompute=True))
+    assert told == [True, False]
+
+
+# -- what one of several processes runs, after everything above this line
+
+TOGETHER = """
+from zoo.runs import Run
+from zoo.training import processes
+
+with processes() as place:
+    print("only the first speaks", flush=True)
+    out = Path(sys.argv[1])
+    run = Run(out / "training.run", every=0)
+    model = zeros()
+    found = fit(model, batches(4), loss, Settings(steps=5, rate=1e-2), run=run)
+    torch.save((model.state_dict(), found.losses), out / f"{place.rank}.pt")
+    assert run.kept == (5 if place.first else 0)
+    run.finish()
+    assert not run.path.exists()
+"""
+
+
+def test_two_processes_train_one_model(tmp_path):
+    """Two processes with batches of 4 take the steps that one takes with the same batches, two a step."""
+    script = tmp_path / "together.py"
+    script.write_text(Path(__file__).read_text().split("# -- what one of several")[0] + TOGETHER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, script, tmp_path], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("only the first speaks") == 1
+    (first, losses), (second, same) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    alone = zeros()
+    found = fit(alone, batches(4), loss, Settings(steps=5, rate=1e-2, accumulate=2))
+    assert losses == same == pytest.approx(found.losses, rel=1e-6)
+    for key, value in alone.state_dict().items():
+        assert torch.equal(first[key], second[key])
+        zoo.testing.assert_close(first[key], value, tolerance=1e-6, what=key)
+
+
+def test_the_options_of_the_loop():
+    @click.command()
+    @training.loop(steps=50, rate=2e-3)
+    def command(**options):
+        click.echo(training.settings(options, seed=3))
+
+    said = CliRunner().invoke(command, ["--average", "0.9", "--warmup", "4", "--precision", "bfloat16", "--recompute"])
+    expected = Settings(steps=50, rate=2e-3, average=0.9, warmup=4, precision="bfloat16", recompute=True, seed=3)
+    assert said.output.strip() == str(expected)
+    assert CliRunner().invoke(command, ["--average", "1"]).exit_code == 2
+
+
+def test_what_a_training_begins_with():
+    model = training.begun("vim_micro", None, 7, num_classes=3)
+    again = training.begun("vim_micro", None, 7, num_classes=3)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    tuned = training.begun("vim_micro", "vim_micro.digits", 0, num_classes=3)
+    assert tuned.head.out_features == 3
+    assert next(tuned.parameters()).dtype == torch.float32
+    with pytest.raises(errors.BadArgument, match=r"is a vim_micro, and vim_tiny\w* is to be trained"):
+        training.begun("vim_tiny_patch16_224", "vim_micro.digits", 0)
