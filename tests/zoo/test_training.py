@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import zoo.testing
 from zoo.cli import training
-from zoo.training import Settings, Shuffled, fit, parameter_groups
+from zoo.training import Settings, Shuffled, fit, held_out, parameter_groups
 from zoo_registry import errors
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(1))
@@ -73,6 +73,21 @@ def test_every_sample_once_an_epoch_in_another_order():
     assert Shuffled(10, 4, seed=4)(0) != first[:4]
     assert order.random(2).random() == Shuffled(10, 4, seed=3).random(2).random() != order.random(3).random()
     assert len(set(Shuffled(3, 8, seed=-1)(0))) == 3  # more than there are: every one, then again
+
+
+def test_held_out_samples_are_a_share_of_each_class():
+    classes = ["a"] * 20 + ["b"] * 5 + ["c"] * 2 + ["d"]
+    train, rest = held_out(classes, 0.2, seed=1)
+    assert sorted(train + rest) == list(range(28))
+    assert train == sorted(train)
+    assert [classes[i] for i in rest] == ["a"] * 4 + ["b", "c"]  # one of two, and none of one
+    assert held_out(classes, 0.2, seed=1) == (train, rest)
+    assert held_out(classes, 0.2, seed=2) != (train, rest)
+    assert len(held_out([0, 0], 0.99)[0]) == 1
+    with pytest.raises(ValueError, match="share is 1.0"):
+        held_out(classes, 1.0)
+    with pytest.raises(ValueError, match="of 2 samples none can be held out"):
+        held_out([0, 1], 0.5)
 
 
 def test_the_rate_rises_and_falls():

@@ -25,7 +25,7 @@ import copy
 import itertools
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -119,6 +119,30 @@ class Shuffled:
             self._orders = {epoch - 1: self._orders[epoch - 1]} if epoch - 1 in self._orders else {}
             self._orders = {**self._orders, epoch: order}
         return int(self._orders[epoch][place])
+
+
+def held_out(groups: Sequence[Hashable], share: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Numbers of the samples to train on and of those that are held out, both rising: ``share`` of each group, drawn by
+    ``seed``, at least one of a group of two or more and never all of it.
+
+    groups: of every sample, as its class; all equal where there are none. Raises ValueError for a share that is not
+    between 0 and 1, and where nothing could be held out.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the held-out share is {share}; expected one between 0 and 1, as 0.2")
+    members: dict[Hashable, list[int]] = {}
+    for number, group in enumerate(groups):
+        members.setdefault(group, []).append(number)
+    random = np.random.default_rng((seed % 2**63, 2))
+    rest: set[int] = set()
+    for numbers in members.values():
+        count = min(max(round(share * len(numbers)), 1), len(numbers) - 1)
+        rest.update(random.permutation(numbers)[:count].tolist())
+    if not rest:
+        raise ValueError(
+            f"of {len(groups)} samples none can be held out and its like stay to train on; give two or more of a kind"
+        )
+    return [n for n in range(len(groups)) if n not in rest], sorted(rest)
 
 
 # -- processes that train together -----------------------------------------------------------------------------------
