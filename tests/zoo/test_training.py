@@ -84,7 +84,7 @@ def test_held_out_samples_are_a_share_of_each_class():
     assert held_out(classes, 0.2, seed=1) == (train, rest)
     assert held_out(classes, 0.2, seed=2) != (train, rest)
     assert len(held_out([0, 0], 0.99)[0]) == 1
-    with pytest.raises(ValueError, match="share is 1.0"):
+    with pytest.raises(ValueError, match="share is 1"):
         held_out(classes, 1.0)
     with pytest.raises(ValueError, match="of 2 samples none can be held out"):
         held_out([0, 1], 0.5)
@@ -275,3 +275,12 @@ def test_what_a_training_begins_with():
     assert next(tuned.parameters()).dtype == torch.float32
     with pytest.raises(errors.BadArgument, match=r"is a vim_micro, and vim_tiny\w* is to be trained"):
         training.begun("vim_tiny_patch16_224", "vim_micro.digits", 0)
+    assert training.begun("vim_tiny", None, 0, depth=1).zoo_info.architecture == "vim_tiny_patch16_224"  # a short name
+    with pytest.raises(errors.BadArgument, match=r"as vim_micro, and --start vim_micro\.digits"):
+        training.begun("vim_micro.digits", None, 0)  # it would have been random weights
+
+
+def test_a_short_name_begins_with_its_own_weights(tmp_path):
+    zoo.save(zoo.create("vim_tiny", depth=1, embed_dim=16), tmp_path / "saved")
+    tuned = training.begun("vim_tiny", str(tmp_path / "saved"), 0)
+    assert tuned.zoo_info.architecture == "vim_tiny_patch16_224"
