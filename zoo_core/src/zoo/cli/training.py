@@ -183,16 +183,25 @@ start = click.option("--start", help="Weights to begin with: a name with its tag
 
 def begun(name: str, start: str | None, seed: int, **arguments: Any) -> nn.Module:
     """The model that a command trains: NAME with random weights from ``seed``, or the weights that ``start`` names, in
-    float32. Raises BadArgument where these are another model's."""
+    float32. Raises BadArgument where these are another model's, and for a NAME with a tag: its weights are ``start``'s
+    to name."""
     import torch
 
     import zoo
+    from zoo import catalog
+    from zoo_registry import ModelName, parse
 
+    card, _ = catalog.find(name)
+    if isinstance(given := parse(name), ModelName) and given.tag is not None:
+        raise errors.BadArgument(
+            f"{name} names weights, and training begins with random ones; give the model as {card.name}, and "
+            f"--start {name} to begin with these"
+        )
     torch.manual_seed(seed)
     if start is None:
         return zoo.create(name, **arguments)
     model = zoo.load(start, **arguments).float()
-    if model.zoo_info.architecture != name:
+    if model.zoo_info.architecture != card.name:
         raise errors.BadArgument(
             f"--start {start} is a {model.zoo_info.architecture}, and {name} is to be trained; name that one, or "
             f"weights of {name} (zoo info {name} lists them)"
