@@ -4,9 +4,12 @@ import struct
 
 import numpy as np
 import pytest
+import torch
+from plyfile import PlyData, PlyElement
 
 from zoo_point_cloud.files import Cloud, read_cloud, write_labels
 from zoo_point_cloud.pcd import unpack_lzf
+from zoo_registry import errors
 
 laspy = pytest.importorskip("laspy")
 trimesh = pytest.importorskip("trimesh")
@@ -26,8 +29,6 @@ def test_labels_are_written_and_read(tmp_path, points, ending):
     assert np.abs(back.points - points).max() < 1e-7
     assert np.array_equal((back.colors * 255).round().astype(int), colors)
     if ending == "ply":
-        from plyfile import PlyData
-
         written = PlyData.read(str(path))
         assert written.comments == ["label 0 floor", "label 1 wall"]
         assert np.array_equal(written["vertex"]["label"], labels)
@@ -189,3 +190,119 @@ def test_arrays_that_are_none(tmp_path):
             read_cloud(tmp_path / f"{name}.npy")
     with pytest.raises(ValueError, match="an archive with the arrays points"):
         read_cloud(tmp_path / "archive.npy")
+
+
+@pytest.mark.parametrize(
+    ("content", "points", "colors", "normals"),
+    [
+        ("id,x,y,z\n7,1,2,3\n", [1, 2, 3], None, None),
+        ("Y;X;Z\n1,5;2;3\n", [2, 1.5, 3], None, None),
+        ("R,G,B,X [m],Y [m],Z [m]\n255,0,51,1,2,3\n", [1, 2, 3], [1, 0, 0.2], None),
+        ("x y z nx ny nz\n1 2 3 0 0 1\n", [1, 2, 3], None, [0, 0, 1]),  # nothing is negative
+        ("//X Y Z R G B Nx Ny Nz scalar_Intensity\n1 2 3 255 0 0 0 0 1 8\n", [1, 2, 3], [1, 0, 0], [0, 0, 1]),
+        ('"x","y","z"\n"1","2","3"\n', [1, 2, 3], None, None),
+        ("# metres, of a chair\n1 2 3\n", [1, 2, 3], None, None),
+        ("chair number three\n1 2 3 7\n", [1, 2, 3], None, None),
+        ("1,5 2,5 3\n", [1.5, 2.5, 3], None, None),  # where spaces part them, commas are decimal points
+        ("1, 2, 3\n", [1, 2, 3], None, None),
+        ("1 2 3 0 0 -1 255 0 0\n", [1, 2, 3], [1, 0, 0], [0, 0, -1]),  # negative values are no colours
+    ],
+)
+def test_columns_of_text_are_what_the_file_calls_them(tmp_path, content, points, colors, normals):
+    (tmp_path / "a.csv").write_text(content)
+    cloud = read_cloud(tmp_path / "a.csv")
+    for found, expected in ((cloud.points, points), (cloud.colors, colors), (cloud.normals, normals)):
+        assert (expected is None and found is None) or np.allclose(found, [expected])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("easting,northing,height\n1,2,3\n", "heading 'easting,northing,height' and the 3 numbers of line 2"),
+        ("x,y,z,label\n1,2,3\n", "heading 'x,y,z,label' and the 3 numbers"),
+        ("0x10 2 3\n4 5 6\n", "line 1 is '0x10 2 3'; expected numbers"),  # no heading: a point would be lost
+        ("1.234,5;2;3\n4;5;6\n", "line 1 is '1.234,5;2;3'"),
+        ("x,y,z\n1,,3\n", "line 2 is '1,,3'"),
+        ("5\n1 2 3\n4 5 6\n", "says that it has 5 points and has 2"),
+        ("1 2 3\n4 5 6\n".encode("utf-16"), "bytes of zero"),
+    ],
+)
+def test_text_in_which_points_or_columns_would_be_lost(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(errors.BadFile, match=message):
+        read_cloud(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_fields_of_a_ply_in_any_order(tmp_path, order):
+    kinds = [("g", "u1"), ("Z", order + "f8"), ("X", order + "f8"), ("r", "u1"), ("Y", order + "f8"), ("b", "u1")]
+    rows = np.array([(0, 3.5, 1.5, 1, 2.5, 0), (1, 6, 4, 0, 5, 0)], dtype=kinds)
+    PlyData([PlyElement.describe(rows, "vertex")], byte_order=order).write(str(tmp_path / "a.ply"))
+    cloud = read_cloud(tmp_path / "a.ply")
+    assert cloud.points.tolist() == [[1.5, 2.5, 3.5], [4, 5, 6]]
+    assert np.allclose(cloud.colors * 255, [[1, 0, 0], [0, 1, 0]])  # bytes are bytes, however dark
+    assert np.array_equal(read_cloud(rows).points, cloud.points)  # records of numpy's too
+
+
+def test_colors_have_a_known_scale(points):
+    whole = np.ones((300, 3), np.float32)
+    assert np.array_equal(read_cloud(np.concatenate([points, whole * 1.0000002], axis=1)).colors, whole)
+    for colors, message in ((whole * 200, "from 200 to 200; expected 0 to 1"), (whole * -1, "from -1 to -1")):
+        with pytest.raises(ValueError, match=message):
+            read_cloud(Cloud(points, colors))
+
+
+def test_packed_colors_of_a_dark_pcd(tmp_path):
+    head = b"FIELDS x y z rgba\nSIZE 4 4 4 4\nTYPE F F F U\nCOUNT 1 1 1 1\nPOINTS 1\nDATA binary\n"
+    (tmp_path / "a.pcd").write_bytes(head + struct.pack("<3fI", 1, 2, 3, 0xFF010001))
+    assert np.allclose(read_cloud(tmp_path / "a.pcd").colors * 255, [[1, 0, 1]])
+
+
+@pytest.mark.parametrize("header", ["SIZE 4 4 3", "COUNT 1 1 0", "POINTS -1"])
+def test_pcd_headers_that_cannot_be(tmp_path, header):
+    lines = {"FIELDS": "x y z", "SIZE": "4 4 4", "TYPE": "F F F", "COUNT": "1 1 1", "POINTS": "1", "DATA": "binary"}
+    name, _, value = header.partition(" ")
+    text = "".join(f"{k} {v}\n" for k, v in (lines | {name: value}).items())
+    (tmp_path / "a.pcd").write_bytes(text.encode() + bytes(12))
+    with pytest.raises(errors.BadFile, match="header lacks or misstates"):
+        read_cloud(tmp_path / "a.pcd")
+
+
+def test_a_las_file_that_ends_between_two_points(tmp_path, points):
+    whole = write_labels(tmp_path / "a.las", Cloud(points), np.zeros(300, int), np.ones((300, 3), np.uint8))
+    size = laspy.read(whole).point_format.size
+    whole.write_bytes(whole.read_bytes()[:-size])
+    with pytest.raises(errors.BadFile, match="ends after 299 of 300 points"):
+        read_cloud(whole)
+
+
+def test_a_stray_point_does_not_cost_the_others_their_digits(points):
+    world = np.concatenate([np.zeros((1, 3)), points + np.array([451234.5, 5412345.25, 310.0])])
+    assert np.abs(read_cloud(world).world() - world)[1:].max() < 1e-5
+
+
+def test_other_letters(tmp_path, points):
+    """ply knows ASCII only: in comments others are passed over, in names of labels escaped."""
+    path = write_labels(tmp_path / "Stühle" / "grün.ply", Cloud(points), np.zeros(300), np.zeros((300, 3)), ["Tür"])
+    assert PlyData.read(str(path)).comments == [r"label 0 T\xfcr"]
+    path.write_bytes(path.read_bytes().replace(rb"T\xfcr", "Tür".encode()))
+    assert np.array_equal(read_cloud(path).points, points)
+
+
+def test_arrays_and_tensors(tmp_path, points):
+    np.savez(tmp_path / "a.npz", points=points, colors=np.full((300, 3), 51, np.uint8), other=np.array("text"))
+    assert np.allclose(read_cloud(tmp_path / "a.npz").colors, 0.2)
+    tensor = torch.from_numpy(points).bfloat16().requires_grad_()
+    assert np.array_equal(read_cloud(tensor).points, tensor.detach().float().numpy())
+    assert np.array_equal(read_cloud(Cloud(points.tolist())).points, points)
+    for wrong in ({"points": None}, {"points": points, "origin": np.zeros(2)}):
+        with pytest.raises(ValueError, match="expected"):
+            Cloud(**wrong)
+
+
+def test_no_file(tmp_path):
+    (tmp_path / "a.ply").mkdir()
+    with pytest.raises(errors.BadFile, match="is a folder"):
+        read_cloud(tmp_path / "a.ply")
+    with pytest.raises(errors.LocalFileMissing, match="there is no file"):
+        read_cloud(tmp_path / "b.ply")

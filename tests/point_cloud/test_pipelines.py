@@ -178,7 +178,7 @@ def test_part_segmentation_needs_the_kind_of_object(points):
         zoo.pipeline(model)
     with pytest.raises(zoo.errors.BadArgument, match="shape is 'chair'; pcm_micro_parts labels every kind"):
         zoo.pipeline(zoo.create("pcm_micro_parts"), shape="chair")
-    result = zoo.pipeline(model, shape="chair")(np.concatenate([points, points, points], axis=1))
+    result = zoo.pipeline(model, shape="chair")(np.concatenate([points, np.full((300, 3), 0.5), points], axis=1))
     assert len(result.labels) == 300
 
 

@@ -12,7 +12,7 @@ _KINDS = {"F": "f", "I": "i", "U": "u"}
 
 
 def read_fields(path: Path) -> dict[str, np.ndarray]:
-    """Fields by name, one value a point; a packed ``rgb`` also as red, green and blue (0 to 255).
+    """Fields by name, one value a point; a packed ``rgb`` or ``rgba`` also as red, green and blue (0 to 255).
 
     Raises ValueError for a header that does not say what follows, and for a file that ends too early.
     """
@@ -20,11 +20,13 @@ def read_fields(path: Path) -> dict[str, np.ndarray]:
     header, start = _header(content, path)
     try:
         names, count = header["FIELDS"], int(header["POINTS"][0])
-        formats = [f"<{_KINDS[k]}{s}" for k, s in zip(header["TYPE"], header["SIZE"], strict=True)]
+        formats = [np.dtype(f"<{_KINDS[k]}{s}").str for k, s in zip(header["TYPE"], header["SIZE"], strict=True)]
         repeats = [int(n) for n in header.get("COUNT", ["1"] * len(names))]
         if not len(names) == len(formats) == len(repeats):
             raise ValueError(f"FIELDS, TYPE and COUNT: {len(names)}, {len(formats)} and {len(repeats)} entries")
-    except (KeyError, IndexError, ValueError) as error:
+        if count < 0 or min(repeats, default=1) < 1:
+            raise ValueError(f"POINTS and COUNT: {count} and {repeats}, where 0 or more and 1 or more are expected")
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no readable pcd file: its header lacks or misstates {error}") from error
     columns = list(zip(names, formats, repeats, strict=True))
     data = " ".join(header["DATA"])
@@ -39,12 +41,13 @@ def read_fields(path: Path) -> dict[str, np.ndarray]:
         fields = _compressed(content[start:], columns, count, path)
     else:
         raise ValueError(f"{path}: DATA {data} is not known; expected ascii, binary or binary_compressed")
-    if "rgb" in fields:  # three bytes in the bits of a float, or of an integer
-        if header["TYPE"][names.index("rgb")] == "F":
-            packed = np.ascontiguousarray(fields["rgb"].astype(np.float32)).view(np.uint32)
+    for name in {"rgb", "rgba"} & set(fields):  # bytes in the bits of a float, or of an integer
+        if header["TYPE"][names.index(name)] == "F":
+            packed = np.ascontiguousarray(fields[name].astype(np.float32)).view(np.uint32)
         else:
-            packed = fields["rgb"].astype(np.uint32)
-        fields |= {name: (packed >> shift) & 255 for name, shift in (("red", 16), ("green", 8), ("blue", 0))}
+            packed = fields[name].astype(np.int64).astype(np.uint32)
+        shifts = (("red", 16), ("green", 8), ("blue", 0))
+        fields |= {color: (packed >> shift).astype(np.uint8) for color, shift in shifts}
     return fields
 
 
