@@ -1,6 +1,7 @@
 """The demo checkpoints as a user meets them: sample files of every format, and unseen clouds of the recipe."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -87,6 +88,22 @@ def test_points_are_labelled_and_written(tmp_path, capsys, ending):
     assert np.allclose(written.points, given.points, atol=1e-6)
     assert len(np.unique(written.colors, axis=0)) >= 3  # seat, back and legs
     assert (out / "chair.png").stat().st_size > 1000
+
+
+def test_an_input_is_not_written_over(tmp_path, capsys):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(SAMPLES / "chair.ply", tmp_path / folder / "chair.ply")
+    before = (tmp_path / "one" / "chair.ply").read_bytes()
+    command = ["label-points", "pcm_micro_parts.shapes", str(tmp_path / "one" / "chair.ply"), "--out"]
+    assert run([*command, str(tmp_path / "two" / ".." / "one")]) == 2
+    assert "would take the place of" in capsys.readouterr().err
+    assert (tmp_path / "one" / "chair.ply").read_bytes() == before
+    assert run([*command, str(tmp_path / "one" / "chair.ply" / "out")]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert run([*command, str(tmp_path / "one"), "--format=las"]) == 0
+    assert run([*command, str(tmp_path / "three"), str(tmp_path / "two")]) == 0
+    assert [f.name for f in sorted((tmp_path / "three").iterdir())] == ["000_chair.ply", "001_chair.ply"]
 
 
 def test_label_points_goes_on(tmp_path, capsys):

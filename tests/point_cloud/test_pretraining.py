@@ -88,11 +88,28 @@ def test_command(files, tmp_path, capsys):
     np.save(tmp_path / "holes.npy", np.concatenate([np.load(files[0]), np.full((3, 3), np.nan)]))
     arguments[2] = str(tmp_path / "holes.npy")
     rest = ["--steps=1", "--batch-size=2", "--points=64", *settings]
-    assert run([*arguments, *rest]) == 1
+    assert run([*arguments, *rest]) == 5
     assert "3 of 203 points have NaN" in capsys.readouterr().err
     assert run([*arguments, *rest, "--invalid=drop"]) == 0
     arguments[2] = str(tmp_path / "nowhere.ply")
     assert run([*arguments, *rest]) == 3
     assert "there is no file or folder" in capsys.readouterr().err
     assert run(["pretrain-points", "pcm_micro", str(files[0]), "--out", str(tmp_path)]) == 2
-    assert "expected a masked autoencoder" in capsys.readouterr().err
+    assert "expected PointMambaMAE" in capsys.readouterr().err
+
+
+def test_files_are_looked_at_before_the_first_step(files, tmp_path, capsys):
+    """The bad one of them would otherwise be found whenever chance takes it."""
+    for number in range(3):
+        np.save(tmp_path / f"small {number}.npy", np.zeros((50, 3)))
+    with pytest.raises(ValueError, match=r"small 2\.npy has 50 points; batches of 64"):
+        next(cloud_batches([*files[:8], tmp_path / "small 2.npy"], 64, 1))
+    (tmp_path / "notes.odt").write_text("no cloud")
+    (tmp_path / ".hidden.ply").write_text("what some systems leave beside a file")
+    settings = [f"--set={k}={v}" for k, v in {**SMALL, "decoder_depth": 1}.items()]
+    command = ["pretrain-points", "pointmamba_pretrain", "--out", str(tmp_path / "out"), "--steps=1", *settings]
+    command += ["--batch-size=2", "--points=40"]
+    assert run([*command, str(files[0]), str(tmp_path / "notes.odt")]) == 1
+    assert "no format is known by the ending '.odt'" in capsys.readouterr().err
+    assert run([*command, str(tmp_path / "small*.npy"), str(tmp_path)]) == 0  # a pattern, and a folder
+    assert "6 clouds" in capsys.readouterr().out

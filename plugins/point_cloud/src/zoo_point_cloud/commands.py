@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from zoo.cli import output, training
-from zoo_registry import errors
+from zoo_registry import optional
 
 
 @click.command()
 @click.argument("name")
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the labelled clouds.")
+@training.out_folder("Folder for the labelled clouds.", file_okay=False)
 @click.option("--format", "ending", default="ply", show_default=True, type=click.Choice(["ply", "las", "laz"]))
 @click.option("--pictures", is_flag=True, help="Draw every answer from three sides as well.")
 @click.option("--shape", help="Kind of object, for models of object parts (chair, lamp ...).")
@@ -33,7 +34,7 @@ from zoo_registry import errors
 def label_points(
     name: str,
     inputs: tuple[str, ...],
-    out: str,
+    out: Path,
     ending: str,
     pictures: bool,
     shape: str | None,
@@ -51,30 +52,44 @@ def label_points(
         zoo label-points pcm_s3dis.s3dis office.las --out labelled --format laz --pictures
     """
     import zoo
-    from zoo.cli.predict import picture_name
     from zoo.pipelines import Failure
 
+    if ending != "ply":
+        optional("laspy", f"--format {ending}", "ssm-zoo-point-cloud[las]")
     own = {"shape": shape, "block_points": block_points, "overlap": overlap, "invalid": invalid}
     arguments = output.loading(options) | {k: v for k, v in own.items() if v is not None}
     pipe = zoo.pipeline(name, "point-cloud-segmentation", **arguments)
-    rows, failed = [], 0
     sources, _ = pipe.expand(list(inputs))
-    for i, result in enumerate(pipe.stream(list(inputs), keep_going=keep_going)):
+    places = _places(sources, out, ending)
+    rows, failed = [], 0
+    for place, result in zip(places, pipe.stream(sources, keep_going=keep_going), strict=True):
         row = result.to_dict()
         if isinstance(result, Failure):
             failed += 1
         else:
-            # The number keeps files of equal names in several folders apart.
-            stem = Path(picture_name(result.source, i)).stem if len(sources) > 1 else Path(result.source).stem
-            row["labels"] = str(result.save_labels(Path(out) / f"{stem}.{ending}"))  # type: ignore[attr-defined]
+            row["labels"] = str(result.save_labels(place))  # type: ignore[attr-defined]
             if pictures:
-                row["picture"] = str(result.save_picture(Path(out) / f"{stem}.png"))
+                row["picture"] = str(result.save_picture(place.with_suffix(".png")))
         rows.append(row)
         if not as_json:
             click.echo(str(result) + (f"  -> {row['labels']}" if "labels" in row else ""))
     if as_json:
         output.emit(rows)
     return 1 if failed else 0
+
+
+def _places(sources: Sequence[Path], out: Path, ending: str) -> list[Path]:
+    """Where each labelled cloud goes. A number keeps files of equal names in several folders apart. Raises UsageError
+    where that is one of the sources, whose colours would be lost."""
+    from zoo.cli.predict import picture_name
+
+    stems = [Path(picture_name(str(source), i)).stem for i, source in enumerate(sources)]
+    places = [out / f"{stem}.{ending}" for stem in ([sources[0].stem] if len(sources) == 1 else stems)]
+    given = {source.resolve() for source in sources}
+    for place in places:
+        if place.resolve() in given:
+            raise click.UsageError(f"the labelled cloud would take the place of {place}; give another folder as --out")
+    return places
 
 
 @click.command()
@@ -121,25 +136,12 @@ def pretrain_points(
 
     import zoo
 
-    from .files import EXTENSIONS
-    from .pointmamba import PointMambaMAE
     from .pretraining import cloud_batches, pretrain
+    from .rebuilding import CloudRebuilding
 
     torch.manual_seed(seed)
     model = zoo.create(name, **output.pairs(choices, "--set"))
-    if not isinstance(model, PointMambaMAE):
-        raise click.UsageError(
-            f"{name} is a {type(model).__name__}; expected a masked autoencoder (pointmamba_pretrain)"
-        )
-    files: list[Path] = []
-    for text in inputs:
-        path = Path(text)
-        if not path.exists():
-            raise errors.LocalFileMissing(f"there is no file or folder {text!r} (in {Path.cwd()})", path=text)
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files += [f for f in found if f.suffix.lower() in EXTENSIONS]
-    if not files:
-        raise click.UsageError(f"no point clouds in {', '.join(inputs)}; expected {', '.join(EXTENSIONS)}")
+    files, _ = CloudRebuilding(model).expand(list(inputs))
     recent: list[float] = []
 
     def report(step: int, loss: float) -> None:

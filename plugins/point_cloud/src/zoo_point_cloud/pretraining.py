@@ -26,20 +26,20 @@ def cloud_batches(
     """Batches (batch, points, 3) without end: each a random choice of files, of each a random choice of points, in the
     unit sphere, stretched by 2/3 to 3/2 along each axis and moved by up to 0.2.
 
-    Files are kept in memory once read. ``invalid``: points with NaN or infinite coordinates are an "error", or are
-    left out ("drop"). Raises ValueError for no files and for a file with fewer points.
+    All files are read before the first batch, so that a bad one is found at once, and kept in memory. ``invalid``:
+    points with NaN or infinite coordinates are an "error", or are left out ("drop"). Raises ValueError for no files and
+    for a file with fewer points.
     """
     if not files:
         raise ValueError("no point-cloud files were given")
+    read = [read_cloud(file, invalid).points for file in files]
+    for file, cloud in zip(files, read, strict=True):
+        if len(cloud) < points:
+            raise ValueError(f"{file} has {len(cloud)} points; batches of {points} points are asked for")
     r = np.random.default_rng(seed)
-    read: dict[int, np.ndarray] = {}
     while True:
         clouds = []
         for i in r.integers(0, len(files), batch).tolist():
-            if i not in read:
-                read[i] = read_cloud(files[i], invalid).points
-                if len(read[i]) < points:
-                    raise ValueError(f"{files[i]} has {len(read[i])} points; batches of {points} points are asked for")
             cloud = read[i][r.choice(len(read[i]), points, replace=False)]
             cloud = cloud - cloud.mean(axis=0)
             cloud = cloud / max(float(np.sqrt((cloud**2).sum(axis=1)).max()), 1e-12)
