@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .checkpointing import GradCheckpointing, Recomputed, recompute
     from .fft_conv import FFTConv, S4Block
     from .linear import Linear
     from .lru import LRU
@@ -23,6 +24,7 @@ _LAZY = {
     "ConvDownsample": "vss",
     "FFTConv": "fft_conv",
     "GatedRMSNorm": "norm",
+    "GradCheckpointing": "checkpointing",
     "GridScan": "ss2d",
     "GridSSD": "ss2d",
     "LRU": "lru",
@@ -35,6 +37,7 @@ _LAZY = {
     "PatchMerging": "vss",
     "PathScan": "path_scan",
     "RMSNorm": "norm",
+    "Recomputed": "checkpointing",
     "S4Block": "fft_conv",
     "S4D": "s4d",
     "S4ND": "s4nd",
@@ -42,6 +45,7 @@ _LAZY = {
     "S5Layer": "s5",
     "SS2D": "ss2d",
     "VSSBlock": "vss",
+    "recompute": "checkpointing",
 }
 
 __all__ = [
@@ -53,6 +57,7 @@ __all__ = [
     "ConvDownsample",
     "FFTConv",
     "GatedRMSNorm",
+    "GradCheckpointing",
     "GridSSD",
     "GridScan",
     "Linear",
@@ -64,9 +69,11 @@ __all__ = [
     "PatchMerging",
     "PathScan",
     "RMSNorm",
+    "Recomputed",
     "S4Block",
     "S5Layer",
     "VSSBlock",
+    "recompute",
 ]
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bands import conv_chain
+from .checkpointing import Recomputed
 from .inference import by_rows, results_only, settled
 from .linear import Linear, call
 from .ss2d import SS2D, activation
@@ -102,7 +103,7 @@ class Mlp(nn.Module):
         return call(self.fc2, x, add=add)
 
 
-class VSSBlock(nn.Module):
+class VSSBlock(Recomputed):
     """``x + drop_path(op(norm x))``, then ``x + drop_path(mlp(norm2 x))``; with ``post_norm`` the norm comes after.
 
     Arguments: ``dim`` C; ``mixer``: options of :class:`zoo.layers.SS2D` (``None``: no mixer); ``mlp_ratio``: hidden
