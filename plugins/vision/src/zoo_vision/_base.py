@@ -19,6 +19,7 @@ from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
+from zoo.layers import GradCheckpointing
 
 from .timm_models import register_timm
 
@@ -84,14 +85,8 @@ class Habits:
         return self
 
 
-class TrainingHabits(Habits):
+class TrainingHabits(GradCheckpointing, Habits):
     """What recipes ask of our own models (timm's classes answer for themselves)."""
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        for module in self.modules():  # type: ignore[attr-defined]
-            if hasattr(module, "grad_checkpointing"):
-                module.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that recipes leave out of weight decay: position tables, class tokens, A and D of every scan."""
@@ -128,7 +123,6 @@ class VisionModel(TrainingHabits, nn.Module):
     in_chans: int
     num_features: int
     feature_info: Any
-    grad_checkpointing: bool = False
 
     # -- what a subclass implements
 

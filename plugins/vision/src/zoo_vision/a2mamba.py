@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, to_2tuple, trunc_normal_
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zoo.adapting import Converted
+from zoo.layers import Recomputed
 from zoo.layers.init import inverse_softplus_log_uniform
 from zoo.layers.linear import linear
 from zoo.layers.neighborhood import (
@@ -224,7 +224,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """``x += cpe1 x; x += mixer(norm1 x); x += cpe2 x; x += mlp(norm2 x)``, the branches scaled or the shortcuts.
 
     ``scale``: ``None``, ``"layer"`` (the branch is scaled) or ``"res"`` (the shortcut is). ``norm``: see :data:`NORMS`.
@@ -266,17 +266,13 @@ class Stage(nn.Module):
 
     def __init__(self, head_dim: int, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.grad_checkpointing = False
         self.rope = Rope(head_dim)
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         sin, cos = self.rope(*x.shape[2:])
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, sin, cos, use_reentrant=False)
-            else:
-                x = block(x, sin, cos)
+            x = block(x, sin, cos)
         return x
 
 

@@ -18,6 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from zoo.layers import GradCheckpointing, Recomputed
 from zoo.reference import ReferenceAdapter, unwrapped
 from zoo.rules import Drop, Rename, Reshape, Rules
 
@@ -35,10 +36,20 @@ except ImportError as missing:
 from ._base import Habits, Indices, build, check_reference_config, takes
 
 
-class _Common(Habits):
+class Block(Recomputed, timm.models.efficientvim.EfficientViMBlock):
+    """timm's block, recomputed as the zoo's are: timm's way counts a batch twice in the running statistics."""
+
+
+class _Common(GradCheckpointing, Habits):
     """The zoo's pyramids: maps (batch, C, H, W) of the three stages before their downsampling, strides 16, 32, 64."""
 
     first_conv = "patch_embed.conv.0.conv"
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:  # type: ignore[attr-defined]
+            for block in stage.blocks:
+                block.__class__ = Block
+        super().set_grad_checkpointing(enable)
 
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True

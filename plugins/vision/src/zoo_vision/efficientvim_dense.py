@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers import GradCheckpointing
 from zoo.rules import Rename, Reshape, Rules
 
 from ._base import check_reference_config, freeze_norms, takes
@@ -20,7 +21,7 @@ from .pyramids import FPNNeck, neck_arguments
 from .segmentation import ConvNormAct
 
 
-class EfficientViMFPN(nn.Module):
+class EfficientViMFPN(GradCheckpointing, nn.Module):
     """Backbone and neck: images (batch, in_chans, H, W) to the neck's maps, largest first.
 
     ``frozen_norms``: the backbone's batch norms stay in eval mode while training, as in the original.

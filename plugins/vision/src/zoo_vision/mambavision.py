@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zoo.adapting import NewHead
-from zoo.layers import Linear, Mlp
+from zoo.layers import Linear, Mlp, Recomputed
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rules
 from zoo_kernels import causal_conv1d, selective_scan
@@ -94,7 +93,7 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """Norm, mixer (Mamba or attention), norm, MLP, each added; ``layer_scale`` starts gains of both branches."""
 
     def __init__(
@@ -118,7 +117,7 @@ class Block(nn.Module):
         return x + self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Recomputed):
     """``x + gamma * BN(conv(GELU(BN(conv(x)))))`` with 3x3 convolutions and the tanh form of GELU."""
 
     def __init__(self, dim: int, drop_path: float, layer_scale: float | None, **dd: Any) -> None:
@@ -168,7 +167,6 @@ class Level(nn.Module):
     def __init__(self, blocks: list[nn.Module], window: int | None, downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks, self.window, self.downsample = nn.ModuleList(blocks), window, downsample
-        self.grad_checkpointing = False
 
     def body(self, x: Tensor) -> Tensor:
         """Map (batch, C, H, W) to the map before downsampling. Right and bottom are padded with zeros to windows."""
@@ -180,7 +178,7 @@ class Level(nn.Module):
             x = x.unflatten(3, (columns, w)).unflatten(2, (rows, w))  # (batch, C, rows, w, columns, w)
             x = x.permute(0, 2, 4, 3, 5, 1).flatten(0, 2).flatten(1, 2)  # (batch * windows, w * w, C)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+            x = block(x)
         if self.window is not None:
             x = x.unflatten(1, (w, w)).unflatten(0, (-1, rows, columns)).permute(0, 5, 1, 3, 2, 4)
             x = x.flatten(4, 5).flatten(2, 3)[:, :, :height, :width].contiguous()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
+from zoo.layers import GradCheckpointing
 from zoo.layers.inference import results_only, settled
 
 from ._base import check_count, check_reference_config, feature_info_of, takes
@@ -151,7 +152,7 @@ class FCNHead(nn.Module):
 # -- segmentors ------------------------------------------------------------------------------------------------------
 
 
-class Segmentor(nn.Module):
+class Segmentor(GradCheckpointing, nn.Module):
     """A backbone that gives a list of maps, largest first, UPerNet's head, and an auxiliary head on the map before
     the last.
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zoo.adapting import Converted
 from zoo.layers import RMSNorm
@@ -131,7 +130,6 @@ class VimTrunk(nn.Module):
         )  # fmt: skip
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self.norm_f = norm()
-        self.grad_checkpointing = False
         self._init_weights()
 
     def _class_tokens(self) -> list[str]:
@@ -209,22 +207,17 @@ class VimTrunk(nn.Module):
                 if r is not None and self.rope_residual:
                     r = self._rotate(r, table, turn)
             if not self.paired_layers:
-                h, r = self._block(i, h, r, path)
+                h, r = self.layers[i](h, r, path)
             else:
                 h, r = self._pair(i, h, r)
             if i in take:
                 kept[i] = (h, r)
         return h, (torch.zeros_like(h) if r is None else r), kept  # None where no block ran
 
-    def _block(self, i: int, h: Tensor, r: Tensor | None, path: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.grad_checkpointing:
-            return checkpoint(self.layers[i], h, r, path, use_reentrant=False)
-        return self.layers[i](h, r, path)
-
     def _pair(self, i: int, h: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor]:
         """Two one-way layers, the second on reversed tokens. Both return the whole stream, so r doubles (as theirs)."""
-        h_f, r_f = self._block(2 * i, h, r)
-        h_b, r_b = self._block(2 * i + 1, h.flip(1), None if r is None else r.flip(1))
+        h_f, r_f = self.layers[2 * i](h, r)
+        h_b, r_b = self.layers[2 * i + 1](h.flip(1), None if r is None else r.flip(1))
         return h_f + h_b.flip(1), r_f + r_b.flip(1)
 
     @staticmethod

@@ -27,9 +27,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from zoo.layers import Mamba
+from zoo.layers import Mamba, Recomputed
 from zoo.layers.ss2d import CROSS, SS2D
 from zoo.layers.vss import PatchEmbed
 
@@ -90,7 +89,7 @@ class WeightedAverage(nn.Module):
         return total
 
 
-class MixerBlock(nn.Module):
+class MixerBlock(Recomputed):
     """A token mixer and a channel mixer, each over a weighted average of all earlier outputs of its stage.
 
     ``number`` is the block's place in the stage, from 0: it sees ``number + 1`` earlier outputs of each kind.
@@ -119,17 +118,13 @@ class MixerStage(nn.Module):
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module) -> None:
         super().__init__()
-        self.grad_checkpointing = False
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
     def walk(self, x: Tensor) -> Tensor:
         tokens, channels = [x], [x]
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                t, c = checkpoint(block, list(tokens), list(channels), use_reentrant=False)
-            else:
-                t, c = block(tokens, channels)
+            t, c = block(list(tokens), list(channels))  # lists of its own: these two grow
             tokens.append(t)
             channels.append(c)
         return channels[-1]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from zoo.layers import Linear, PathScan, RMSNorm
+from zoo.layers import Linear, PathScan, Recomputed, RMSNorm
 from zoo_kernels import causal_conv1d
 
 
@@ -92,7 +92,7 @@ class VimMixer(nn.Module):
         return out if self.gamma is None else out * self.gamma
 
 
-class VimBlock(nn.Module):
+class VimBlock(Recomputed):
     """Add, norm, mix: ``r += h; h = mixer(norm(r))``. The mixer's output is added by the next block."""
 
     def __init__(self, mixer: nn.Module, norm: nn.Module, drop_path: float, residual_in_fp32: bool) -> None:

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zoo.adapting import Converted, NewHead
 from zoo.layers.inference import by_rows, reusing_memory
@@ -35,16 +34,11 @@ class Stage(nn.Module):
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module) -> None:
         super().__init__()
-        self.grad_checkpointing = False
         self.blocks = nn.Sequential(*blocks)
         self.downsample = downsample
 
     def walk(self, x: Tensor) -> Tensor:
         """The blocks alone: the map that pyramids take. x: (batch, H, W, C)."""
-        if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
-            for block in self.blocks:
-                x = checkpoint(block, x, use_reentrant=False)
-            return x
         return self.blocks(x)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
+from zoo.layers import GradCheckpointing
 from zoo_vision._base import check_count, freeze_norms
 
 from .boxes import Anchors, best, best_solid, decode, ordered
@@ -46,7 +47,7 @@ class Detections:
         return len(self.boxes)
 
 
-class Detector(nn.Module):
+class Detector(GradCheckpointing, nn.Module):
     """A backbone that gives a list of maps, a neck that makes a pyramid of them, and heads.
 
     ``score_threshold``, ``overlap`` and ``per_image`` may be set: what :meth:`detect` leaves out as unlikely, what it
