@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers import Recomputed
 from zoo.layers.bands import conv_norm, folded
 from zoo.layers.inference import by_rows, results_only, reusing_memory, settled
 from zoo.layers.linear import call, linear
@@ -93,7 +94,7 @@ class ConvNormAct(nn.Module):
         return self(torch.cat(list(maps), dim=-1).permute(0, 3, 1, 2))
 
 
-class Residual(nn.Module):
+class Residual(Recomputed):
     """``relu(x + bn2(conv2(relu(bn1(conv1 x)))))``, 3x3 convolutions without bias, (batch, C, h, w)."""
 
     def __init__(self, dim: int) -> None:

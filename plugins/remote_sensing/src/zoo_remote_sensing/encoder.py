@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.adapting import InputChannels, NewHead
+from zoo.layers import GradCheckpointing
 from zoo.layers.vss import VSSBlock
 from zoo.rules import Rename, Reshape, Rules
 
@@ -65,7 +66,7 @@ def make_block(dim: int, options: Mapping[str, Any]) -> VSSBlock:
     return VSSBlock(dim, mixer, drop_path=DECODER_DROP_PATH, **rest)
 
 
-class PairModel(nn.Module):
+class PairModel(GradCheckpointing, nn.Module):
     """What the change detectors share: a pyramid of each date through one encoder, and what a loader may adapt."""
 
     encoder: Any

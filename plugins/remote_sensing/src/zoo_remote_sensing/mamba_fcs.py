@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers import Recomputed
 from zoo.layers.bands import conv_norm
 from zoo.layers.inference import reusing_memory
 
@@ -83,7 +84,7 @@ class UnusedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
 
-class FFTFusion(nn.Module):
+class FFTFusion(Recomputed):
     """Both dates, their spectra and their difference to one map, (batch, dim, h, w) (paper, section III-B)."""
 
     def __init__(self, dim: int) -> None:
@@ -111,7 +112,7 @@ class ChannelAttention(nn.Module):
         return x * (self.fc(x.mean((2, 3))) + self.fc(x.amax((2, 3))))[:, :, None, None]
 
 
-class PyramidFusion(nn.Module):
+class PyramidFusion(Recomputed):
     """Three receptive fields, attention over channels and places, residual: (batch, channels, h, w) to ``dim``."""
 
     def __init__(self, channels: int, dim: int) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
-from zoo.layers import Linear
+from zoo.layers import GradCheckpointing, Linear, Recomputed
 from zoo.layers.init import inverse_softplus_log_uniform
 from zoo_kernels import causal_conv1d, selective_scan
 
@@ -153,7 +153,7 @@ def long_causal_conv(u: Tensor, weight: Tensor, bias: Tensor | None, rows: Tenso
     return torch.empty_like(y).scatter(1, at, y)
 
 
-class Layer(nn.Module):
+class Layer(Recomputed):
     """``x + sum_j g_j path_j(norm(x))`` with means or a learned softmax gate between the paths.
 
     The norm is given, for all layers share one. The gate sees each path's output averaged over the tokens.
@@ -176,7 +176,7 @@ class Layer(nn.Module):
         return x + self.mixer.out_proj(mixed * z)
 
 
-class RSMamba(nn.Module):
+class RSMamba(GradCheckpointing, nn.Module):
     """RSMamba, classifier or backbone.
 
     Arguments

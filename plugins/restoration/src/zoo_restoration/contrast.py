@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
+from zoo.layers import GradCheckpointing, Recomputed
 from zoo.layers.ss2d import CROSS, SS2D
 from zoo.layers.vss import ConvLast, DropPath, VSSBlock
 
@@ -48,7 +49,7 @@ class ChannelAttentionConv(nn.Module):
         return y * gate.sigmoid()
 
 
-class ResidualStateSpaceBlock(nn.Module):
+class ResidualStateSpaceBlock(Recomputed):
     """``x = s1 x + op(norm x)``, then ``x = s2 x + convs(norm2 x)``, s1 and s2 learned for each channel.
 
     MambaIR's block, arXiv 2402.15648, equation 3. Input and output (batch, height, width, dim).
@@ -99,7 +100,7 @@ def upsampler(kind: str, dim: int, out_chans: int, scale: int, width: int) -> nn
     return nn.Sequential(*layers, nn.Conv2d(width, out_chans, 3, padding=1))
 
 
-class Contrast(nn.Module):
+class Contrast(GradCheckpointing, nn.Module):
     """``head(conv(groups(f)) + f)`` with ``f = conv(x - mean)``, the mean added again.
 
     Arguments

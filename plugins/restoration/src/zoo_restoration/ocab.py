@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Linear, Mlp
+from zoo.layers import Linear, Mlp, Recomputed
 from zoo.layers.inference import results_only
 
 #: numbers in the keys and values of the windows that are computed at a time in inference
@@ -85,7 +85,7 @@ class OverlappingCrossAttention(nn.Module):
         return y.reshape(batch, rows * M, width, self.dim)
 
 
-class OCAB(nn.Module):
+class OCAB(Recomputed):
     """``x + attention(norm x)``, then ``x + mlp(norm2 x)``; see :class:`OverlappingCrossAttention`."""
 
     def __init__(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
-from zoo.layers import Linear
+from zoo.layers import GradCheckpointing, Linear
 from zoo.layers.ss2d import CROSS
 from zoo.layers.vss import (
     ConvDownsample,
@@ -59,7 +59,7 @@ class Skip(nn.Module):
         return x + skip if self.reduce is None else self.reduce(torch.cat([x, skip], dim=-1))
 
 
-class Serpent(nn.Module):
+class Serpent(GradCheckpointing, nn.Module):
     """``x + head(decoder(encoder(patches(x))))`` for images of any size.
 
     Arguments
