@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
-from zoo.layers import Mamba
+from zoo.layers import GradCheckpointing, Mamba, Recomputed
 
 from ._base import check_input
 from .unetr_blocks import UpBlock, named_conv
@@ -71,7 +71,7 @@ class ChannelNorm(nn.Module):
         return y.to(x.dtype) * self.weight.view(shape) + self.bias.view(shape)
 
 
-class MedNeXtBlock(nn.Module):
+class MedNeXtBlock(Recomputed):
     """Depthwise convolution, norm, 1x1x1 convolution to ``expansion`` times the channels, GELU, back, residual.
 
     Source: Roy et al., "MedNeXt", arXiv 2303.09975, section 2.1.
@@ -89,7 +89,7 @@ class MedNeXtBlock(nn.Module):
         return x + visible(self.conv3(F.gelu(visible(self.conv2(y)))))
 
 
-class SkipBlock(nn.Module):
+class SkipBlock(Recomputed):
     """``act(norm(conv(act(norm(conv x)))) + x)`` with LeakyReLU 0.01; the shortcut is 1x1x1 and norm where needed."""
 
     def __init__(self, cin: int, cout: int) -> None:
@@ -177,7 +177,7 @@ class TokenMlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class MambaBlock(nn.Module):
+class MambaBlock(Recomputed):
     """``x + mamba(norm x)``, then ``x + mlp(norm x)``; (batch, length, dim)."""
 
     def __init__(self, dim: int) -> None:
@@ -294,7 +294,7 @@ def check_encoder(
         raise ValueError(f"img_size is {img_size}; expected a multiple of {STRIDE}")
 
 
-class Hybird(nn.Module):
+class Hybird(GradCheckpointing, nn.Module):
     """MambaMIM's segmentation network (the original's spelling): hybrid encoder, UNETR decoder.
 
     Arguments: ``in_chans``, ``num_classes``, ``img_size`` S (cubes of S^3, a multiple of 16), ``channels`` c0..c4,

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.layers import GradCheckpointing, Recomputed
+
 from ._base import check_input
 from .mambamim import (
     CHANNELS,
@@ -71,7 +73,7 @@ def toki(features: Tensor, active: Tensor, A: Tensor) -> Tensor:
     return tokens.reshape(batch, *features.shape[1:])
 
 
-class DoubleConv(nn.Module):
+class DoubleConv(Recomputed):
     """Twice: 3x3x3 convolution, batch norm, ReLU; with ``up`` a transposed convolution (2, stride 2) before them."""
 
     def __init__(self, cin: int, cout: int, *, up: bool = False) -> None:
@@ -122,7 +124,7 @@ class SparseEncoder(nn.Module):
         return [x, *reversed(skips)], found
 
 
-class MambaMIM(nn.Module):
+class MambaMIM(GradCheckpointing, nn.Module):
     """Masked pre-training: ``model(volumes)`` is the reconstruction loss on the hidden cells.
 
     Arguments: the encoder's as in :class:`zoo_medical.mambamim.Hybird`; ``decoder_width`` (halved at each level),

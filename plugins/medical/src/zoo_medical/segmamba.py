@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
+from zoo.layers import GradCheckpointing, Recomputed
 from zoo.layers.inference import by_rows
 from zoo.layers.linear import linear
 from zoo.layers.path_scan import PathScan
@@ -123,7 +124,7 @@ class TriMamba(nn.Module):
         return answer
 
 
-class MambaLayer(nn.Module):
+class MambaLayer(Recomputed):
     """``x + mamba(norm x)`` over the positions of (batch, dim, X, Y, Z) in raster order."""
 
     def __init__(self, dim: int, slices: int, state: int = 16) -> None:
@@ -139,7 +140,7 @@ class MambaLayer(nn.Module):
         return x + self.mamba(self.norm(tokens)).transpose(1, 2).reshape(x.shape)
 
 
-class GatedSpatialConv(nn.Module):
+class GatedSpatialConv(Recomputed):
     """Two 3x3x3 convolutions beside one 1x1x1, added, one more 1x1x1, residual; norm and ReLU after each.
 
     The paper multiplies the branches (equation 1); the authors' code adds them, and so does this.
@@ -168,7 +169,7 @@ class GatedSpatialConv(nn.Module):
         return act(self.proj4, act(self.proj2, act(self.proj, x)) + act(self.proj3, x)) + x
 
 
-class ChannelMlp(nn.Module):
+class ChannelMlp(Recomputed):
     """1x1x1 convolution to twice the channels, GELU, and back."""
 
     def __init__(self, dim: int) -> None:
@@ -217,7 +218,7 @@ class MambaEncoder(nn.Module):
         return maps
 
 
-class SegMamba(nn.Module):
+class SegMamba(GradCheckpointing, nn.Module):
     """Mamba encoder, convolutional decoder with a residual block on every skip.
 
     Arguments: ``in_chans``, ``num_classes``, ``depths`` (Mamba layers of the four stages), ``feat_size`` (their

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
+from zoo.layers import GradCheckpointing
 from zoo.layers.vss import PatchExpanding
 from zoo.rules import Rules
 
@@ -32,7 +33,7 @@ def _encoder(
     return VSSMEncoder(in_chans, patch, depths, dims, states(state, dims), rates, **more)
 
 
-class SwinUMamba(nn.Module):
+class SwinUMamba(GradCheckpointing, nn.Module):
     """Strided stem, VMamba encoder, convolutional decoder with a residual block on every skip.
 
     Arguments: ``in_chans``, ``num_classes``, ``feat_size`` (widths of the decoder at strides 1, 2, 4, 8, 16),
@@ -144,7 +145,7 @@ class MambaDecoder(nn.Module):
         return [full, *reversed(outputs)] if every else full
 
 
-class SwinUMambaD(nn.Module):
+class SwinUMambaD(GradCheckpointing, nn.Module):
     """VMamba encoder on the image, and a decoder of VSS blocks ("dagger" in the paper).
 
     Arguments as :class:`SwinUMamba`'s; ``dims`` and ``depths`` of any number of stages; ``patch_size`` and

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapting import InputChannels, NewHead
-from zoo.layers import Mamba
+from zoo.layers import GradCheckpointing, Mamba, Recomputed
 
 from . import lean
 from ._base import check_input
@@ -48,7 +48,7 @@ class Plan:
         return NORM[self.dims](channels, eps=self.eps, affine=self.affine)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Recomputed):
     """``act(norm(conv(act(norm(conv x)))) + conv1x1 x)``, the stride in the first convolution and the shortcut."""
 
     def __init__(self, plan: Plan, cin: int, cout: int, kernel: Axes, stride: Axes = 1) -> None:
@@ -85,7 +85,7 @@ class ConvNorm(nn.Module):
         return self.norm(self.conv(x))
 
 
-class PlainBlock(nn.Module):
+class PlainBlock(Recomputed):
     """``act(norm(conv(act(norm(conv x)))) + x)``: nnU-Net's ``BasicBlockD`` at stride 1."""
 
     def __init__(self, plan: Plan, channels: int, kernel: Axes) -> None:
@@ -108,7 +108,7 @@ def stage(plan: Plan, cin: int, cout: int, kernel: Axes, stride: Axes, blocks: i
     return nn.Sequential(ResidualBlock(plan, cin, cout, kernel, stride), *rest)
 
 
-class MambaLayer(nn.Module):
+class MambaLayer(Recomputed):
     """``mamba(norm x)``, without a residual. (batch, C, *size) to the same, in float32 under autocast.
 
     Tokens are positions in raster order; with ``channel_tokens`` they are channels, and ``dim`` is the number of
@@ -257,7 +257,7 @@ class Decoder(nn.Module):
         return outputs[::-1] if every else outputs[0]
 
 
-class UMamba(nn.Module):
+class UMamba(GradCheckpointing, nn.Module):
     """U-Mamba with a Mamba layer at the bottom (``mamba="bot"``) or after the encoder's stages (``mamba="enc"``).
 
     Arguments (nnU-Net plans): ``dims`` 2 or 3; ``features``, ``kernels``, ``strides`` of the stages (a kernel or stride

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers import Recomputed
+
 from . import lean
 
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -49,7 +51,7 @@ def named_conv(dims: int, cin: int, cout: int, kernel: int, *, bias: bool = Fals
     return nn.Sequential(OrderedDict(conv=CONV[dims](cin, cout, kernel, padding=kernel // 2, bias=bias)))
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Recomputed):
     """``act(norm(conv2(act(norm(conv1 x)))) + shortcut x)``; the shortcut is conv1x1 and norm where channels differ."""
 
     def __init__(self, dims: int, cin: int, cout: int, norm: NormName = "instance", residual: bool = True) -> None:
