@@ -18,6 +18,10 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) fo
 def checkout(tmp_path, monkeypatch) -> Path:
     for folder in ("digits", "objects", "scenes"):
         shutil.copytree(ROOT / "examples" / folder, tmp_path / "examples" / folder)
+    for file in (tmp_path / "examples/digits").glob("*.png"):  # pictures of one's own: two classes
+        own = tmp_path / "pictures" / ("even" if int(file.stem[-1]) % 2 == 0 else "odd") / file.name
+        own.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, own)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -32,7 +36,15 @@ def test_snippets_run(index: int, checkout: Path) -> None:
         assert (checkout / "digits.onnx").exists()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "_micro" in c])
+def test_training_on_pictures_of_ones_own_runs(checkout: Path) -> None:
+    """One command after the other: the later ones take what the first saved."""
+    commands = [c for c in COMMANDS if "zoo train-" in c or "./my_" in c]
+    assert len(commands) >= 3
+    for command in commands:
+        assert run(shlex.split(command)[1:]) == 0, command
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "_micro" in c and "zoo train-" not in c])
 def test_commands_run(command: str, checkout: Path) -> None:
     words = shlex.split(command)
     assert words[0] == "zoo"

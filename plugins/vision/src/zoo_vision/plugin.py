@@ -55,6 +55,7 @@ def zoo_commands() -> Mapping[str, str]:
         "embed-images": "zoo_vision.commands:embed_images",
         "segment-images": "zoo_vision.commands:segment_images",
         "detect": "zoo_vision.commands:detect",
+        "train-classifier": "zoo_vision.commands_training:train_classifier",
     }
 
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,11 @@ def validate_folder(
     Raises ``zoo.errors.BadArgument`` when the folder holds no images, a damaged one, or classes that cannot be matched
     to the model's.
     """
-    from timm.data import create_loader
-
     for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
         at_least(name, value, least)
     pipe = ImageClassification(model)
-    if not Path(folder).is_dir():
-        raise errors.BadArgument(
-            f"{folder} is a file; expected a folder FOLDER/CLASS/IMAGE", argument="folder", accepted=[]
-        )
-    classes = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
-    wanted, matching = match_classes(classes, pipe)
-    data = LabelledPictures(Path(folder), wanted, pipe.in_chans)
+    wanted, matching = match_classes(class_folders(folder), pipe)
+    data = LabelledPictures(Path(folder), wanted, pipe.in_chans, upright=bool(pipe.preprocess.get("upright", False)))
     if not len(data):
         raise errors.BadArgument(
             f"{folder} holds no images; expected {folder}/CLASS/IMAGE ({', '.join(EXTENSIONS)})",
@@ -64,14 +58,40 @@ def validate_folder(
         # spread over the classes, which come one after the other
         chosen = torch.linspace(0, len(data) - 1, limit).long().tolist()
         data.samples = [data.samples[i] for i in chosen]
+    began = time.perf_counter()
+    metrics = accuracies(pipe, data, batch_size=batch_size, workers=workers, progress=progress)
+    return Measured(
+        model=pipe.name, data=str(folder), samples=len(data), metrics=metrics, seconds=time.perf_counter() - began,
+        notes=matching,
+    )  # fmt: skip
+
+
+def class_folders(folder: str | Path) -> list[str]:
+    """The names of FOLDER's sub-folders, sorted. Raises BadArgument for a file."""
+    if not Path(folder).is_dir():
+        raise errors.BadArgument(
+            f"{folder} is a file; expected a folder FOLDER/CLASS/IMAGE", argument="folder", accepted=[]
+        )
+    return sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def accuracies(
+    pipe: ImageClassification,
+    data: LabelledPictures,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    progress: bool = False,
+) -> dict[str, float | None]:
+    """``top1`` and ``top5`` (None for five classes or fewer) of the pictures. Raises BadArgument for a damaged one."""
+    from timm.data import create_loader
+
     settings = {k: v for k, v in pipe.settings.items() if k != "input_size"}
     loader = create_loader(
         data, pipe.settings["input_size"], batch_size, is_training=False, use_prefetcher=False,
         num_workers=workers, pin_memory=False, persistent_workers=False, device=torch.device("cpu"), **settings,
     )  # fmt: skip
-    seen = right1 = right5 = 0
-    outputs = 0
-    began = time.perf_counter()
+    right1 = right5 = outputs = 0
     with progress_bar(progress and sys.stderr.isatty(), len(data), pipe.name) as advance, torch.inference_mode():
         for images, targets in loader:
             if (damaged := targets[targets < 0]).numel():
@@ -82,18 +102,9 @@ def validate_folder(
             hits = best == targets[:, None]
             right1 += int(hits[:, 0].sum())
             right5 += int(hits.any(dim=1).sum())
-            seen += len(targets)
             for _ in range(len(targets)):
                 advance()
-    seconds = time.perf_counter() - began
-    return Measured(
-        model=pipe.name,
-        data=str(folder),
-        samples=seen,
-        metrics={"top1": right1 / seen, "top5": right5 / seen if outputs > 5 else None},
-        seconds=seconds,
-        notes=matching,
-    )
+    return {"top1": right1 / len(data), "top5": right5 / len(data) if outputs > 5 else None}
 
 
 class LabelledPictures:
@@ -102,11 +113,12 @@ class LabelledPictures:
     Read as timm reads them (not turned by their EXIF data, transparency left out), so that figures compare with
     published ones; but greys of 16 bits and floats, which it would make nearly all white, as :func:`open_image` does.
     timm's own data set would leave out other formats than PNG and JPEG, and measure the next picture twice in place of
-    one that is damaged.
+    one that is damaged. ``upright``: turned by their EXIF data after all, as :func:`open_image` does (models trained by
+    ``zoo train-classifier``).
     """
 
-    def __init__(self, folder: Path, classes: dict[str, int], channels: int) -> None:
-        self.channels = channels
+    def __init__(self, folder: Path, classes: dict[str, int], channels: int, *, upright: bool = False) -> None:
+        self.channels, self.upright = channels, upright
         self.transform: Any = None  # set by the loader
         self.samples: list[tuple[str, int]] = []
         for name, index in classes.items():
@@ -117,9 +129,17 @@ class LabelledPictures:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def part(self, numbers: Sequence[int]) -> LabelledPictures:
+        """The samples ``numbers`` alone."""
+        found = LabelledPictures(Path(), {}, self.channels, upright=self.upright)
+        found.samples = [self.samples[i] for i in numbers]
+        return found
+
     def read(self, index: int) -> Image.Image:
         """Raises ``zoo.errors.BadArgument`` for a damaged file."""
         file = self.samples[index][0]
+        if self.upright:
+            return open_image(file, self.channels)
         with contextlib.suppress(OSError, SyntaxError, ValueError), Image.open(file) as image:
             if not image.mode.startswith(("I", "F")):
                 return image.convert("L" if self.channels == 1 else "RGB")

@@ -189,6 +189,7 @@ def begun(name: str, start: str | None, seed: int, **arguments: Any) -> nn.Modul
 
     import zoo
     from zoo import catalog
+    from zoo.loading import card_of
     from zoo_registry import ModelName, parse
 
     card, _ = catalog.find(name)
@@ -200,13 +201,12 @@ def begun(name: str, start: str | None, seed: int, **arguments: Any) -> nn.Modul
     torch.manual_seed(seed)
     if start is None:
         return zoo.create(name, **arguments)
-    model = zoo.load(start, **arguments).float()
-    if model.zoo_info.architecture != card.name:
+    if (theirs := card_of(start).name) != card.name:
         raise errors.BadArgument(
-            f"--start {start} is a {model.zoo_info.architecture}, and {name} is to be trained; name that one, or "
-            f"weights of {name} (zoo info {name} lists them)"
+            f"--start {start} is a {theirs}, and {name} is to be trained; name that one, or weights of {name} (zoo "
+            f"info {name} lists them)"
         )
-    return model
+    return zoo.load(start, **arguments).float()
 
 
 def loop(*, steps: int, rate: float, weight_decay: float = 0.05) -> Decorator:

@@ -1,0 +1,203 @@
+"""The vision plugin's commands that train: ``zoo train-classifier``."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zoo.cli import output, training
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+_MEASURING = (
+    click.option("--held-out", type=click.FloatRange(0, 0.9), help="Share to measure on (default 0.1)."),
+    click.option("--score-every", type=click.IntRange(min=1), help="Steps between two measures (default: a tenth)."),
+)
+_CHANGING = (
+    click.option("--flip/--no-flip", default=True, show_default=True, help="Show half of them from right to left."),
+    click.option(
+        "--jitter",
+        default=0.2,
+        show_default=True,
+        type=click.FloatRange(0, 1),
+        help="Brightness, contrast and saturation change by up to so much.",
+    ),
+)
+
+
+def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda command: functools.reduce(lambda done, option: option(done), reversed(options), command)
+
+
+def _share(held_out: float | None, validation: Path | None) -> float:
+    """The share to hold out; none where there is a validation set."""
+    if held_out is not None and validation is not None:
+        raise click.UsageError("--held-out and --validation: give one, a share of the data or other data")
+    return 0.0 if validation is not None else 0.1 if held_out is None else held_out
+
+
+def _with(arguments: dict[str, Any], choices: tuple[str, ...]) -> dict[str, Any]:
+    """A model's ``arguments``, and those of --set, which cannot be the same."""
+    chosen = output.pairs(choices, "--set")
+    if both := sorted(set(arguments) & set(chosen)):
+        raise click.UsageError(f"--set {both[0]}: it is {arguments[both[0]]} already, from the data or another option")
+    return arguments | chosen
+
+
+def _finished(
+    model: nn.Module,
+    out: Path,
+    labels: list[str],
+    found: Mapping[str, float | None],
+    facts: Mapping[str, Any],
+    *,
+    data: Path,
+    measured_on: Path | None,
+    licence: str | None,
+    command: str,
+    next_command: str,
+    example: str | Path,
+    as_json: bool,
+) -> None:
+    """Save the model with its figures, and say what there is. ``measured_on`` None: a part of ``data``."""
+    import zoo
+
+    figures = {name: value for name, value in found.items() if value is not None}
+    source = measured_on or data
+    metrics = training.measured(
+        figures, dataset=source.name, split="validation" if measured_on else "held out", command=command
+    )
+    zoo.save(model.cpu(), out, labels=labels, licence=licence, metrics=metrics)
+    if as_json:
+        output.emit(dict(facts) | {"metrics": figures, "folder": str(out)})
+        return
+    if figures:
+        click.echo(f"{facts['measured']} pictures that were not trained on: {training.said(figures)}")
+    click.echo(f"saved to {out}; try: zoo {next_command} {training.source(out)} {shlex.quote(str(example))}")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("folder", type=_FOLDER)
+@training.out
+@_options(*_MEASURING)
+@click.option("--validation", type=_FOLDER, help="Measure on this FOLDER/CLASS/PICTURE instead.")
+@training.start
+@click.option("--size", type=click.IntRange(min=1), help="Pixels a side (default: as the weights, or the model's own).")
+@click.option(
+    "--crop",
+    "least",
+    default=0.35,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Least share of a picture that is shown at a time.",
+)
+@_options(*_CHANGING)
+@click.option(
+    "--mixup", default=0.0, show_default=True, type=click.FloatRange(0), help="Blend pictures, as beta(A, A)."
+)
+@click.option("--smoothing", default=0.1, show_default=True, type=click.FloatRange(0, 1, max_open=True))
+@click.option("--freeze", "frozen", is_flag=True, help="Train the last layer alone.")
+@training.loop(steps=1000, rate=5e-4)
+@training.batch_size(32, "Pictures.")
+@training.run_options("in_chans=1")
+@training.resume
+@output.as_json
+def train_classifier(
+    name: str,
+    folder: Path,
+    out: Path,
+    held_out: float | None,
+    score_every: int | None,
+    validation: Path | None,
+    start: str | None,
+    size: int | None,
+    least: float,
+    flip: bool,
+    jitter: float,
+    mixup: float,
+    smoothing: float,
+    frozen: bool,
+    batch_size: int,
+    seed: int,
+    device: str,
+    choices: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train the classifier NAME on FOLDER, pictures in a sub-folder for each class.
+
+    A part of each class is held out and measured as `zoo validate` measures; the weights of the best measure are kept.
+    A run that was interrupted goes on when the same command is given again.
+
+    \b
+        zoo train-classifier vim_tiny flowers/ --out flowers_vim --start vim_tiny.in1k --steps 2000
+        zoo train-classifier vmamba_micro scans/ --out scans_vmamba --no-flip --set in_chans=1
+    """
+    from zoo.training import fit
+
+    from .pipelines import ImageClassification
+    from .training import classify
+    from .training.common import accepts, check_files, check_task, describe, split
+    from .validation import accuracies
+
+    command = "train-classifier"
+    check_task(name, "image-classification", command)
+    share = _share(held_out, validation)
+    if frozen and start is None:
+        raise click.UsageError("--freeze trains the last layer on what the others know: give their weights as --start")
+    classes = classify.classes_in(folder)
+    arguments: dict[str, Any] = {"num_classes": len(classes)}
+    if size is not None and accepts(name, "img_size"):
+        arguments["img_size"] = size
+    model = training.begun(name, start, seed, **_with(arguments, choices))
+    settings = ImageClassification(model).settings
+    if size is not None:
+        settings["input_size"] = (settings["input_size"][0], size, size)
+    licence = describe(model, classes, settings | {"upright": True}, folder.name)
+    pipe = ImageClassification(model)
+    every = classify.labelled(folder, classes, pipe.in_chans)
+    kept, held = split([label for _, label in every.samples], share, seed)
+    train = every.part(kept)
+    test = every.part(held) if validation is None else classify.labelled(validation, classes, pipe.in_chans)
+    check_files(file for file, _ in train.samples + test.samples)
+    if frozen:
+        classify.freeze(model)
+    said = f"{len(train)} pictures of {len(classes)} classes to train on, {len(test)} to measure on"
+    plan = training.settings(options, seed)
+
+    def measure(model: nn.Module) -> dict[str, float | None]:
+        return accuracies(ImageClassification(model), test, batch_size=batch_size) if len(test) else {}
+
+    with (
+        training.processes(device) as place,
+        training.run(out, resume, quiet=as_json, pictures=len(train), measured=len(test), classes=classes) as run,
+    ):
+        if not as_json:
+            click.echo(said)
+        batches = classify.Batches(
+            train, pipe, len(classes), batch_size=batch_size, seed=seed, least=least, flip=flip, jitter=jitter,
+            mixup=mixup,
+        )  # fmt: skip
+        fitted = fit(
+            model.to(place.device), batches, classify.Loss(smoothing, frozen), plan, run=run,
+            report=training.reporter(plan.steps, quiet=as_json),
+            score=(lambda m: measure(m)["top1"] or 0.0) if len(test) else None,
+            score_every=score_every or max(plan.steps // 10, 1),
+        )  # fmt: skip
+        if place.first:
+            facts = {"classes": classes, "pictures": len(train), "measured": len(test), "taken_at": fitted.taken_at}
+            _finished(
+                model, out, classes, measure(model), facts, data=folder, measured_on=validation, licence=licence,
+                command=command, next_command="classify", example=(test.samples or train.samples)[0][0],
+                as_json=as_json,
+            )  # fmt: skip

@@ -1,0 +1,67 @@
+"""What the trainings of all tasks share: files that open, pictures held out, what the saved folder says."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import nn
+
+from zoo import building, catalog
+from zoo.training import held_out
+from zoo_registry import WeightsCard, errors
+
+
+def check_task(name: str, task: str, command: str) -> None:
+    """Raise BadArgument for a model of another task than the command's."""
+    card, _ = catalog.find(name)
+    if card.task != task:
+        raise errors.BadArgument(
+            f"{name} is for {card.task}; zoo {command} trains models for {task} (zoo list --task {task})",
+            argument="name",
+            accepted=[],
+        )
+
+
+def accepts(name: str, argument: str) -> bool:
+    """Whether the model's builder has an argument."""
+    card, _ = catalog.find(name)
+    return argument in inspect.signature(catalog.import_object(card.builder)).parameters
+
+
+def check_files(files: Iterable[str | Path]) -> None:
+    """Open every file; pixels are read when they are needed. Raises BadFile naming one that is no picture, or empty."""
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                size = image.size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise errors.BadFile(
+                f"{file} is no picture that can be read ({error}); mend or remove it", path=str(file)
+            ) from error
+        if not all(size):
+            raise errors.BadFile(f"{file} has {size[0]} x {size[1]} pixels; mend or remove it", path=str(file))
+
+
+def split(groups: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """:func:`zoo.training.held_out`; a ``share`` of 0 holds nothing out."""
+    return held_out(groups, share, seed) if share else (list(range(len(groups))), [])
+
+
+def describe(model: nn.Module, labels: Sequence[str], preprocess: Mapping[str, Any], where: str) -> str | None:
+    """Say in ``model.zoo_info`` what is trained now, and how pictures are prepared, so that pipelines in this process
+    answer as those of the saved folder will. Returns the licence of the weights it began with."""
+    before = model.zoo_info
+    assert isinstance(before, building.ZooInfo)
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in preprocess.items()}
+    info = building.ZooInfo(
+        before.architecture, None, before.config, before.overrides,
+        source=f"trained on {where}", card=before.card,
+        weights=WeightsCard(tag="own", where=f"trained on {where}", preprocess=plain),
+        folder_config={"labels": list(labels)},
+    )  # fmt: skip
+    building.describe(model, info)
+    return before.weights.licence if before.weights is not None else None
