@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zoo_kernels import _checks
 from zoo_kernels._checks import state_dtype
+from zoo_kernels._loop import traced
 from zoo_kernels._ops import Operator
 from zoo_kernels.ops._walk import walk_order
 from zoo_kernels.ops.ssd.core import decayed_scan
@@ -124,7 +125,11 @@ def linear_attention(
     if decay is not None and decay.dim() == 4:
         repeat = heads // groups
         kh, qh = (t if repeat == 1 else t.repeat_interleave(repeat, dim=2) for t in (k, q))
-        y, final = _gated(v, decay, kh, qh, state, resets, order, strict)
+        if _gated.exporting() and traced() and (length if order is None else order.shape[1]) != 0:
+            from .export import linear_attention_export as form
+        else:
+            form = _gated
+        y, final = form(v, decay, kh, qh, state, resets, order, strict)
     else:
         y, final = decayed_scan(v, decay, None, k, q, None, state, resets, order, strict)
     if scale != 1.0:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo_kernels import _checks
+from zoo_kernels._backends import exporting
 from zoo_kernels.ops._walk import gather_rows, scatter_rows, walk_order
 from zoo_kernels.ops.ssd.core import decayed_scan
 
@@ -137,7 +138,7 @@ def stabilise(
     candidate = torch.cat([first, candidate[:, 1:]], dim=1)
     before_first = start[:, None]
     if resets is None:
-        m = candidate.cummax(1).values + total
+        m = _running_maximum(candidate) + total
     else:  # a reset starts over from m = 0; an offset per segment keeps the running maximum inside it
         drop = gather_rows(resets, order)[..., None]
         fresh = torch.maximum(gi, logf) - total
@@ -145,11 +146,20 @@ def stabilise(
         finite = torch.nan_to_num(candidate.detach(), nan=0.0, posinf=0.0, neginf=0.0)
         gap = finite.amax(1, keepdim=True) - finite.amin(1, keepdim=True) + 1
         offset = drop.cumsum(1) * gap
-        m = (candidate + offset).cummax(1).values - offset + total
+        m = _running_maximum(candidate + offset) - offset + total
     previous = torch.cat([before_first, m[:, :-1]], dim=1)
     if resets is not None:
         previous = previous.masked_fill(drop, 0)
     return (logf + previous - m).clamp(max=0), torch.exp(gi - m), m
+
+
+def _running_maximum(x: Tensor) -> Tensor:
+    """Along axis 1 of (batch, steps, heads)."""
+    if not exporting():
+        return x.cummax(1).values
+    t = torch.arange(x.shape[1], device=x.device)  # all pairs, as in the product that follows: ONNX has no cummax
+    pairs = torch.where((t[:, None] >= t)[..., None], x[:, None], torch.full_like(x[:, :1, None], -torch.inf))
+    return pairs.amax(2)
 
 
 def final_stabiliser(m: Tensor, order: Tensor | None, initial_state: State | None, like: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""The selective scan as ordinary torch operators of logarithmic depth, for ONNX and other exporters.
+"""The selective scan as ordinary torch operators, for ONNX and other exporters.
 
-The recurrence h_t = a_t h_{t-1} + x_t is associative in pairs (a, x): doubling the distance log2(steps) times (Hillis
-and Steele, 1986) replaces the loop over time. It stores (batch, K, steps, channels, state), which no other form does.
+A tracer writes it as a loop (:mod:`zoo_kernels._loop`). Elsewhere there is none: the recurrence h_t = a_t h_{t-1} + x_t
+is associative in pairs (a, x), and doubling the distance log2(steps) times (Hillis and Steele, 1986) replaces it. That
+stores (batch, K, steps, channels, state), which no other form does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo_kernels._loop import loop, traced
 from zoo_kernels._walk import put_sum, take, walk
 
 from . import work_dtype
@@ -22,7 +24,6 @@ def selective_scan_export(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The canonical arguments of ``reference.forward``; A real."""
     batch, length = u.shape[:2]
-    channels = A.shape[1]
     work = work_dtype(u, A)
     if dt_proj is not None:
         dt = product(dt, dt_proj, work)
@@ -37,20 +38,64 @@ def selective_scan_export(
         d = d + dt_bias[:, None].to(work)
     if dt_softplus:
         d = F.softplus(d)
-    repeat = channels // B.shape[3]
-    if repeat > 1:
-        b, c = (t.repeat_interleave(repeat, dim=3) for t in (b, c))
-    a = torch.exp(d[..., None] * A[:, None].to(work))  # (batch, K, steps, channels, state)
-    h = (d * x)[..., None] * b
+    drop = None
     if resets is not None:
         drop = resets[:, None] if rows is None else resets[torch.arange(batch, device=u.device)[:, None, None], rows]
+    start = None if initial_state is None else initial_state.to(work)
+    form = _looped if traced() and x.shape[2] != 0 else _doubled
+    y, last = form(x, d, b, c, A.to(work), drop, walked, start)
+    if D is not None:
+        y = y + D[:, None].to(work) * x
+    y = y[:, 0] if rows is None else put_sum(y, rows, walked, length)
+    if z is not None:
+        y = y * F.silu(z.to(work))
+    final = last if return_final_state else y.new_empty(0, dtype=work)
+    return y.to(u.dtype), final
+
+
+def _per_channel(x: Tensor, channels: int, axis: int) -> Tensor:
+    """Groups as channels; one group is left to broadcasting."""
+    groups = x.shape[axis]
+    return x if groups == 1 else x.repeat_interleave(channels // groups, dim=axis)
+
+
+def _looped(x, d, b, c, A, drop, walked, start) -> tuple[Tensor, Tensor]:
+    """y (batch, K, steps, channels) and the last state, one step after the other."""
+    batch, K, _, channels = x.shape
+    A = A.clone()  # what a step reads from outside must be a tensor of the trace
+    parts = [x, d, b, c] if drop is None else [x, d, b, c, drop.expand(batch, K, -1)]
+    if walked is not None:
+        parts.append(walked[:, None].expand(batch, K, -1))
+
+    def step(state, now):
+        (h,) = state
+        x, d, b, c, *rest = now
+        before, b, c = h, _per_channel(b, channels, 2), _per_channel(c, channels, 2)
+        if drop is not None:
+            before = torch.where(rest[0][..., None, None], torch.zeros_like(h), h)
+        h = torch.exp(d[..., None] * A) * before + (d * x)[..., None] * b
+        y = (h * c).sum(-1)
+        if walked is not None:  # a step that is not walked keeps the state
+            h = torch.where(rest[-1][..., None, None], h, state[0])
+        return (h,), y
+
+    first = x.new_zeros(batch, K, channels, A.shape[2]) if start is None else start
+    (last,), y = loop(step, [first], parts, axis=2)
+    return y, last
+
+
+def _doubled(x, d, b, c, A, drop, walked, start) -> tuple[Tensor, Tensor]:
+    """The same by doubling."""
+    b, c = (_per_channel(t, x.shape[3], 3) for t in (b, c))
+    a = torch.exp(d[..., None] * A[:, None])  # (batch, K, steps, channels, state)
+    h = (d * x)[..., None] * b
+    if drop is not None:
         a = torch.where(drop[..., None, None], torch.zeros_like(a), a)
     if walked is not None:  # a step that is not walked keeps the state
         keep = walked[:, None, :, None, None]
         a, h = torch.where(keep, a, torch.ones_like(a)), torch.where(keep, h, torch.zeros_like(h))
-    if initial_state is not None and h.shape[2]:
-        first = h[:, :, :1] + a[:, :, :1] * initial_state[:, :, None].to(work)
-        h = torch.cat([first, h[:, :, 1:]], dim=2)
+    if start is not None and h.shape[2]:
+        h = torch.cat([h[:, :, :1] + a[:, :, :1] * start[:, :, None], h[:, :, 1:]], dim=2)
     shift, steps = 1, h.shape[2]
     while shift < steps:
         h = torch.cat([h[:, :, :shift], h[:, :, shift:] + a[:, :, shift:] * h[:, :, :-shift]], dim=2)
@@ -58,15 +103,6 @@ def selective_scan_export(
             a = torch.cat([a[:, :, :shift], a[:, :, shift:] * a[:, :, :-shift]], dim=2)
         shift *= 2
     y = (h * c).sum(-1)
-    if D is not None:
-        y = y + D[:, None].to(work) * x
-    y = y[:, 0] if rows is None else put_sum(y, rows, walked, length)
-    if z is not None:
-        y = y * F.silu(z.to(work))
-    final = h.new_empty(0)
-    if return_final_state:
-        if steps:
-            final = h[:, :, -1]
-        else:
-            final = h.sum(2) if initial_state is None else initial_state.to(work)  # no step: zero
-    return y.to(u.dtype), final
+    if steps:
+        return y, h[:, :, -1]
+    return y, h.sum(2) if start is None else start  # no step: zero

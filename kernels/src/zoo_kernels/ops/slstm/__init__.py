@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zoo_kernels import _checks
 from zoo_kernels._checks import state_dtype
+from zoo_kernels._loop import traced
 from zoo_kernels._ops import Operator
 from zoo_kernels.ops._walk import walk_order
 
@@ -112,5 +113,10 @@ def slstm(
     if not torch.compiler.is_compiling() and all(t is None or type(t) is Tensor for t in (path, lengths)):
         _checks.check_values("slstm", path, lengths, length=length)
     order = walk_order(path, flag, lengths, batch=batch, length=length, device=gates.device)
-    y, final = _slstm(gates, recurrent, bias, initial_state, resets, order)
+    if _slstm.exporting() and traced() and (length if order is None else order.shape[1]) != 0:
+        from .export import slstm_export
+
+        y, final = slstm_export(gates, recurrent, bias, initial_state, resets, order)
+    else:
+        y, final = _slstm(gates, recurrent, bias, initial_state, resets, order)
     return y, final if return_final_state else None

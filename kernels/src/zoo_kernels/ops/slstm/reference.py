@@ -9,6 +9,24 @@ from torch import Tensor
 from zoo_kernels.ops._walk import gather_rows, scatter_rows
 
 
+def advance(
+    raw: Tensor, state: tuple[Tensor, ...], R: Tensor, b: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One step: the gates before activation (batch, 4, heads, headdim), and the next y, c, n, m."""
+    y, c, n, m = state
+    raw = raw + torch.einsum("bhi,higo->bgho", y, R)
+    if b is not None:
+        raw = raw + b
+    gi, gf, gz, go = raw.unbind(1)
+    logf = m + F.logsigmoid(gf)
+    m_new = torch.where(n == 0, gi, torch.maximum(gi, logf))  # nothing remembered yet: nothing to compare with
+    # At most 1, whatever is not yet remembered: clamped before exp, whose infinity would make NaN of the gradient
+    i, f = torch.exp((gi - m_new).clamp(max=0)), torch.exp((logf - m_new).clamp(max=0))
+    c_new = f * c + i * torch.tanh(gz)
+    n_new = f * n + i
+    return raw, (torch.sigmoid(go) * c_new / n_new, c_new, n_new, m_new)
+
+
 def forward(
     gates: Tensor,
     recurrent: Tensor,
@@ -35,17 +53,7 @@ def forward(
         if r is not None:
             drop = r[:, t, None, None]
             y, c, n, m = (torch.where(drop, zero, s) for s in (y, c, n, m))
-        raw = inputs[:, t] + torch.einsum("bhi,higo->bgho", y, R)
-        if b is not None:
-            raw = raw + b
-        gi, gf, gz, go = raw.unbind(1)
-        logf = m + F.logsigmoid(gf)
-        m_new = torch.where(n == 0, gi, torch.maximum(gi, logf))  # nothing remembered yet: nothing to compare with
-        # At most 1, whatever is not yet remembered: clamped before exp, whose infinity would make NaN of the gradient
-        i, f = torch.exp((gi - m_new).clamp(max=0)), torch.exp((logf - m_new).clamp(max=0))
-        c_new = f * c + i * torch.tanh(gz)
-        n_new = f * n + i
-        y_new = torch.sigmoid(go) * c_new / n_new
+        raw, (y_new, c_new, n_new, m_new) = advance(inputs[:, t], (y, c, n, m), R, b)
         if order is None:
             y, c, n, m = y_new, c_new, n_new, m_new
         else:
