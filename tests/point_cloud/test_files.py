@@ -276,6 +276,15 @@ def test_a_las_file_that_ends_between_two_points(tmp_path, points):
         read_cloud(whole)
 
 
+def test_small_things_keep_their_digits_too(points):
+    """A part of 6 mm, 9 m from the origin of the machine that measured it, in double precision."""
+    world = points * 0.001 + np.array([9.0, -3.0, 0.5])
+    cloud = read_cloud(world)
+    assert cloud.origin is not None
+    assert np.abs(cloud.world() - world).max() < 1e-7
+    assert read_cloud(points + 20).origin is None
+
+
 def test_a_stray_point_does_not_cost_the_others_their_digits(points):
     world = np.concatenate([np.zeros((1, 3)), points + np.array([451234.5, 5412345.25, 310.0])])
     assert np.abs(read_cloud(world).world() - world)[1:].max() < 1e-5

@@ -33,8 +33,10 @@ COLUMNS = (
 )
 #: Points drawn on the surface of a mesh.
 MESH_POINTS = 8192
-#: Beyond this distance from the origin float32 resolves less than a millimetre in metres.
+#: Beyond this distance from the origin float32 resolves less than a millimetre in metres ...
 FAR = 1e4
+#: ... and at so many times a cloud's own size less than a ten-thousandth of it.
+FAR_SIZES = 1e3
 
 
 @dataclass
@@ -164,11 +166,13 @@ def _cloud(
 ) -> Cloud:
     """Coordinates in float32, moved near the origin where they are too large for that. The middle point decides how
     far: a stray one, as the zeros that some scanners write, would leave the others where they are."""
-    fine = np.isfinite(points).all(axis=1)
+    finite = points[np.isfinite(points).all(axis=1)].astype(np.float64)
     origin = None
-    if fine.any() and np.abs(points[fine].astype(np.float64)).max() > FAR:
-        origin = np.floor(np.median(points[fine], axis=0)).astype(np.float64)
-        points = points - origin
+    if len(finite):
+        away, size = np.abs(finite).max(), np.ptp(finite, axis=0).max()
+        if away > FAR or 0 < size < away / FAR_SIZES:
+            origin = np.floor(np.median(finite, axis=0))
+            points = points - origin
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and told as such
         normals = None if normals is None else normals.astype(np.float32)
         return Cloud(points.astype(np.float32), colors, normals, origin, labels)

@@ -41,7 +41,7 @@ def cloud_batches(
         clouds = []
         for i in r.integers(0, len(files), batch).tolist():
             cloud = read[i][r.choice(len(read[i]), points, replace=False)]
-            cloud = cloud - cloud.mean(axis=0)
+            cloud = cloud - cloud.mean(axis=0, dtype=np.float64).astype(np.float32)
             cloud = cloud / max(float(np.sqrt((cloud**2).sum(axis=1)).max()), 1e-12)
             clouds.append(cloud * r.uniform(2 / 3, 3 / 2, 3) + r.uniform(-0.2, 0.2, 3))
         yield torch.from_numpy(np.stack(clouds).astype(np.float32))
