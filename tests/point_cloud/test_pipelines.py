@@ -6,6 +6,7 @@ import torch
 
 import zoo
 from zoo_point_cloud.files import Cloud, read_cloud, write_labels
+from zoo_point_cloud.pipelines import prepare_cloud
 
 PCD = b"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\n"
 
@@ -170,6 +171,43 @@ def test_room_segmentation(tmp_path):
     assert result.picture().size[0] == 960
     with pytest.raises(ValueError, match="reads a color"):
         zoo.pipeline(model)(room.points)
+
+
+def test_a_room_with_a_corner_that_holds_few_points():
+    """A tile of the authors' evaluation that the model cannot group: the room goes through in blocks."""
+    torch.manual_seed(0)
+    r = np.random.default_rng(2)
+    sides = r.uniform(0, 1, (3000, 3)) * [4, 0.6, 1], r.uniform(0, 1, (600, 3)) * [0.3, 4, 1]
+    room = np.concatenate(sides).astype(np.float32)
+    model = zoo.create("pcm_s3dis", embed_dim=8, decoder_channels=[8, 8, 8, 8], context_dim=8, test_crop=1000)
+    result = zoo.pipeline(model)(Cloud(room, np.full_like(room, 0.5)))
+    assert len(result.labels) == 3600
+
+
+def test_the_middle_of_many_points(points):
+    """In float32 a million numbers add up to something 60 m off."""
+    room = np.random.default_rng(0).uniform(0, 10, (1_000_000, 3)).astype(np.float32) + np.float32(5000)
+    found = prepare_cloud(Cloud(room), {"normalize": "floor"})[0]
+    assert found[:, :2].double().mean(dim=0).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["pcm_tiny_scanobjectnn", "pointmamba_scan_hardest"])
+def test_an_answer_does_not_depend_on_the_batch(points, name):
+    """The models as published share their curves' bits among a batch; files of one folder have nothing in common."""
+    torch.manual_seed(0)
+    small = {"depth": 1} if name.startswith("pointmamba") else {}
+    pipe = zoo.pipeline(zoo.create(name, embed_dim=24, **small), top_k=40)
+    clouds = [points, points * [1, 0.1, 0.1], points * 3 + 1]
+    assert pipe.model.mixes_batch
+    for one, other in zip(pipe(clouds, batch_size=3), map(pipe, clouds), strict=True):
+        assert one.labels == other.labels
+        assert np.allclose(one.probabilities, other.probabilities, rtol=1e-6)
+
+
+def test_block_points_of_a_model_that_has_none():
+    model = zoo.create("pointmamba_shapenetpart", depth=3, embed_dim=24)
+    with pytest.raises(zoo.errors.BadArgument, match="block_points is 500; .* leave it out"):
+        zoo.pipeline(model, shape="chair", block_points=500)
 
 
 def test_part_segmentation_needs_the_kind_of_object(points):

@@ -54,7 +54,7 @@ def prepare_cloud(cloud: Cloud, settings: dict[str, Any]) -> tuple[Tensor, Tenso
     axis = int(settings.get("gravity", 2))
     height = points[:, axis : axis + 1] - points[:, axis].min()
     if settings.get("normalize") is not None:
-        points = points - points.mean(axis=0)
+        points = points - points.mean(axis=0, dtype=np.float64).astype(np.float32)  # a million rows summed in float32
     if settings.get("normalize") == "unit_sphere":
         points = points / max(float(np.sqrt((points**2).sum(axis=1)).max()), 1e-12)
     elif settings.get("normalize") == "floor":
@@ -130,6 +130,19 @@ class CloudPipeline(Pipeline):
             return cloud
         return cloud.take(farthest_point_sample(torch.from_numpy(cloud.points)[None], count)[0].numpy())
 
+    def forward(self, batch: Any) -> Tensor:
+        """One cloud at a time where the others of a batch would change its answer: as published, a batch shares the
+        bits of its curves, and only a room that comes alone is cut into tiles."""
+        if not (getattr(self.model, "mixes_batch", False) or getattr(self.model, "test_crop", None)):
+            return self._answer(batch)
+        if isinstance(batch, Tensor):
+            return torch.cat([self._answer(cloud) for cloud in batch.split(1)])
+        count = len(next(iter(batch.values())))
+        return torch.cat([self._answer({k: v[i : i + 1] for k, v in batch.items()}) for i in range(count)])
+
+    def _answer(self, batch: Any) -> Tensor:
+        return super().forward(batch)
+
     def _to_model(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)  # coordinates stay float32; the models cast what goes into their layers
 
@@ -156,7 +169,7 @@ class CloudLabels(Result):
     def picture(self) -> Any:
         if self.cloud is None:
             return None
-        shown = None if self.cloud.colors is None else (self.cloud.colors * 255).astype(np.uint8)
+        shown = None if self.cloud.colors is None else (self.cloud.colors * 255).round().astype(np.uint8)
         title = f"{Path(self.source).name}: " + ", ".join(
             f"{n} {p:.1%}" for n, p in zip(self.labels[:3], self.probabilities, strict=False)
         )
@@ -241,9 +254,10 @@ class CloudSegmentation(CloudPipeline):
     Every point of the file then gets its nearest kept point's label.
 
     Large scenes: rooms go through the model whole or in the tiles that its authors evaluate with; scenes whose tiles
-    would hold more than twice the points that those are meant for go through in blocks of at most ``block_points``
-    points that overlap by the share ``overlap`` of a block on each side, and the probabilities are blended. Memory is
-    then bounded, whatever the scene's size. ``block_points`` may be given to have blocks in any case.
+    would hold more than twice the points that those are meant for, or fewer than the model can group, go through in
+    blocks of at most ``block_points`` points that overlap by the share ``overlap`` of a block on each side, and the
+    probabilities are blended. Memory is then bounded, whatever the scene's size. ``block_points`` may be given to have
+    blocks in any case.
     ``invalid``: points with NaN or infinite coordinates are an "error", or are left out ("drop").
     """
 
@@ -261,6 +275,12 @@ class CloudSegmentation(CloudPipeline):
         self.shape = self._shape(shape)
         self.block_points = None
         if block_points is not None:
+            if isinstance(model, PointMambaSegmentation):
+                raise errors.BadArgument(
+                    f"block_points is {block_points}; {self.name} labels objects, which go through whole: leave it out",
+                    argument="block_points",
+                    accepted=[],
+                )
             need = least_points(model)
             expected = f"a whole number; {self.name} needs at least {need} points, blocks at least {2 * need}"
             self.block_points = number(block_points, "block_points", int, 2 * need, inf, expected)
@@ -314,10 +334,10 @@ class CloudSegmentation(CloudPipeline):
             return farthest_point_sample(torch.from_numpy(cloud.points)[None], count)[0].sort().values.numpy()
         return np.arange(len(cloud))
 
-    def forward(self, batch: Any) -> Tensor:
+    def _answer(self, batch: Any) -> Tensor:
         most = self._block_size(batch.get("pos"))
         if most is None:
-            return super().forward(batch)
+            return super()._answer(batch)
         return torch.stack(
             [self._in_blocks({k: v[b] for k, v in batch.items()}, most) for b in range(len(batch["pos"]))]
         )
@@ -330,8 +350,8 @@ class CloudSegmentation(CloudPipeline):
         if self.block_points is not None:
             return self.block_points
         assert crop is not None
-        largest = max(len(index) for cloud in pos for index in tiles(cloud, crop))
-        return crop if largest > 2 * crop else None
+        sizes = [len(index) for cloud in pos for index in tiles(cloud, crop)]
+        return crop if max(sizes) > 2 * crop or min(sizes) < least_points(self.model) else None
 
     def _in_blocks(self, scene: dict[str, Tensor], most: int) -> Tensor:
         """One scene's log-probabilities (classes, points). A block begins at zero, as the authors' tiles do."""
