@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -31,6 +32,18 @@ def settings_of(model: nn.Module, own: dict[str, Any]) -> dict[str, Any]:
     return dict(weights.preprocess) if weights is not None else {}
 
 
+def shapes_of(model: nn.Module) -> int:
+    """How many kinds of objects a model of parts is told; 0 for a model that labels every kind alike."""
+    part: Any = model
+    return part.decoder.shapes if isinstance(part, PCMSegmentation) else part.shapes
+
+
+def kinds_of(settings: dict[str, Any]) -> list[str]:
+    """The names of these kinds: those that the model was trained on, otherwise ShapeNetPart's."""
+    published = Path(__file__).parent / "labels" / "shapenetpart_shapes.txt"
+    return list(settings.get("kinds") or published.read_text(encoding="utf-8").split())
+
+
 def least_points(model: nn.Module) -> int:
     """The fewest points that the model can take."""
     trunk = model.trunk if isinstance(model, PointMambaMAE) else model
@@ -43,12 +56,21 @@ def least_points(model: nn.Module) -> int:
     return need
 
 
-def prepare_cloud(cloud: Cloud, settings: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+def thinned(cloud: Cloud, count: int) -> Cloud:
+    """``count`` farthest points; smaller clouds as they are, and all where ``count`` is 0."""
+    if not count or len(cloud) <= count:
+        return cloud
+    return cloud.take(farthest_point_sample(torch.from_numpy(cloud.points)[None], count)[0].numpy())
+
+
+def prepare_cloud(
+    cloud: Cloud, settings: dict[str, Any], moved: Callable[[np.ndarray], np.ndarray] | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(coordinates (N, 3), features (C, N) or None), as the originals' data sets make them.
 
     Settings: ``normalize`` "unit_sphere" (minus the mean, over the largest radius) or "floor" (minus the mean, lowest
     height 0); ``features``: of "xyz", "normal", "color", "height" (above the lowest point along axis ``gravity``,
-    taken before scaling); ``color_mean``, ``color_std``.
+    taken before scaling); ``color_mean``, ``color_std``. ``moved``: in training, what is done to normalised points.
     """
     points = cloud.points.astype(np.float32)
     axis = int(settings.get("gravity", 2))
@@ -60,6 +82,7 @@ def prepare_cloud(cloud: Cloud, settings: dict[str, Any]) -> tuple[Tensor, Tenso
     elif settings.get("normalize") == "floor":
         points[:, axis] -= points[:, axis].min()
         height = points[:, axis : axis + 1]
+    points = points if moved is None else moved(points)
     columns = []
     for name in settings.get("features", ()):
         if name == "color" and cloud.colors is not None:
@@ -123,13 +146,6 @@ class CloudPipeline(Pipeline):
             raise ValueError(f"the cloud has {len(cloud)} points; {self.name} needs at least {need}")
         return cloud
 
-    def _thinned(self, cloud: Cloud) -> Cloud:
-        """Farthest points, as many as the model was trained on; smaller clouds as they are."""
-        count = int(self.settings.get("points", 0))
-        if not count or len(cloud) <= count:
-            return cloud
-        return cloud.take(farthest_point_sample(torch.from_numpy(cloud.points)[None], count)[0].numpy())
-
     def forward(self, batch: Any) -> Tensor:
         """One cloud at a time where the others of a batch would change its answer: as published, a batch shares the
         bits of its curves, and only a room that comes alone is cut into tiles."""
@@ -156,6 +172,7 @@ class CloudLabels(Result):
 
     labels: list[str]
     probabilities: list[float]
+    indices: list[int] = field(default_factory=list, repr=False)
     points: int = 0
     cloud: Cloud | None = field(default=None, repr=False)
 
@@ -191,7 +208,7 @@ class CloudClassification(CloudPipeline):
         self.top_k = number(top_k, "top_k", int, 1, inf, "a whole number, 1 or more")
 
     def prepare(self, sample: Cloud) -> Any:
-        pos, x = prepare_cloud(self._thinned(sample), self.settings)
+        pos, x = prepare_cloud(thinned(sample, int(self.settings.get("points", 0))), self.settings)
         if isinstance(self.model, PointMamba):
             return pos
         return {"pos": pos} if x is None else {"pos": pos, "x": x}
@@ -200,6 +217,7 @@ class CloudClassification(CloudPipeline):
         probabilities, indices = output.softmax(-1).topk(min(self.top_k, output.shape[-1]))
         return CloudLabels(
             labels=[self._name(i) for i in indices.tolist()],
+            indices=indices.tolist(),
             probabilities=probabilities.tolist(),
             points=len(sample),
             cloud=sample,
@@ -287,8 +305,7 @@ class CloudSegmentation(CloudPipeline):
         self.overlap = number(overlap, "overlap", float, 0, 1, "a share of a block, 0 to 1")
 
     def _shape(self, shape: str | int | None) -> int | None:
-        part: Any = self.model
-        count = part.decoder.shapes if isinstance(part, PCMSegmentation) else part.shapes
+        count = shapes_of(self.model)
         if not count:
             if shape is not None:
                 raise errors.BadArgument(
@@ -297,7 +314,9 @@ class CloudSegmentation(CloudPipeline):
                     accepted=[],
                 )
             return None
-        names = (Path(__file__).parent / "labels" / "shapenetpart_shapes.txt").read_text(encoding="utf-8").split()
+        if shape is None and count == 1:
+            return 0
+        names = kinds_of(self.settings)
         number = names.index(shape) if shape in names else shape
         if isinstance(number, str) and number.isdigit():
             number = int(number)

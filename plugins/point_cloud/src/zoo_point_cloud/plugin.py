@@ -34,10 +34,19 @@ def zoo_pipelines() -> Mapping[str, str]:
 
 
 @hookimpl
+def zoo_validators() -> Mapping[str, str]:
+    return {
+        "point-cloud-classification": "zoo_point_cloud.validation:validate_classes",
+        "point-cloud-segmentation": "zoo_point_cloud.validation:validate_points",
+    }
+
+
+@hookimpl
 def zoo_commands() -> Mapping[str, str]:
     return {
         "label-points": "zoo_point_cloud.commands:label_points",
         "pretrain-points": "zoo_point_cloud.commands:pretrain_points",
+        "train-points": "zoo_point_cloud.commands_training:train_points",
     }
 
 

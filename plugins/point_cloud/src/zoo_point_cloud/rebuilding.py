@@ -17,7 +17,7 @@ from zoo_registry import errors
 from .files import Cloud, write_labels
 from .geometry import gather
 from .pictures import three_views
-from .pipelines import CloudPipeline, number, prepare_cloud
+from .pipelines import CloudPipeline, number, prepare_cloud, thinned
 from .pointmamba import ORDERS, PointMambaMAE, chamfer
 
 SEEN, HIDDEN, REBUILT = (150, 150, 150), (70, 110, 190), (230, 120, 30)
@@ -111,7 +111,7 @@ class CloudRebuilding(CloudPipeline):
 
     def read(self, source: Any) -> _Thinned:
         cloud = self._cloud(source)
-        return _Thinned(len(cloud), self._thinned(cloud))
+        return _Thinned(len(cloud), thinned(cloud, int(self.settings.get("points", 0))))
 
     def prepare(self, sample: _Thinned) -> Tensor:
         return prepare_cloud(sample.cloud, self.settings)[0]
