@@ -342,3 +342,56 @@ def test_what_the_pipeline_refuses(tmp_path, lidar):
         zoo.pipeline(lidar)(np.full((10, 5), 1e4, np.float32))
     with pytest.raises(ValueError, match="leave in_chans out"):
         zoo.create("occmamba_lidar", in_chans=3)
+
+
+def sweep(columns, seed=0):
+    """Points as a turning scanner gives them: neighbours in the file are neighbours in space."""
+    r, angle = np.random.default_rng(seed), np.linspace(0, 60, 2000)
+    away = 3 + np.cos(angle / 7) + r.normal(0, 0.01, 2000)
+    rows = [away * np.cos(angle), away * np.sin(angle), 0.1 * np.sin(angle), r.uniform(0, 0.2, 2000)]
+    return np.stack([*rows, np.arange(2000) % 2][:columns], axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize(("columns", "said"), [(4, 5), (5, 4), (3, 4)])
+def test_sweeps_of_another_width(tmp_path, lidar, columns, said):
+    """As many values as points of another width have: read so, every value would stand in a wrong column."""
+    sweep(columns).tofile(tmp_path / "a.bin")
+    with pytest.raises(zoo.errors.BadFile, match=f"points of {columns} values, it seems, and not of {said}"):
+        zoo.pipeline(lidar, columns=said)(str(tmp_path / "a.bin"))
+    zoo.pipeline(lidar, columns=columns)(str(tmp_path / "a.bin"))
+
+
+def test_the_number_of_a_laser_is_no_time(tmp_path, lidar):
+    points = sweep(5)
+    points.tofile(tmp_path / "sweep.bin")
+    pipe = zoo.pipeline(lidar)
+    assert np.array_equal(pipe.read(tmp_path / "sweep.bin"), points * [1, 1, 1, 1, 0])
+    points[:, 4] *= 0.05
+    points.tofile(tmp_path / "sweeps.bin")
+    assert np.array_equal(pipe.read(tmp_path / "sweeps.bin"), points)  # times of several sweeps
+
+
+def test_more_that_the_pipeline_refuses(tmp_path, lidar):
+    pipe = zoo.pipeline(lidar)
+    (tmp_path / "a.bin").write_bytes(sweep(5).tobytes() + b"ab")
+    (tmp_path / "b.bin").mkdir()
+    for source, message in (
+        (tmp_path / "a.bin", "40002 bytes are no whole number of points"),
+        (tmp_path / "b.bin", "is a folder"),
+        (np.zeros((9, 6)), r"shape \(9, 6\); expected \(N, 3 to 5\)"),  # colours are no intensity and time
+        (np.zeros((9, 5), complex), "dtype complex128"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(source)
+    near, far = sweep(3), sweep(3) + 1e4
+    with pytest.raises(
+        ValueError, match=r"no point lies in the grid from \(-16.0, -16.0, -12.0\) to \(16.0, 16.0, 12.0\)"
+    ):
+        pipe([near, far], batch_size=2)
+
+
+def test_a_grid_goes_where_it_is_said(tmp_path, lidar):
+    result = zoo.pipeline(lidar)(sweep(3))
+    for name in ("a.NPY", "b.npy"):
+        assert result.save_labels(tmp_path / "new" / name) == tmp_path / "new" / name
+        assert np.array_equal(np.load(tmp_path / "new" / name), result.grid)

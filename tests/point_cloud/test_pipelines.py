@@ -206,7 +206,7 @@ def test_an_answer_does_not_depend_on_the_batch(points, name):
 
 def test_block_points_of_a_model_that_has_none():
     model = zoo.create("pointmamba_shapenetpart", depth=3, embed_dim=24)
-    with pytest.raises(zoo.errors.BadArgument, match="block_points is 500; .* leave it out"):
+    with pytest.raises(zoo.errors.BadArgument, match=r"block_points is 500; .* leave it out"):
         zoo.pipeline(model, shape="chair", block_points=500)
 
 

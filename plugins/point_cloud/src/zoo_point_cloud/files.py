@@ -58,7 +58,7 @@ class Cloud:
         for name in ("points", "colors", "normals"):
             if name != "points" and getattr(self, name) is None:
                 continue
-            rows = _array(getattr(self, name), name)
+            rows = real_array(getattr(self, name), name)
             setattr(self, name, rows)
             count = len(self.points) if self.points.ndim else 0
             if rows.shape != (count, 3):
@@ -96,7 +96,9 @@ def read_cloud(source: str | Path | np.ndarray | Cloud, invalid: str = "error") 
         cloud = source if near else _cloud(source.world(), source.colors, source.normals)
         return _checked(cloud, "the given cloud", invalid)
     if hasattr(source, "__array__"):
-        return _checked(_from_table(_array(source, "the given array"), "the given array"), "the given array", invalid)
+        return _checked(
+            _from_table(real_array(source, "the given array"), "the given array"), "the given array", invalid
+        )
     if not isinstance(source, (str, Path)):
         raise ValueError(
             f"a {type(source).__name__} is no point cloud; expected a file, an array of one row a point ({COLUMNS}) or "
@@ -123,7 +125,7 @@ def _read(source: str | Path, invalid: str, *, labelled: bool) -> Cloud:
         return _checked(reader(path, labelled), str(path), invalid)
 
 
-def _array(rows: Any, where: str) -> np.ndarray:
+def real_array(rows: Any, where: str) -> np.ndarray:
     """An array of real numbers, or of records of them, out of an array, a list or a tensor on any device."""
     found = np.asarray(rows.detach().cpu().double() if hasattr(rows, "detach") else rows)
     kinds = [found.dtype] if found.dtype.names is None else [found.dtype[name] for name in found.dtype.names]
@@ -266,7 +268,7 @@ def load_array(path: Path) -> np.ndarray:
     arrays = read_arrays(path)
     if "" not in arrays:
         raise ValueError(f"{path} is an archive with the arrays {', '.join(arrays)}; expected a .npy file of one")
-    return _array(arrays[""], str(path))
+    return real_array(arrays[""], str(path))
 
 
 def _read_npy(path: Path, labelled: bool) -> Cloud:
@@ -276,7 +278,7 @@ def _read_npy(path: Path, labelled: bool) -> Cloud:
 def _read_npz(path: Path, labelled: bool) -> Cloud:
     """``points``, and ``colors``, ``normals`` and ``labels`` where there are such arrays; others are not read."""
     wanted = ("points", "colors", "normals") + (("labels",) if labelled else ())
-    arrays = {name: _array(a, f"{path}: {name}") for name, a in read_arrays(path).items() if name in wanted}
+    arrays = {name: real_array(a, f"{path}: {name}") for name, a in read_arrays(path).items() if name in wanted}
     if missing := [name for name in ("points", "labels") if name in wanted and name not in arrays]:
         raise ValueError(f"{path} holds no array {missing[0]}; expected points (N, 3), labels (N,), colors and normals")
     labels = _whole_numbers(arrays["labels"], str(path)) if labelled else None

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zoo.files import existing, refused, whole
 from zoo.pipelines import Pipeline, Result
 from zoo_registry import errors
 
-from .files import EXTENSIONS, Cloud, load_array, read_cloud, write_labels
+from .files import EXTENSIONS, Cloud, load_array, read_cloud, real_array, write_labels
 from .occmamba import OccMambaHead, occupancy
 from .occmamba_lidar import LidarOccMamba
 from .pictures import palette, three_views
@@ -52,8 +53,8 @@ class OccupancyMap(Result):
         """The grid as .npy, or the occupied voxels as points with labels and colours: .ply, .las, .laz."""
         path = Path(path)
         if path.suffix.lower() == ".npy":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, self.grid)
+            with whole(path) as work, work.open("wb") as file:
+                np.save(file, self.grid)
             return path
         cloud, labels = self.cloud()
         return write_labels(path, cloud, labels, palette(len(self.names))[labels], self.names)
@@ -70,8 +71,12 @@ class OccupancyPrediction(Pipeline):
 
     Models of the head alone take voxel features: .npy files or arrays (channels, W, H, D). Models with the LiDAR
     encoder take points in metres around the vehicle: .bin files of float32 with ``columns`` values a point (nuScenes:
-    5, KITTI: 4), .npy files or arrays (N, 3 to 5), or any point-cloud file; values that are missing or no numbers
-    (intensity, time) are 0. Points beyond the grid are left out, those with NaN or infinite coordinates too.
+    5, KITTI: 4), .npy files or arrays (N, 3 to 5) of x, y, z, intensity and time, or any point-cloud file; values that
+    are missing or no numbers (intensity, time) are 0. Points beyond the grid are left out, those with NaN or infinite
+    coordinates too.
+
+    The fifth value in nuScenes' own files is the number of the laser, in whose place the model has read the time since
+    the sweep (mmdetection3d's LoadPointsFromMultiSweeps): it is 0 for files of one sweep.
     """
 
     task = "occupancy-prediction"
@@ -97,23 +102,39 @@ class OccupancyPrediction(Pipeline):
         if isinstance(source, (str, Path)):
             path = Path(source)
             if path.suffix.lower() == ".bin":
-                values = np.fromfile(path, dtype="<f4")
-                if not len(values) or len(values) % self.columns:
-                    raise ValueError(
-                        f"{path}: {len(values)} float32 values are no whole number of points of {self.columns} values; "
-                        "say how many there are: columns=4 (-o columns=4)"
-                    )
-                table = values.reshape(-1, self.columns)
+                with refused(path):
+                    table = self._sweep(existing(path, "a file of points"))
             elif path.suffix.lower() == ".npy":
                 table = load_array(path)
             else:
                 table = read_cloud(path, invalid="drop").world()
         else:
-            table = read_cloud(source, invalid="drop").world() if isinstance(source, Cloud) else np.asarray(source)
+            cloud = isinstance(source, Cloud)
+            table = read_cloud(source, invalid="drop").world() if cloud else real_array(source, "the given array")
         return self._points(table) if isinstance(self.model, LidarOccMamba) else self._voxels(table)
 
+    def _sweep(self, path: Path) -> np.ndarray:
+        content = path.read_bytes()
+        if not content or len(content) % (4 * self.columns):
+            raise ValueError(
+                f"{path}: {len(content)} bytes are no whole number of points of {self.columns} float32 values; say how "
+                "many there are: columns=4 (-o columns=4)"
+            )
+        values = np.frombuffer(content, "<f4")
+        own = _step(values, self.columns)
+        for other in (3, 4, 5, 6):
+            if len(values) % other == 0 and _step(values, other) < own / 2:
+                raise ValueError(
+                    f"{path} holds points of {other} values, it seems, and not of {self.columns}: say so by "
+                    f"columns={other} (-o columns={other})"
+                )
+        table = values.reshape(-1, self.columns)[:, : self.model.in_chans].copy()
+        if table.shape[1] == 5 and (table[:, 4] == np.floor(table[:, 4])).all():  # numbers of lasers
+            table[:, 4] = 0
+        return table
+
     def _voxels(self, table: np.ndarray) -> np.ndarray:
-        if table.ndim != 4 or table.shape[0] != self.head.in_chans:
+        if table.ndim != 4 or table.shape[0] != self.head.in_chans or not table.size:
             raise ValueError(
                 f"voxel features have shape {table.shape}; {self.name} takes ({self.head.in_chans}, W, H, D). Models "
                 "with the LiDAR encoder (occmamba_lidar) take points"
@@ -124,11 +145,19 @@ class OccupancyPrediction(Pipeline):
 
     def _points(self, table: np.ndarray) -> np.ndarray:
         width = self.model.in_chans
-        if table.ndim != 2 or table.shape[1] < 3 or not len(table):
-            raise ValueError(f"the points have shape {table.shape}; expected (N, 3 to {width}), N > 0, x, y, z first")
-        table = table[:, :width].astype(np.float32)
+        if table.ndim != 2 or not 3 <= table.shape[1] <= width or not len(table):
+            raise ValueError(
+                f"the points have shape {table.shape}; expected (N, 3 to {width}), N > 0: x, y, z, intensity, time"
+            )
+        table = table.astype(np.float32)
         table = table[np.isfinite(table[:, :3]).all(axis=1)]
         table[:, 3:][~np.isfinite(table[:, 3:])] = 0
+        encoder = self.model.encoder
+        high = np.round(np.add(encoder.low, encoder.voxel_size * np.array(encoder.grid)), 6).tolist()
+        if not ((table[:, :3] >= encoder.low) & (table[:, :3] < high)).all(axis=1).any():
+            raise ValueError(
+                f"no point lies in the grid from {encoder.low} to {tuple(high)}; coordinates are in metres"
+            )
         return np.pad(table, ((0, 0), (0, width - table.shape[1])))
 
     def prepare(self, sample: np.ndarray) -> Tensor:
@@ -166,3 +195,10 @@ class OccupancyPrediction(Pipeline):
             low=low,
             cell=cell,
         )
+
+
+def _step(values: np.ndarray, columns: int) -> float:
+    """How far the values of a point lie from those of the next, if points have so many: neighbours in a sweep are near
+    one another, and nothing else is."""
+    some = values[:60_000]
+    return float(np.nanmedian(np.abs(some[columns:] - some[:-columns]))) if len(some) > columns else np.inf
