@@ -17,6 +17,7 @@ from zoo_language.pipelines import TextGeneration
 from zoo_language.scoring import score
 from zoo_language.state import State
 from zoo_language.tokenizer import ByteTokenizer, HubTokenizer
+from zoo_registry import WeightsCard, store
 
 PROMPTS = ["And God said unto Moses, ", "x", "In the beginning"]
 
@@ -45,6 +46,30 @@ def small():
 @pytest.fixture(scope="module")
 def demo():
     return zoo.load("mamba2_micro")
+
+
+def test_the_tokenizer_lies_beside_carried_weights(tmp_path, monkeypatch):
+    """A folder that was carried to a machine without a network: its tokenizer is a companion, not on the Hub."""
+    words = {f"{c}": i for i, c in enumerate("abcdefgh ")}
+    table = {"version": "1.0", "model": {"type": "BPE", "vocab": words, "merges": []}, "decoder": {"type": "Fuse"}}
+    model = zoo.create("mamba2_130m", d_model=32, n_layer=2, vocab_size=49)
+    card = WeightsCard(tag="x", where="here", preprocess={"tokenizer": "org/words"}, companions={"org/words": ("w",)})
+    model.zoo_info.weights = card
+    folder = zoo.save(model, tmp_path / "carried")
+    asked = []
+    monkeypatch.setattr(store, "hub_file", lambda *args, **kind: asked.append((args, kind)) or tmp_path / "t.json")
+    place = store.companion_in(folder, "org/words", "tokenizer.json")
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps(table))
+    pipe = zoo.pipeline(str(folder), max_new_tokens=3, local_files_only=True)
+    assert pipe.tokenizer.encode("bad") == [1, 0, 3]
+    assert pipe.info.weights.companions == {"org/words": ("w",)}
+    assert not asked
+    place.rename(tmp_path / "t.json")
+    assert zoo.pipeline(str(folder), local_files_only=True, cache_dir=tmp_path).tokenizer.encode("a") == [0]
+    assert asked == [
+        (("org/words", "tokenizer.json"), {"revision": None, "cache_dir": tmp_path, "local_files_only": True})
+    ]
 
 
 # -- batches, seeds, states -------------------------------------------------------------------------------------------

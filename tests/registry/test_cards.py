@@ -136,6 +136,8 @@ def test_model_card_rules(changes, words):
         ({"filename": "../x"}, ["filename", "'..'"]),
         ({"filename": "/x"}, ["filename", "relative"]),
         ({"filename": "a\\b"}, ["filename"]),
+        ({"companions": {"tokenizer": ("a.json",)}}, ["companions", "organisation/repository"]),
+        ({"companions": {"org/a": ("../a.json",)}}, ["companions['org/a']", "'..'"]),
         ({"size": 0}, ["size", "positive"]),
         ({"num_classes": -1}, ["num_classes"]),
         ({"shard_sha256": {"a": "b" * 64}}, ["shard_sha256", "no index"]),

@@ -328,9 +328,14 @@ def test_commit_is_all_or_nothing(tmp_path_factory, data, cut):
 
 @pytest.fixture
 def files(hub: HubServer, tmp_path):
-    """A client whose registry has four checkpoints on the Hub, two of them in one file."""
+    """A client whose registry has five checkpoints on the Hub, two of them in one file."""
     index = json.dumps({"weight_map": {"a": "s-1.safetensors", "b": "s-2.safetensors"}}).encode()
-    content = {"a.safetensors": TEXT, "b.safetensors": b"b" * 50, "m.safetensors.index.json": index}
+    content = {
+        "a.safetensors": TEXT,
+        "b.safetensors": b"b" * 50,
+        "c.safetensors": b"c",
+        "m.safetensors.index.json": index,
+    }
     commit = hub.add("org/cards", content | {"s-1.safetensors": b"1" * 10, "s-2.safetensors": b"2" * 20})
     code = f"""
 import types, pathlib
@@ -340,7 +345,8 @@ def weights(tag, filename, **more):
     return WeightsCard(tag=tag, repo_id="org/cards", filename=filename, revision={commit!r}, **more)
 card = ModelCard(name="toy_small", system="toy", domain="toys", task="t", builder="x:Y", weights={{w.tag: w for w in [
     weights("a", "a.safetensors", sha256={SHA!r}), weights("same", "a.safetensors"), weights("b", "b.safetensors"),
-    weights("big", "m.safetensors.index.json")]}})
+    weights("big", "m.safetensors.index.json"),
+    weights("text", "c.safetensors", companions={{"org/words": ("t/words.json", "absent.json")}})]}})
 plugin = types.ModuleType("toys"); plugin.ZOO_PLUGIN_API = 1
 plugin.zoo_models = hookimpl(lambda: [card], specname="zoo_models")
 zoo = Manager([]); zoo.register(plugin)
@@ -450,6 +456,20 @@ def test_download_for_a_machine_without_a_network(files, hub, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(Failed):
         files(f"exec(setup)\nstore.download(named('a'), {str(tmp_path / 'file' / 'x')!r})")
+
+
+def test_what_answering_needs_too_is_carried_along(files, hub, tmp_path):
+    hub.add("org/words", {"t/words.json": b"[1]"})
+    to = tmp_path / "carried"
+    files(f"exec(setup)\nstore.download(named('text'), {str(to)!r})")
+    assert (to / "c.safetensors").read_bytes() == b"c"
+    assert store.companion_in(to, "org/words", "t/words.json").read_bytes() == b"[1]"
+    facts = json.loads((to / "zoo-download.json").read_text())
+    assert sorted(facts["files"]) == ["c.safetensors", "companions/org--words/t/words.json"]
+    assert facts["files"]["companions/org--words/t/words.json"] == hashlib.sha256(b"[1]").hexdigest()
+    assert store.local_files(to).path == to / "c.safetensors"
+    # what the repository lacks is left out
+    assert not [f for f in tree(to) if "tmp" in f or "absent" in f]
 
 
 # -- uploads: the Hub on loopback understands what `zoo push` sends

@@ -102,6 +102,7 @@ class WeightsCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     labels: str | None = None  #: named label set or a text file of the plugin, one label a line
     num_classes: int | None = None
     preprocess: dict[str, Any] = {}
+    companions: dict[str, tuple[str, ...]] = {}  #: Hub repository -> files there that answering needs too (a tokenizer)
     metrics: tuple[Metric, ...] = ()
     trained_on: str | None = None
     notes: str | None = None
@@ -127,6 +128,10 @@ class WeightsCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             _require(SHA256, digest, f"shard_sha256[{name!r}]", "64 lower-case hexadecimal digits")
         if self.shard_sha256 and not self.sharded:
             raise ValueError(f"shard_sha256 is given, but filename {self.filename!r} is no index ('*.index.json')")
+        for repo_id, names in self.companions.items():
+            _require(REPO_ID, repo_id, "companions", "'organisation/repository'")
+            for name in names:
+                _inside(name, f"companions[{repo_id!r}]")
         _inside(self.filename, "filename")
         _inside(self.package_file, "package_file")
         _inside(self.config_file, "config_file")

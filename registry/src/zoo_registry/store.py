@@ -7,6 +7,7 @@ raises an error that says what to do (see :mod:`zoo_registry.errors`).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -38,6 +39,7 @@ from .names import HubRepo, LocalPath, ModelName, Resolved, describe_tags, parse
 
 __all__ = [
     "Files",
+    "companions",
     "derived",
     "download",
     "fetch",
@@ -48,6 +50,8 @@ __all__ = [
     "local_files",
     "sha256",
 ]
+
+log = logging.getLogger("zoo.store")
 
 #: What a saved folder holds, in the order in which it is looked for.
 WEIGHT_NAMES = ("model.safetensors", "model.safetensors.index.json")
@@ -149,6 +153,25 @@ def fetch_config(
         return None
     access = Access(cache_dir, token, local_files_only, force_download, verify)
     return get(HubFile(weights.repo_id, weights.config_file, weights.revision, None, resolved.name), access)
+
+
+def companions(model: str | ModelName | Resolved, **options: Any) -> dict[tuple[str, str], Path]:
+    """The files in other repositories that the card names beside the weights: (repository, name) to the file; options
+    as for :func:`hub_file`. One that its repository lacks is left out, with a message."""
+    resolved = model if isinstance(model, Resolved) else resolve(model)
+    found = {}
+    for repo_id, names in ({} if resolved.weights is None else resolved.weights.companions).items():
+        for name in names:
+            try:
+                found[repo_id, name] = hub_file(repo_id, name, **options)
+            except FileNotInRepo as error:
+                log.warning("%s goes without %s: %s", resolved.name, name, error)
+    return found
+
+
+def companion_in(folder: str | os.PathLike[str], repo_id: str, filename: str) -> Path:
+    """Where :func:`download` puts a companion."""
+    return Path(folder) / "companions" / repo_id.replace("/", "--") / filename
 
 
 def _first_time(name: str, weights: WeightsCard) -> None:
@@ -377,7 +400,7 @@ def _checkpoint_in(folder: Path) -> Path:
 
 
 def download(model: str | ModelName | Resolved, to: str | os.PathLike[str], **options: Any) -> Files:
-    """Copy a checkpoint's own files into a folder, to be carried to another machine.
+    """Copy a checkpoint's files into a folder, to be carried to another machine: its own, and its companions.
 
     ``zoo-download.json`` beside them says which checkpoint it is (its card, and the digest of every file). Options
     as for :func:`fetch`. A file appears under its name only when it is whole.
@@ -385,16 +408,18 @@ def download(model: str | ModelName | Resolved, to: str | os.PathLike[str], **op
     resolved = model if isinstance(model, Resolved) else resolve(model)
     files = fetch(resolved, **options)
     config = fetch_config(resolved, **options)
+    beside = companions(resolved, **options)
     folder = Path(to).expanduser()
-    copies: dict[Path, Path] = {}
+    own = (*files.paths, *(extra for extra in (files.index, config) if extra is not None))
+    copies = {path: folder / path.name for path in own}
+    copies |= {path: companion_in(folder, *place) for place, path in beside.items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (*files.paths, *(extra for extra in (files.index, config) if extra is not None)):
-            copies[path] = folder / path.name
-            temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+        for path, copy in copies.items():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            temporary = copy.with_name(f".{path.name}.{os.getpid()}.tmp")
             try:
                 shutil.copyfile(path, temporary)
-                disk.commit(temporary, copies[path])
+                disk.commit(temporary, copy)
             finally:
                 temporary.unlink(missing_ok=True)
         disk.write_json(
@@ -403,7 +428,7 @@ def download(model: str | ModelName | Resolved, to: str | os.PathLike[str], **op
                 "name": resolved.name,
                 "repo_id": files.repo_id,
                 "revision": files.revision,
-                "files": {path.name: disk.digest(path) for path in copies},
+                "files": {str(copy.relative_to(folder)): disk.digest(path) for path, copy in copies.items()},
                 "card": msgspec.to_builtins(resolved.card),
             },
         )

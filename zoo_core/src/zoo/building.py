@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,8 @@ class ZooInfo:
     card: ModelCard | None = field(default=None, repr=False)
     weights: WeightsCard | None = field(default=None, repr=False)
     folder_config: dict[str, Any] = field(default_factory=dict, repr=False)  #: config.json, for saved folders
+    folder: Path | None = field(default=None, repr=False)  #: where the weights lie, for saved and downloaded folders
+    access: dict[str, Any] = field(default_factory=dict, repr=False)  #: cache_dir and local_files_only of the loading
     num_classes: int | None = field(default=None, repr=False)  #: of the model when this was attached to it
 
     @property

@@ -141,6 +141,7 @@ class ModelInfo:
                 ("trained on", weights.trained_on),
                 ("classes", weights.num_classes),
                 ("preprocess", _short(weights.preprocess)),
+                ("also needed", "; ".join(f"hf-hub:{k} {', '.join(v)}" for k, v in weights.companions.items())),
                 *(("metric", _metric(m)) for m in weights.metrics),
                 ("notes", weights.notes),
             ]
@@ -180,7 +181,7 @@ def _metric(metric: Any) -> str:
 
 
 def download(name: str, to: str | Path | None = None, **options: Any) -> list[Path]:
-    """Fetch a published checkpoint without loading it; returns its files.
+    """Fetch a published checkpoint, and what answering needs beside it, without loading it; returns its own files.
 
     Into the Hub's cache, or with ``to`` into a folder that another machine can load: ``zoo.load("./folder")``. Options:
     ``cache_dir``, ``token``, ``local_files_only``, ``force_download``, ``verify``.
@@ -188,5 +189,8 @@ def download(name: str, to: str | Path | None = None, **options: Any) -> list[Pa
     from zoo_registry import store
 
     resolved = resolve(name)
-    files = store.fetch(resolved, **options) if to is None else store.download(resolved, to, **options)
+    if to is not None:
+        return list(store.download(resolved, to, **options).paths)
+    files = store.fetch(resolved, **options)
+    store.companions(resolved, **options)
     return list(files.paths)

@@ -152,6 +152,8 @@ def load(
         card=located.card,
         weights=weights,
         folder_config=located.folder_config if weights is located.weights else {},
+        folder=None if located.found is None or located.found.repo_id else located.found.paths[0].parent,
+        access={"cache_dir": cache_dir, "local_files_only": local_files_only},
     )
     building.describe(model, info)
     if dtype is None and checkpoint is None and located.weights is not None:

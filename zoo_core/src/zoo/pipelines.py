@@ -254,6 +254,16 @@ class Pipeline(ABC):
             return dict(self.info.weights.preprocess)
         return dict((self.info.folder_config.get("pretrained_cfg") or {}).get("preprocess") or {})
 
+    def companion(self, repo_id: str, filename: str, revision: str | None = None) -> Path:
+        """A file in another repository that these weights need too, as their card's ``companions`` say: beside them in
+        a folder of ``zoo.download``, else from the Hub, offline or with the cache that the model was loaded with."""
+        from zoo_registry import store
+
+        folder = None if self.info is None else self.info.folder
+        if folder is not None and (carried := store.companion_in(folder, repo_id, filename)).is_file():
+            return carried
+        return store.hub_file(repo_id, filename, revision=revision, **({} if self.info is None else self.info.access))
+
     def labels(self) -> list[str] | None:
         """Class names of the weights, in the order of the outputs; None when the card names none, or for a new head."""
         if self.info is None or has_new_head(self.model):

@@ -73,7 +73,7 @@ def save(
     A new folder appears whole or not at all; in an existing one each file is replaced whole, config.json last. Raises
     BadArgument for a model that the zoo did not build, KeysDoNotMatch when its layers were changed by hand.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     _check_said(model, labels, licence, metrics)
     info = getattr(model, "zoo_info", None)
     if info is None or info.card is None:
@@ -110,7 +110,7 @@ def save(
     return folder
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, inside what torch.compile or parallel training put around it."""
     for name in ("_orig_mod", "module"):
         inner = model._modules.get(name)
@@ -194,11 +194,11 @@ def describe_model(
             k: v for k, v in msgspec.to_builtins(info.weights).items() if k not in _PLACES and v not in (None, {}, [])
         }
         # Other weights in the same architecture, or an own head: the published figures are not theirs.
-        kept = {"preprocess", "labels", "num_classes"} if info.tag is None else set(facts)
+        kept = {"preprocess", "companions", "labels", "num_classes"} if info.tag is None else set(facts)
         if info.weights.tag == "saved":  # whoever saved them said under which licence
             kept |= {"licence"}
         if building.has_new_head(model):
-            kept &= {"preprocess", "licence"}
+            kept &= {"preprocess", "companions", "licence"}
         facts = {k: v for k, v in facts.items() if k in kept}
     if licence is not None:
         facts["licence"] = licence

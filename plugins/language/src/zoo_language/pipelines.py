@@ -20,7 +20,7 @@ from .drafts import Draft, draft_of
 from .generation import Sampling, Text, generate, stream
 from .incremental import Growing, held
 from .state import State
-from .tokenizer import Tokenizer, tokenizer_of
+from .tokenizer import Tokenizer, before_text, tokenizer_of
 
 
 @dataclass(kw_only=True)
@@ -101,13 +101,12 @@ class TextGeneration(Pipeline):
         self.cuda_graphs = cuda_graphs
         self.speculative = draft_of(speculative, model) if isinstance(speculative, str) else speculative
         named = tokenizer is None or isinstance(tokenizer, str | Path)
-        self.tokenizer: Tokenizer = tokenizer_of(self.preprocess, tokenizer) if named else tokenizer  # type: ignore[arg-type, assignment]
+        self.tokenizer: Tokenizer = tokenizer_of(self.preprocess, tokenizer, fetch=self.companion) if named else tokenizer  # type: ignore[arg-type, assignment]
 
     @property
     def start(self) -> list[int]:
         """What stands before a text without a context: the end-of-text token, or a line feed."""
-        end = self.tokenizer.end_of_text
-        return self.tokenizer.encode("\n") if end is None else [end]
+        return before_text(self.tokenizer)
 
     # -- the pipeline ----------------------------------------------------------------------------------------------
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from zoo.files import existing
-from zoo_registry import errors
+from zoo_registry import errors, store
 
 
 class Tokenizer(Protocol):
@@ -23,6 +23,7 @@ class ByteTokenizer:
     """The 256 bytes of UTF-8 as ids 0 to 255; text that is cut inside a character shows the replacement mark."""
 
     end_of_text: int | None = None
+    size = 256  #: one more than the largest id
 
     def encode(self, text: str) -> list[int]:
         # A command line's bytes that are no UTF-8 come as lone surrogates: these are the bytes again.
@@ -49,6 +50,25 @@ class HubTokenizer:
             raise errors.BadFile(f"{path} is no tokenizer.json: {error}", path=str(path)) from error
         self.end_of_text = self._fast.token_to_id("<|endoftext|>") if end_of_text is None else end_of_text
 
+    @classmethod
+    def of(cls, text: str, end_of_text: int | None = None) -> HubTokenizer:
+        """From what a tokenizer.json says, as :attr:`text` gives it."""
+        from tokenizers import Tokenizer as Fast
+
+        made = cls.__new__(cls)
+        made._fast, made.end_of_text = Fast.from_str(text), end_of_text
+        return made
+
+    @property
+    def text(self) -> str:
+        """What its tokenizer.json says."""
+        return self._fast.to_str()
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
     def encode(self, text: str) -> list[int]:
         return self._fast.encode(text, add_special_tokens=False).ids
 
@@ -56,14 +76,37 @@ class HubTokenizer:
         return self._fast.decode(list(ids), skip_special_tokens=False)
 
 
-def tokenizer_of(settings: Mapping[str, Any], local: str | Path | None = None) -> Tokenizer:
-    """The tokenizer that a weights card's ``preprocess`` names: ``tokenizer = "bytes"`` or a Hub repository.
+OwnTokenizer = ByteTokenizer | HubTokenizer
 
-    ``local``: a tokenizer.json to use instead. Raises BadArgument where neither names one.
+
+def before_text(tokenizer: Tokenizer) -> list[int]:
+    """What stands before a text without a context: the end-of-text token, or a line feed."""
+    end = tokenizer.end_of_text
+    return tokenizer.encode("\n") if end is None else [end]
+
+
+def settings_of(tokenizer: OwnTokenizer) -> dict[str, Any]:
+    """``preprocess`` of weights that go with ``tokenizer``, from which :func:`tokenizer_of` makes it again: the
+    tokenizer is inside."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return {"tokenizer": "bytes"}
+    return {"tokenizer_json": tokenizer.text, "end_of_text": tokenizer.end_of_text}
+
+
+def tokenizer_of(
+    settings: Mapping[str, Any], local: str | Path | None = None, *, fetch: Callable[..., Path] = store.hub_file
+) -> OwnTokenizer:
+    """The tokenizer that a weights card's ``preprocess`` names: ``tokenizer = "bytes"`` or a Hub repository, or
+    ``tokenizer_json``, the text of one.
+
+    ``local``: a tokenizer.json to use instead. ``fetch(repository, file name, revision=)``: how one on the Hub is had.
+    Raises BadArgument where none is named.
     """
     end = settings.get("end_of_text")
     if local is not None:
         return HubTokenizer(local, end)
+    if "tokenizer_json" in settings:
+        return HubTokenizer.of(settings["tokenizer_json"], end)
     name = settings.get("tokenizer")
     if name is None:
         raise errors.BadArgument(
@@ -73,7 +116,4 @@ def tokenizer_of(settings: Mapping[str, Any], local: str | Path | None = None) -
         )
     if name == "bytes":
         return ByteTokenizer()
-    from zoo_registry import store
-
-    path = store.hub_file(name, "tokenizer.json", revision=settings.get("tokenizer_revision"))
-    return HubTokenizer(path, end)
+    return HubTokenizer(fetch(name, "tokenizer.json", revision=settings.get("tokenizer_revision")), end)

@@ -98,7 +98,7 @@ class ImageTextToText(Pipeline):
             "thumbnail": own.get("thumbnail", True),
         }  # fmt: skip
         given = tokenizer is None or isinstance(tokenizer, (str, Path))
-        self.tokenizer: Tokenizer = tokenizer_of(own, tokenizer) if given else tokenizer  # type: ignore[arg-type, assignment]
+        self.tokenizer: Tokenizer = tokenizer_of(own, tokenizer, fetch=self.companion) if given else tokenizer  # type: ignore[arg-type, assignment]
         if self.tokenizer.id_of(CONTEXT) != model.image_token:
             raise errors.BadArgument(
                 f"the tokenizer's {CONTEXT} is {self.tokenizer.id_of(CONTEXT)}, the model's image token "

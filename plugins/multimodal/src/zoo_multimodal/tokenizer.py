@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
-from zoo_registry import optional
+from zoo_registry import errors, optional, store
 
 
 class Tokenizer(Protocol):
@@ -120,10 +120,13 @@ def _marks(folder: Path) -> dict[str, int]:
     return found
 
 
-def tokenizer_of(settings: Mapping[str, Any], local: str | Path | None = None, **download: Any) -> Tokenizer:
+def tokenizer_of(
+    settings: Mapping[str, Any], local: str | Path | None = None, *, fetch: Callable[..., Path] = store.hub_file
+) -> Tokenizer:
     """The tokenizer that a weights card's ``preprocess`` names: ``words`` (a list), or ``tokenizer``, a Hub repository.
 
-    ``local``: a folder with tokenizer.model to use instead. ``download``: the store's (``local_files_only`` ...).
+    ``local``: a folder with tokenizer.model to use instead. ``fetch(repository, file name)``: how
+    one on the Hub is had.
     """
     if local is not None:
         return SentencePieceTokenizer(local)
@@ -132,13 +135,11 @@ def tokenizer_of(settings: Mapping[str, Any], local: str | Path | None = None, *
     name = settings.get("tokenizer")
     if name is None:
         raise ValueError("these weights name no tokenizer: give tokenizer=, the folder that holds its tokenizer.model")
-    from zoo_registry import errors, store
-
     optional("sentencepiece", "reading tokenizer.model", "ssm-zoo-multimodal[tokenizer]")  # before anything is fetched
-    found = Path(store.hub_file(name, "tokenizer.model", **download))
+    found = fetch(name, "tokenizer.model")
     for beside in ("added_tokens.json", "tokenizer_config.json"):
         try:
-            store.hub_file(name, beside, **download)
+            fetch(name, beside)
         except errors.FileNotInRepo:
             continue
     return SentencePieceTokenizer(found.parent)

@@ -210,6 +210,10 @@ def check_card(what: str | Case) -> bool:
         check_arguments(what_, builder, {**card.config, **weights.config})
         if weights.loadable:
             assert weights.licence, f"{what_} has no licence; write 'unknown' where the authors state none"
+        tokenizer = weights.preprocess.get("tokenizer", "")
+        if weights.on_hub and "/" in tokenizer:
+            carried = weights.companions
+            assert tokenizer in carried, f"{what_} needs {tokenizer}; name its files as companions, for other machines"
         for metric in weights.metrics:
             assert metric.source, f"{what_}: the figure {metric.name} has no source"
         if weights.format != "safetensors":

@@ -17,6 +17,14 @@ REPOSITORY = "stabilityai/sd-vae-ft-ema"
 SCALE = 0.18215
 
 
+def needed() -> Any:
+    """diffusers. Raises MissingExtra without it."""
+    return optional(
+        "diffusers", "making images of latents", "ssm-zoo-generation[autoencoder]",
+        otherwise="or ask for the latents: --latents, decode=False",
+    )  # fmt: skip
+
+
 class Autoencoder:
     """``repository``: a diffusers ``AutoencoderKL`` on the Hub, or a folder with one; ``scale``: of the latents.
 
@@ -26,12 +34,8 @@ class Autoencoder:
     def __init__(
         self, repository: str = REPOSITORY, scale: float = SCALE, device: torch.device | str | None = None
     ) -> None:
-        diffusers: Any = optional(
-            "diffusers", "making images of latents", "ssm-zoo-generation[autoencoder]",
-            otherwise="or ask for the latents: --latents, decode=False",
-        )  # fmt: skip
         self.scale = scale
-        self.network = diffusers.AutoencoderKL.from_pretrained(repository).eval().to(device)
+        self.network = needed().AutoencoderKL.from_pretrained(repository).eval().to(device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from zoo.pipelines import Pipeline, Result
 from zoo_registry import optional
 
 from . import flow
-from .autoencoder import REPOSITORY, SCALE, Autoencoder
+from .autoencoder import REPOSITORY, SCALE, Autoencoder, needed
 from .model import DiMSUM
 
 SMALL = 96  #: images below this side are shown enlarged
@@ -251,7 +251,13 @@ class ImageGeneration(Pipeline):
     def encoder(self) -> Any:
         """The autoencoder of a model of latents, loaded when it is first needed."""
         if isinstance(self.autoencoder, (str, Path)):
-            self.autoencoder = Autoencoder(str(self.autoencoder), self.scale, self.device)
+            place = str(self.autoencoder)
+            weights = None if self.info is None else self.info.weights
+            if weights is not None and place in weights.companions:  # as the model was loaded: offline, from a folder
+                needed()  # before anything is fetched
+                files = [self.companion(place, name) for name in weights.companions[place]]
+                place = str(files[0].parent)
+            self.autoencoder = Autoencoder(place, self.scale, self.device)
         return self.autoencoder
 
     def finish(self, output: Mapping[str, Tensor], sample: list[int]) -> GeneratedImages:
