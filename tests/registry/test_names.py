@@ -167,6 +167,18 @@ def test_nearest_name_comes_first(zoo, wrong):
     assert error.value.nearest[0] == "vmamba_tiny.in1k"
 
 
+def test_a_folder_of_that_name_is_pointed_out(zoo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trained").mkdir()
+    with pytest.raises(
+        UnknownModel, match=r"no model 'trained'.*; \./trained, with \./ in front, is the file or folder"
+    ):
+        resolve("trained", plugins=zoo)
+    with pytest.raises(UnknownModel) as error:
+        resolve("untrained", plugins=zoo)
+    assert "./" not in str(error.value)
+
+
 def test_wrong_tag_lists_the_tags(zoo):
     with pytest.raises(UnknownTag) as error:
         resolve("vmamba_tiny.in22k", plugins=zoo)

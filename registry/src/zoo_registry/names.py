@@ -305,6 +305,8 @@ def _unknown_model(wanted: ModelName, plugins: Manager) -> UnknownModel:
         parts.append(f"`zoo list '{stem.group() if stem else near[0]}*'` shows all of them")
     else:
         parts.append("`zoo list` shows the names" if cards else "no model is installed")
+    if Path(str(wanted)).exists():
+        parts.append(f"./{wanted}, with ./ in front, is the file or folder of that name here")
     domain = _domain_of(_plain(wanted.name))
     hints = [domain_hint(domain, plugins)] if domain else []
     if not domain and not shown:
