@@ -170,9 +170,7 @@ def test_nearest_name_comes_first(zoo, wrong):
 def test_a_folder_of_that_name_is_pointed_out(zoo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "trained").mkdir()
-    with pytest.raises(
-        UnknownModel, match=r"no model 'trained'.*; \./trained, with \./ in front, is the file or folder"
-    ):
+    with pytest.raises(UnknownModel, match=r"\./trained, with \./ in front, is the file or folder"):
         resolve("trained", plugins=zoo)
     with pytest.raises(UnknownModel) as error:
         resolve("untrained", plugins=zoo)
