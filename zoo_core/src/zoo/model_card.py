@@ -106,7 +106,7 @@ def _body(
         f"- task: {card.task}",
         *(f"- input, {k}: {v}" for k, v in card.input.items()),
         *(f"- output, {k}: {v}" for k, v in card.output.items()),
-        *(f"- preprocessing, {k}: {v}" for k, v in (facts.get("preprocess") or {}).items()),
+        *(f"- preprocessing, {k}: {_brief(v)}" for k, v in (facts.get("preprocess") or {}).items()),
         "",
         "## Configuration",
         "",
@@ -123,6 +123,12 @@ def _body(
     lines += [f"- changed: {change}" for change in info.changes]
     lines += [f"- {title}: {value}" for title, value in _origin(card, facts) if value]
     return "\n".join(lines) + "\n"
+
+
+def _brief(value: Any) -> str:
+    """A setting as a reader can take it in; a tokenizer is a megabyte."""
+    text = str(value)
+    return text if len(text) <= 300 else f"{len(text)} characters, in config.json"
 
 
 def _published(source: str) -> str:

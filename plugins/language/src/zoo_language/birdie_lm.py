@@ -196,6 +196,8 @@ class BirdieLM(CausalLM):
     def head(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)
 
+    takes_resets = True  #: texts that are packed into one row can be kept apart
+
     def backbone(self, input_ids, *, state=None, lengths=None, prefix=None, resets=None):
         self._check(input_ids, state, lengths)
         x = self.embed(input_ids)

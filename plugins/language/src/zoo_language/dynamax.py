@@ -254,6 +254,10 @@ class DynamaxLM(CausalLM):
             done += 1
         return total
 
+    def learn(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states, and :meth:`exit_loss`: the exits learn beside the model (see :mod:`.training`)."""
+        return self.backbone(input_ids), self.exit_loss(input_ids)
+
     # -- decoding --------------------------------------------------------------------------------------------------
 
     def sure(self, logits: Tensor) -> Tensor:

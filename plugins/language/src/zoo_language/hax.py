@@ -283,11 +283,17 @@ class HaxLM(Rereading):
         """Cross-entropy of the tokens behind the positions that ``asked`` (batch, length) marks, plus ``gate_weight``
         times the summed loss of the key scores: the original's recipe for joint recall (:mod:`zoo_language.hax_task`).
         """
+        hidden, more = self.learn(input_ids, attention_mask=attention_mask, gate_weight=gate_weight)
+        chosen = asked[:, :-1].bool()
+        return more + F.cross_entropy(self.head(hidden[:, :-1][chosen]).float(), input_ids[:, 1:][chosen])
+
+    def learn(
+        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, gate_weight: float = 0.1
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states, and ``gate_weight`` times the summed loss of the key scores (see :mod:`.training`)."""
         losses: list[Tensor] = []
         hidden = self.read(input_ids, attention_mask=attention_mask, losses=losses)
-        chosen = asked[:, :-1].bool()
-        loss = F.cross_entropy(self.head(hidden[:, :-1][chosen]).float(), input_ids[:, 1:][chosen])
-        return loss + gate_weight * sum(losses) if losses else loss
+        return hidden, gate_weight * sum(losses, hidden.new_zeros((), dtype=torch.float32))
 
     # -- decoding --------------------------------------------------------------------------------------------------
 

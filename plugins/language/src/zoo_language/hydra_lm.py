@@ -130,13 +130,18 @@ class HydraLM(Rereading):
 
     def training_loss(self, input_ids: Tensor, *, balance: float = 1e-2, z: float = 1e-3) -> Tensor:
         """Cross-entropy of the next tokens, plus the routers' balancing and z losses with these weights."""
-        hidden, routers = self.routed(input_ids)
+        hidden, more = self.learn(input_ids, balance=balance, z=z)
         logits = self.head(hidden[:, :-1]).float()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten())
+        return more + nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten())
+
+    def learn(self, input_ids: Tensor, *, balance: float = 1e-2, z: float = 1e-3) -> tuple[Tensor, Tensor]:
+        """Hidden states, and the routers' balancing and z losses with these weights (see :mod:`.training`)."""
+        hidden, routers = self.routed(input_ids)
+        more = hidden.new_zeros((), dtype=torch.float32)
         for block, router in zip((b for b in self.layers if "moe" in b.names), routers, strict=True):
             own = block.moe.losses(router)
-            loss = loss + balance * own[0] + z * own[1]
-        return loss
+            more = more + balance * own[0] + z * own[1]
+        return hidden, more
 
     @torch.no_grad()
     def statistics(self, input_ids: Tensor) -> dict[str, Tensor]:

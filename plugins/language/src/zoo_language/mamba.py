@@ -122,6 +122,11 @@ class MambaLM(CausalLM):
         packed into one row do not see each other. Attention has no such thing: ValueError."""
         return self.head(self.backbone(input_ids, state=state, lengths=lengths, resets=resets))
 
+    @property
+    def takes_resets(self) -> bool:
+        """Whether texts that are packed into one row can be kept apart: where there is no attention."""
+        return not any(isinstance(layer.mixer, MultiHeadAttention) for layer in self.layers)
+
     def head(self, hidden: Tensor) -> Tensor:
         return placement.linear(hidden, self.embedding if self.lm_head is None else self.lm_head)
 

@@ -47,6 +47,7 @@ def zoo_commands() -> Mapping[str, str]:
         "generate": "zoo_language.commands:generate",
         "score": "zoo_language.commands:score",
         "chat": "zoo_language.commands:chat",
+        "train-language": "zoo_language.commands_training:train_language",
     }
 
 

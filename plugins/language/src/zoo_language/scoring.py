@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,10 +37,16 @@ class Score:
         return self.nats / math.log(2) / self.bytes if self.bytes else float("nan")
 
 
+def together(scores: Iterable[Score]) -> Score:
+    """The score of several texts."""
+    parts = [(one.nats, one.tokens, one.bytes) for one in scores]
+    return Score(*(sum(part) for part in zip(*parts, strict=True))) if parts else Score(0.0, 0, 0)
+
+
 @torch.no_grad()
 def score(
     model: CausalLM,
-    ids: Sequence[int] | Tensor,
+    ids: Sequence[int] | Tensor | np.ndarray,
     *,
     text_bytes: int,
     window: int = 2048,

@@ -15,7 +15,7 @@ from zoo.validation import Measured
 from zoo_registry import errors
 
 from .pipelines import TextGeneration
-from .scoring import Score, score
+from .scoring import Score, score, together
 
 
 def score_text(
@@ -36,6 +36,11 @@ def score_text(
         start=pipe.start[-1],
         progress=progress,
     )
+
+
+def figures(found: Score) -> dict[str, float]:
+    """What is said of a score."""
+    return {"bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
 
 
 def validate_texts(
@@ -60,24 +65,21 @@ def validate_texts(
     pipe = TextGeneration(model, tokenizer=tokenizer)
     files = pipe.expand(Path(data))[0][:limit]
     began = time.perf_counter()
-    nats, tokens, size, empty = 0.0, 0, 0, 0
+    scores: list[Score] = []
     with progress_bar(progress and sys.stderr.isatty(), len(files), pipe.name) as advance:
         for file in files:
             if text := read_text(file):
-                found = score_text(pipe, text, window=window, carry_state=carry)
-                nats, tokens, size = nats + found.nats, tokens + found.tokens, size + found.bytes
-            else:
-                empty += 1
+                scores.append(score_text(pipe, text, window=window, carry_state=carry))
             advance()
-    if not tokens:
+    found, empty = together(scores), len(files) - len(scores)
+    if not found.tokens:
         raise errors.BadArgument(f"{data} is empty; there is nothing to score", argument="data", accepted=[])
-    whole = Score(nats, tokens, size)
-    notes = f"{len(files) - empty} texts, {size} bytes" + (f"; {empty} empty files left out" if empty else "")
+    notes = f"{len(scores)} texts, {found.bytes} bytes" + (f"; {empty} empty files left out" if empty else "")
     return Measured(
         model=pipe.name,
         data=str(data),
-        samples=tokens,
-        metrics={"bits_per_byte": whole.bits_per_byte, "perplexity": whole.perplexity},
+        samples=found.tokens,
+        metrics=figures(found),
         seconds=time.perf_counter() - began,
         notes=notes,
     )

@@ -1,0 +1,178 @@
+"""``zoo train-language``."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zoo.cli import output, training
+
+if TYPE_CHECKING:
+    from ._base import CausalLM
+    from .tokenizer import OwnTokenizer
+
+_TEXTS = click.Path(exists=True, path_type=Path)
+#: Where the tokens lie while a model is trained, in the folder that ``--out`` names.
+TOKENS = "training.tokens"
+FILE = "tokenizer.json"
+#: Of AdamW, as in the Mamba paper (arXiv 2312.00752, appendix E.2).
+BETAS = (0.9, 0.95)
+
+
+@click.command()
+@click.argument("name")
+@click.argument("texts", nargs=-1, required=True, type=_TEXTS)
+@training.out
+@click.option("--held-out", type=click.FloatRange(0, 0.9), help="Share to measure on (default 0.05; at most 1 MB).")
+@click.option("--score-every", type=click.IntRange(min=1), help="Steps between two measures (default: a tenth).")
+@click.option("--validation", multiple=True, type=_TEXTS, help="Measure on these texts instead; repeatable.")
+@training.start
+@click.option("--tokenizer", help="A tokenizer.json or its folder, or 'bytes' (default: that of the weights).")
+@click.option("--length", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens of a window.")
+@training.loop(steps=2000, rate=1e-3, weight_decay=0.1)
+@training.batch_size(8, "Windows.")
+@training.run_options("n_layer=4")
+@training.resume
+@output.as_json
+def train_language(
+    name: str,
+    texts: tuple[Path, ...],
+    out: Path,
+    held_out: float | None,
+    score_every: int | None,
+    validation: tuple[Path, ...],
+    start: str | None,
+    tokenizer: str | None,
+    length: int,
+    batch_size: int,
+    seed: int,
+    device: str,
+    choices: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train the language model NAME on TEXTS: .txt and .md files, .jsonl files with a "text" a line, folders of them,
+    each also with .gz.
+
+    Texts are packed into windows, the end-of-text token (or a line feed) between them. They are tokenised once, into
+    OUT, and not held in memory. Some are held out and measured as `zoo validate` measures; the weights of the best
+    measure are kept. A run that was interrupted goes on when the same command is given again.
+
+    \b
+        zoo train-language mamba2_micro notes/ --out mine --start mamba2_micro.bible --rate 3e-4
+        zoo train-language mamba_130m corpus.jsonl.gz --out mine --start mamba_130m.pile --device cuda --recompute
+        zoo train-language mamba_130m corpus/ --out mine --tokenizer tokenizer.json --set n_layer=6
+    """
+    import torch.distributed
+
+    import zoo
+    from zoo.training import fit
+    from zoo_registry import WeightsCard
+
+    from .corpus import Corpus, files_in, prepare
+    from .training import Windows, check_causal, held_out_score, next_token_loss, streams, takes_resets
+    from .validation import figures
+
+    if held_out is not None and validation:
+        raise click.UsageError("--held-out and --validation: give one, a share of the texts or other texts")
+    share = 0.0 if validation else 0.05 if held_out is None else held_out
+    files, others = files_in(texts), files_in(validation)
+    model, coding, said = _begun(name, start, seed, tokenizer, output.pairs(choices, "--set"))
+    check_causal(model, min(length, 2048), name)
+    carry = streams(model)
+    how: dict[str, Any] = {"window": 2048 if carry else length, "carry": carry}  # what zoo validate does by itself
+    settings = dataclasses.replace(training.settings(options, seed), betas=BETAS)
+
+    with training.processes(device) as place:
+        if place.first:
+            prepare(out / TOKENS, files, coding, held_out=share, validation=others, seed=seed)
+        if place.world > 1:
+            torch.distributed.barrier()
+        corpus = Corpus(out / TOKENS)
+        train, held = corpus.train, corpus.held
+        measured = 0 if held is None else len(held) - len(held.begins)
+        with training.run(out, resume, quiet=as_json, tokens=len(train), measured=measured) as run:
+            if not as_json:
+                apart = "apart" if takes_resets(model) else "as one text (the model does not take resets)"
+                click.echo(f"{len(train.begins)} texts, {len(train)} tokens; {measured} to measure on")
+                click.echo(f"windows of {length} tokens, texts in one are read {apart}")
+            fitted = fit(
+                model.to(place.device),
+                Windows(train, length, batch_size, seed),
+                lambda m, batch: next_token_loss(m, batch, recompute=settings.recompute),  # type: ignore[arg-type]
+                settings,
+                run=run,
+                report=training.reporter(settings.steps, quiet=as_json),
+                score=None if held is None else lambda m: -held_out_score(m, held, **how).bits_per_byte,
+                score_every=score_every or max(settings.steps // 10, 1),
+            )
+            found = {} if held is None else figures(held_out_score(model, held, **how))
+            if not place.first:
+                return
+            source = (validation or texts)[0].name
+            split = "validation" if validation else "held out"
+            metrics = training.measured(found, dataset=source, split=split, command="train-language")
+            where = f"trained on {', '.join(text.name for text in texts)}"
+            model.zoo_info.weights = WeightsCard(tag="own", where=where, preprocess=said)
+            model.zoo_info.tag = None
+            zoo.save(model.cpu(), out, metrics=metrics)
+            corpus.remove()
+    if as_json:
+        counts = {"texts": len(train.begins), "tokens": len(train), "measured": measured}
+        output.emit(counts | {"taken_at": fitted.taken_at, "metrics": found, "folder": str(out)})
+        return
+    if found:
+        asked = "" if carry else f" (as zoo validate -o carry=false -o window={length})"
+        click.echo(f"{measured} tokens that were not trained on: {training.said(found)}{asked}")
+    click.echo(f'saved to {out}; try: zoo generate {training.source(out)} "Once"')
+
+
+def _begun(
+    name: str, start: str | None, seed: int, given: str | None, arguments: dict[str, Any]
+) -> tuple[CausalLM, OwnTokenizer, dict[str, Any]]:
+    """The model, its tokenizer, and what the saved weights say of it; a new model has as many ids as the tokenizer that
+    is given."""
+    from zoo.catalog import find, import_object
+
+    from ._base import CausalLM
+    from .tokenizer import ByteTokenizer, HubTokenizer, settings_of, tokenizer_of
+
+    card, weights = find(name)
+    if card.task != "text-generation":
+        raise click.UsageError(f"{name} is for {card.task}; expected one of `zoo list --task text-generation`")
+    size = {**card.config, **arguments}.get("vocab_size")
+    model = None
+    if start is not None:
+        model = training.begun(name, start, seed, **arguments)
+        weights, size = model.zoo_info.weights, model.vocab_size  # type: ignore[union-attr]
+    said = {} if weights is None else dict(weights.preprocess)
+    if given is None and not {"tokenizer", "tokenizer_json"} & set(said):
+        if size != ByteTokenizer.size:
+            raise click.UsageError(
+                f"{name} names no tokenizer; give --tokenizer, a tokenizer.json or a folder that holds one, or 'bytes'"
+            )
+        given = "bytes"
+    coding: OwnTokenizer
+    if given is None:
+        coding = tokenizer_of(said)
+    else:
+        place = Path(given)
+        coding = ByteTokenizer() if given == "bytes" else HubTokenizer(place / FILE if place.is_dir() else place)
+        said = settings_of(coding)
+        if model is None and "vocab_size" in inspect.signature(import_object(card.builder)).parameters:
+            arguments = {"vocab_size": coding.size} | arguments
+    if model is None:
+        model = training.begun(name, None, seed, **arguments)
+    if not isinstance(model, CausalLM):
+        raise click.UsageError(f"{name} is a {type(model).__name__}, which is no language model of this plugin")
+    if coding.size > model.vocab_size:
+        raise click.UsageError(
+            f"the tokenizer has {coding.size} tokens and {start or name} {model.vocab_size}; give the tokenizer of the "
+            "weights, or a new model a larger vocabulary (--set vocab_size)"
+        )
+    return model, coding, said
