@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import zoo.testing
 from zoo.cli import training
-from zoo.training import Settings, Shuffled, fit, held_out, parameter_groups
+from zoo.training import Place, Settings, Shuffled, fit, held_out, parameter_groups
 from zoo_registry import errors
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(1))
@@ -264,6 +265,20 @@ def test_the_options_of_the_loop():
     expected = Settings(steps=50, rate=2e-3, average=0.9, warmup=4, precision="bfloat16", recompute=True, seed=3)
     assert said.output.strip() == str(expected)
     assert CliRunner().invoke(command, ["--average", "1"]).exit_code == 2
+
+
+def test_what_comes_after_the_training_is_the_first_process_s_to_do(monkeypatch):
+    @click.command()
+    def command():
+        with training.processes("cpu"):
+            pass
+        click.echo("saved")
+
+    assert CliRunner().invoke(command).output == "saved\n"
+    second = Place(torch.device("cpu"), rank=1, world=2)
+    monkeypatch.setattr("zoo.training.processes", lambda device: contextlib.nullcontext(second))
+    done = CliRunner().invoke(command)
+    assert (done.output, done.exit_code) == ("", 0)
 
 
 def test_what_a_training_begins_with():

@@ -250,11 +250,16 @@ def settings(options: Mapping[str, Any], seed: int) -> Settings:
     return Settings(**options, seed=seed)
 
 
-def processes(device: str) -> contextlib.AbstractContextManager[Place]:
-    """:func:`zoo.training.processes`: this process alone, or one of those that torchrun started."""
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[Place]:
+    """:func:`zoo.training.processes`: this process alone, or one of those that torchrun started. What comes after the
+    block is the first one's to do; the others end with it."""
     from zoo.training import processes
 
-    return processes(device)
+    with processes(device) as place:
+        yield place
+    if not place.first:
+        raise click.exceptions.Exit(0)
 
 
 def measured(found: Mapping[str, float], *, dataset: str, split: str, command: str) -> list[dict[str, Any]]:
