@@ -7,7 +7,8 @@ from toy_weights import toy
 
 import zoo
 from zoo import errors
-from zoo.pipelines import Failure, Pipeline, Result, describe_source, plain, ranked
+from zoo.pipelines import Pipeline, describe_source
+from zoo.results import Failure, Result, plain, ranked
 
 
 @pytest.fixture

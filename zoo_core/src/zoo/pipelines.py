@@ -1,8 +1,8 @@
 """From files that people have to answers that they can read: the base of every task's pipeline.
 
-A domain plugin subclasses :class:`Pipeline` (three short methods) and :class:`Result` (a few fields), and names the
-class in its ``zoo_pipelines`` hook. Everything else is here: files, folders and patterns, batching, device and dtype,
-progress, errors that name the file::
+A domain plugin subclasses :class:`Pipeline` (three short methods) and :class:`~zoo.results.Result` (a few fields), and
+names the class in its ``zoo_pipelines`` hook. Everything else is here: files, folders and patterns, batching, device
+and dtype, progress, errors that name the file::
 
     class Classify(Pipeline):
         task = "image-classification"
@@ -18,7 +18,6 @@ progress, errors that name the file::
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import glob
 import inspect
 import numbers
@@ -38,84 +37,9 @@ from torch import Tensor, nn
 from zoo_registry import errors, read_labels
 
 from .building import ZooInfo, has_new_head, wrong_type
-from .files import check_ending, whole
+from .nests import map_tensors
 from .placement import device_of
-
-
-@dataclass(kw_only=True)
-class Result:
-    """What a model answered for one input. Subclasses add fields and override :meth:`summary`."""
-
-    source: str = ""  #: the file, or what was given, in words
-    model: str = ""  #: name of the model that answered
-    milliseconds: float | None = None  #: forward time of this sample (its share of the batch)
-
-    def summary(self) -> str:
-        """The answer in one line, for tables."""
-        raise NotImplementedError
-
-    @property
-    def confidence(self) -> float | None:
-        """How sure the model is, 0 to 1; None where that has no meaning."""
-        return None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python: numbers, strings, lists and dictionaries, ready for JSON."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr}
-        return plain({k: v for k, v in values.items() if v is not None} | self._derived())
-
-    def _derived(self) -> dict[str, Any]:
-        sure = self.confidence
-        return {"answer": self.summary()} | ({} if sure is None else {"confidence": sure})
-
-    def picture(self) -> Any:
-        """The answer as a ``PIL.Image``, or None when reading it is as good as looking."""
-        return None
-
-    @property
-    def has_picture(self) -> bool:
-        return type(self).picture is not Result.picture
-
-    def save_picture(self, path: str | Path) -> Path:
-        """Write :meth:`picture` to ``path`` (the ending chooses the format). Raises BadArgument if there is none."""
-        image = self.picture()
-        if image is None:
-            raise errors.BadArgument(
-                f"a {type(self).__name__} has no picture; print it, or use to_dict()", argument="path", accepted=[]
-            )
-        path = Path(path)
-        check_ending(path)
-        with whole(path) as work:
-            image.save(work)
-        return path
-
-    def __str__(self) -> str:
-        sure = self.confidence
-        return f"{self.source}: {self.summary()}" + ("" if sure is None else f" ({sure:.1%})")
-
-
-@dataclass(kw_only=True)
-class RankedClasses(Result):
-    """The likeliest classes of one input, best first."""
-
-    labels: list[str]
-    indices: list[int]
-    probabilities: list[float]
-
-    @property
-    def label(self) -> str:
-        return self.labels[0]
-
-    @property
-    def confidence(self) -> float:
-        return self.probabilities[0]
-
-    def summary(self) -> str:
-        return self.labels[0]
-
-    def __str__(self) -> str:
-        rows = ", ".join(f"{n} {p:.1%}" for n, p in zip(self.labels, self.probabilities, strict=True))
-        return f"{self.source}: {rows}"
+from .results import Failure, Result
 
 
 @contextlib.contextmanager
@@ -129,52 +53,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def ranked(logits: Tensor, names: Sequence[str] | None, top_k: int) -> dict[str, Any]:
-    """The fields of :class:`RankedClasses` of one input's logits (classes,); a class without a name is "class i"."""
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError(
-            "the model's answer is not finite; the input holds NaN or infinite values, or numbers too large for the "
-            "model's type of numbers"
-        )
-    probabilities, indices = logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))
-    found = indices.tolist()
-    labels = [names[i] if names is not None and i < len(names) else f"class {i}" for i in found]
-    return {"labels": labels, "indices": found, "probabilities": probabilities.tolist()}
-
-
-@dataclass(kw_only=True)
-class Failure(Result):
-    """An input that could not be answered, in runs that go on after errors."""
-
-    error: Exception
-
-    def summary(self) -> str:
-        return f"failed: {self.error}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "model": self.model,
-            "error": type(self.error).__name__,
-            "message": str(self.error),
-        }
-
-
-def plain(value: Any) -> Any:
-    """Tensors, arrays, paths and dataclasses as plain Python."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(v) for v in value]
-    if isinstance(value, (str, int, float, bool)) or value is None:
-        return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return str(value)
 
 
 @dataclass
@@ -219,7 +97,7 @@ class Pipeline(ABC):
 
     def collate(self, samples: Sequence[Any]) -> Any:
         """Prepared samples of equal shapes to one batch: every tensor stacked on a new first axis."""
-        return _map(lambda *tensors: torch.stack(tensors), *samples)
+        return map_tensors(lambda *tensors: torch.stack(tensors), *samples)
 
     def forward(self, batch: Any) -> Any:
         """Call the model: ``model(**batch)`` for dicts, ``model(*batch)`` for tuples, ``model(batch)`` otherwise."""
@@ -229,7 +107,7 @@ class Pipeline(ABC):
 
     def split(self, output: Any, count: int) -> list[Any]:
         """A batch's output to ``count`` single outputs: every tensor indexed along its first axis."""
-        return [_map(lambda tensor: tensor[i], output) for i in range(count)]  # noqa: B023 - called at once
+        return [map_tensors(lambda tensor: tensor[i], output) for i in range(count)]  # noqa: B023 - called at once
 
     # -- what it has for that
 
@@ -401,8 +279,8 @@ class Pipeline(ABC):
         try:
             began = time.perf_counter()
             with torch.inference_mode(), evaluating(self.model):
-                ready = _map(self._to_model, self.collate([s.ready for s in batch]))
-                outputs = self.split(_map(_to_cpu, self.forward(ready)), len(batch))
+                ready = map_tensors(self._to_model, self.collate([s.ready for s in batch]))
+                outputs = self.split(map_tensors(_to_cpu, self.forward(ready)), len(batch))
             share = (time.perf_counter() - began) * 1000 / len(batch)
             results = []
             for sample, output in zip(batch, outputs, strict=True):
@@ -480,26 +358,13 @@ def task_of(task: str | None, model: Any) -> str:
 # -- small helpers ---------------------------------------------------------------------------------------------------
 
 
-def _map(function: Any, first: Any, *rest: Any) -> Any:
-    """Apply ``function`` to the tensors of equal nests of dicts, lists and tuples; other leaves are kept."""
-    if isinstance(first, Tensor):
-        return function(first, *rest)
-    if isinstance(first, Mapping):
-        return {k: _map(function, v, *(r[k] for r in rest)) for k, v in first.items()}
-    if isinstance(first, tuple) and hasattr(first, "_fields"):
-        return type(first)(*(_map(function, v, *(r[i] for r in rest)) for i, v in enumerate(first)))
-    if isinstance(first, (list, tuple)):
-        return type(first)(_map(function, v, *(r[i] for r in rest)) for i, v in enumerate(first))
-    return first
-
-
 def _to_cpu(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None)
 
 
 def _signature(ready: Any) -> Any:
     shapes: list[Any] = []
-    _map(lambda t: shapes.append((tuple(t.shape), t.dtype)), ready)
+    map_tensors(lambda t: shapes.append((tuple(t.shape), t.dtype)), ready)
     return shapes
 
 

@@ -25,7 +25,7 @@ import copy
 import itertools
 import math
 import os
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .nests import map_tensors
 from .runs import Run, seeded
 
 Batch = TypeVar("Batch")
@@ -279,7 +280,7 @@ def fit(
             for micro in range(settings.accumulate):
                 last = micro + 1 == settings.accumulate
                 unsynced = contextlib.nullcontext() if last or world == 1 else objective.no_sync()  # type: ignore[operator]
-                given = _to(next(batches), device)
+                given = map_tensors(lambda t: t.to(device, non_blocking=True), next(batches))
                 with seeded(_seed(settings.seed, step, micro, rank), device), unsynced:
                     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                         value = objective(given) / settings.accumulate
@@ -361,19 +362,6 @@ def _ahead(batch: Callable[[int], Batch], numbers: Iterator[int]) -> Generator[B
         finally:
             for future in made:
                 future.cancel()
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """``value`` with its tensors on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {k: _to(v, device) for k, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_to(v, device) for v in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to(v, device) for v in value)
-    return value
 
 
 def _fused(model: nn.Module) -> bool:

@@ -97,7 +97,7 @@ def _streamed(
     pipe: Any, inputs: list[str], piece: float, *, times: bool, keep_going: bool, as_json: bool
 ) -> int:  # fmt: skip
     """Text as it comes; the levels and the speed after each recording."""
-    from zoo.pipelines import Failure, plain
+    from zoo.results import Failure, plain
 
     found, failed = [], False
     for source in pipe.expand(inputs)[0]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from zoo.files import check_ending, whole
 from zoo.images import EXTENSIONS, open_image
-from zoo.pipelines import Failure, Pipeline, RankedClasses, Result, ranked
+from zoo.pipelines import Pipeline
+from zoo.results import Failure, RankedClasses, Result, ranked
 from zoo_registry import errors, optional
 
 #: settings that timm's transforms take from a weights card

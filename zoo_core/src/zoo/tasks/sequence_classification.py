@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo import images
-from zoo.pipelines import Pipeline, RankedClasses, describe_source, ranked
+from zoo.pipelines import Pipeline, describe_source
+from zoo.results import RankedClasses, ranked
 from zoo_registry import errors, optional, package_path
 
 from . import sequence_files
