@@ -5,7 +5,9 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from zoo.cli import run
 
@@ -22,6 +24,12 @@ def checkout(tmp_path, monkeypatch) -> Path:
         own = tmp_path / "pictures" / ("even" if int(file.stem[-1]) % 2 == 0 else "odd") / file.name
         own.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, own)
+    for i, file in enumerate(sorted((tmp_path / "examples/scenes").glob("*.jpg"))):  # and with label maps
+        for kind in ("images", "labels"):
+            (tmp_path / "fields" / kind).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "fields/images" / file.name)
+        labels = np.indices(Image.open(file).size[::-1])[i % 2] // 24
+        Image.fromarray(labels.astype(np.uint8)).save(tmp_path / "fields/labels" / f"{file.stem}.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -39,7 +47,7 @@ def test_snippets_run(index: int, checkout: Path) -> None:
 def test_training_on_pictures_of_ones_own_runs(checkout: Path) -> None:
     """One command after the other: the later ones take what the first saved."""
     commands = [c for c in COMMANDS if "zoo train-" in c or "./my_" in c]
-    assert len(commands) >= 3
+    assert len(commands) >= 6
     for command in commands:
         assert run(shlex.split(command)[1:]) == 0, command
 

@@ -18,6 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
+from zoo import building, catalog
 from zoo.adapting import InputChannels, NewHead
 from zoo.layers import GradCheckpointing
 
@@ -305,6 +306,17 @@ def feature_info_of(backbone: nn.Module) -> Any:
             "the channels of its maps"
         )
     return backbone.feature_info
+
+
+def pyramid(backbone: str, **config: Any) -> Any:
+    """The classifier of this name as a pyramid, with its card's arguments and ``config``. Raises ValueError for a model
+    of another task."""
+    card, _ = catalog.find(backbone)
+    if card.task != "image-classification":
+        raise ValueError(
+            f"backbone is {backbone!r}, a model for {card.task}; expected an image classifier, as vmamba_tiny"
+        )
+    return building.construct(card, {**card.config, **config, "features_only": True})
 
 
 def freeze_norms(module: nn.Module) -> None:

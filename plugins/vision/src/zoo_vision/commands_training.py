@@ -1,4 +1,4 @@
-"""The vision plugin's commands that train: ``zoo train-classifier``."""
+"""The vision plugin's commands that train: ``zoo train-classifier``, ``zoo train-segmenter``."""
 
 from __future__ import annotations
 
@@ -199,5 +199,146 @@ def train_classifier(
             _finished(
                 model, out, classes, measure(model), facts, data=folder, measured_on=validation, licence=licence,
                 command=command, next_command="classify", example=(test.samples or train.samples)[0][0],
+                as_json=as_json,
+            )  # fmt: skip
+
+
+def _scales(ctx: click.Context, parameter: click.Parameter, value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1] < float("inf"):
+        raise click.BadParameter(
+            f"{value[0]} {value[1]}; expected two numbers above 0, the smaller first", ctx, parameter
+        )
+    return value
+
+
+def _scale(least: float, most: float) -> Callable[..., Any]:
+    return click.option(
+        "--scale",
+        default=(least, most),
+        show_default=True,
+        nargs=2,
+        type=float,
+        callback=_scales,
+        help="Least and largest enlargement of a picture.",
+    )
+
+
+@click.command()
+@click.argument("name")
+@click.argument("folder", type=_FOLDER)
+@training.out
+@_options(*_MEASURING)
+@click.option("--validation", type=_FOLDER, help="Measure on the images and labels of this folder instead.")
+@click.option("--maps", type=_FOLDER, help="Folder of the label maps; FOLDER is then that of the pictures.")
+@click.option(
+    "--names",
+    "names_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Names of the classes, one a line (default: FOLDER/labels.txt, else the values in the label maps).",
+)
+@click.option("--ignore", multiple=True, type=int, default=(255,), show_default=True, help="A value that is no class.")
+@training.start
+@click.option(
+    "--size",
+    type=click.IntRange(min=1),
+    help="Pixels of crops, and of the shorter side (default: as the weights, or 512).",
+)
+@_scale(0.5, 2.0)
+@_options(*_CHANGING)
+@training.loop(steps=4000, rate=2e-4)
+@training.batch_size(8, "Pictures.", least=2)
+@training.run_options("backbone=a2mamba_tiny")
+@training.resume
+@output.as_json
+def train_segmenter(
+    name: str,
+    folder: Path,
+    out: Path,
+    held_out: float | None,
+    score_every: int | None,
+    validation: Path | None,
+    maps: Path | None,
+    names_file: Path | None,
+    ignore: tuple[int, ...],
+    start: str | None,
+    size: int | None,
+    scale: tuple[float, float],
+    flip: bool,
+    jitter: float,
+    batch_size: int,
+    seed: int,
+    device: str,
+    choices: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train the segmentor NAME on FOLDER: pictures in FOLDER/images, and in FOLDER/labels a PNG of the same name for
+    each, with the number of the class at every pixel.
+
+    --start names weights of NAME, or of a classifier for its backbone. A part is held out and measured as zoo validate
+    measures (mIoU); the weights of the best measure are kept. An interrupted run goes on when the same command is given
+    again.
+
+    \b
+        zoo train-segmenter upernet fields/ --out fields_upernet --start vmamba_tiny.in1k
+        zoo train-segmenter upernet streets/ --out streets --set backbone=efficientvim_m1 --ignore 0 --ignore 255
+    """
+    from zoo.training import fit
+
+    from .labelled_scenes import check_sizes, confusion, pairs, read_names, scores
+    from .pipelines import transform_settings
+    from .scenes import SemanticSegmentation
+    from .training import segment
+    from .training.common import begun_on, check_task, describe, split
+
+    command = "train-segmenter"
+    check_task(name, "semantic-segmentation", command)
+    share = _share(held_out, validation)
+    if names_file is None and (folder / "labels.txt").is_file():
+        names_file = folder / "labels.txt"
+    every = pairs(folder, maps)
+    other = [] if validation is None else pairs(validation)
+    values, names = segment.classes_of(
+        check_sizes(every), None if names_file is None else read_names(names_file), ignore
+    )
+    for pair in other:
+        values.read(pair.labels)
+    check_sizes(other)
+    model, before = begun_on(name, start, seed, **_with({"num_classes": len(names)}, choices))
+    settings: dict[str, Any] = {k: v for k, v in transform_settings(model, before).items() if k in ("mean", "std")}
+    short_side = size or before.get("short_side", 512)
+    settings |= {"short_side": short_side, "long_side": 4 * short_side}
+    known = {"label_values": values.classes, "ignored_values": values.ignored}
+    licence = describe(model, names, settings | known, folder.name)
+    pipe = SemanticSegmentation(model)
+    kept, held = split([0] * len(every), share, seed)
+    train = [every[i] for i in kept]
+    test = [every[i] for i in held] if validation is None else other
+    plan = training.settings(options, seed)
+
+    def measure(model: nn.Module) -> dict[str, float | None]:
+        return scores(confusion(SemanticSegmentation(model), test, values), names)[0] if test else {}
+
+    with (
+        training.processes(device) as place,
+        training.run(out, resume, quiet=as_json, pictures=len(train), measured=len(test), classes=names) as run,
+    ):
+        if not as_json:
+            click.echo(f"{len(train)} pictures of {len(names)} classes to train on, {len(test)} to measure on")
+        batches = segment.Batches(
+            train, values, pipe, batch_size=batch_size, seed=seed, scales=scale, flip=flip, jitter=jitter
+        )
+        fitted = fit(
+            model.to(place.device), batches, segment.loss, plan, run=run,
+            report=training.reporter(plan.steps, quiet=as_json),
+            score=(lambda m: measure(m)["mIoU"] or 0.0) if test else None,
+            score_every=score_every or max(plan.steps // 10, 1),
+        )  # fmt: skip
+        if place.first:
+            facts = {"classes": names, "pictures": len(train), "measured": len(test), "taken_at": fitted.taken_at}
+            _finished(
+                model, out, names, measure(model), facts, data=folder, measured_on=validation, licence=licence,
+                command=command, next_command="segment-images --out classes", example=(test or train)[0].picture,
                 as_json=as_json,
             )  # fmt: skip

@@ -12,13 +12,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.adapting import InputChannels, NewHead
 from zoo.layers import GradCheckpointing
 from zoo.rules import Rename, Reshape, Rules
 
 from ._base import check_reference_config, freeze_norms, takes
 from .efficientvim import _DEFAULTS, _SWALLOWED, EfficientViM, arguments
 from .pyramids import FPNNeck, neck_arguments
-from .segmentation import ConvNormAct
+from .segmentation import ConvNormAct, pixel_loss
 
 
 class EfficientViMFPN(GradCheckpointing, nn.Module):
@@ -77,9 +78,23 @@ class SemanticFPN(EfficientViMFPN):
     def __init__(self, backbone: EfficientViM, neck: FPNNeck, decode_head: FPNHead, frozen_norms: bool = True) -> None:
         super().__init__(backbone, neck, frozen_norms)
         self.decode_head = decode_head
+        self.num_classes = decode_head.conv_seg.out_channels
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        """What ``num_classes=`` and ``in_chans=`` change in a checkpoint."""
+        first = self.backbone.ends["in_chans"]
+        return {
+            "num_classes": NewHead("decode_head.conv_seg"),
+            "in_chans": InputChannels(*(f"backbone.{key}" for key in first.keys)),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decode_head(super().forward(x))
+
+    def loss(self, x: Tensor, labels: Tensor, ignore: int = 255) -> Tensor:
+        """Cross entropy at full size; see :meth:`zoo_vision.segmentation.Segmentor.loss`."""
+        return pixel_loss(self(x), x, labels, ignore)
 
 
 def _backbone(config: Mapping[str, Any]) -> EfficientViM:

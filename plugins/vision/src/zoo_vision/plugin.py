@@ -45,6 +45,7 @@ def zoo_validators() -> Mapping[str, str]:
     return {
         "image-classification": "zoo_vision.validation:validate_folder",
         "object-detection": "zoo_vision.validation:validate_coco",
+        "semantic-segmentation": "zoo_vision.labelled_scenes:validate_scenes",
     }
 
 
@@ -56,6 +57,7 @@ def zoo_commands() -> Mapping[str, str]:
         "segment-images": "zoo_vision.commands:segment_images",
         "detect": "zoo_vision.commands:detect",
         "train-classifier": "zoo_vision.commands_training:train_classifier",
+        "train-segmenter": "zoo_vision.commands_training:train_segmenter",
     }
 
 

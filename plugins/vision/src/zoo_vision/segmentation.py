@@ -21,7 +21,7 @@ from zoo.adapting import InputChannels, NewHead
 from zoo.layers import GradCheckpointing
 from zoo.layers.inference import results_only, settled
 
-from ._base import check_count, check_reference_config, feature_info_of, takes
+from ._base import check_count, check_reference_config, feature_info_of, pyramid, takes
 from .mambavision import MambaVision, mambavision
 from .openmmlab import NetworkAdapter, build_backbone
 from .vmamba import VMamba, vmamba
@@ -207,20 +207,24 @@ class Segmentor(GradCheckpointing, nn.Module):
         the mean, as in mmsegmentation. x: (batch, in_chans, H, W); labels: (batch, H, W) int64. Returns a scalar.
         """
         maps = self.backbone(x)
-        if labels.shape != (x.shape[0], *x.shape[2:]):
-            raise ValueError(f"labels have shape {tuple(labels.shape)}; expected {(x.shape[0], *x.shape[2:])}")
-        labels = labels.long()
-        if not ((labels == ignore) | ((labels >= 0) & (labels < self.num_classes))).all():
-            raise ValueError(
-                f"labels go from {int(labels.min())} to {int(labels.max())}; expected 0 to {self.num_classes - 1}, or "
-                f"{ignore} for pixels that do not count"
-            )
+        main = pixel_loss(self.decode_head(maps), x, labels, ignore)
+        return main + self.auxiliary_weight * pixel_loss(self.auxiliary_head(maps[-2]), x, labels, ignore)
 
-        def of(logits: Tensor) -> Tensor:
-            full = resize(logits, labels.shape[1:])
-            return F.cross_entropy(full, labels, ignore_index=ignore, reduction="none").mean()
 
-        return of(self.decode_head(maps)) + self.auxiliary_weight * of(self.auxiliary_head(maps[-2]))
+def pixel_loss(logits: Tensor, x: Tensor, labels: Tensor, ignore: int) -> Tensor:
+    """Cross entropy of logits (batch, classes, h, w), resized, with ``labels`` (batch, H, W) of images x (batch,
+    in_chans, H, W); pixels labelled ``ignore`` count as zero in the mean. Raises ValueError for other labels."""
+    classes = logits.shape[1]
+    if labels.shape != (x.shape[0], *x.shape[2:]):
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; expected {(x.shape[0], *x.shape[2:])}")
+    labels = labels.long()
+    if not ((labels == ignore) | ((labels >= 0) & (labels < classes))).all():
+        raise ValueError(
+            f"labels go from {int(labels.min())} to {int(labels.max())}; expected 0 to {classes - 1}, or {ignore} for "
+            "pixels that do not count"
+        )
+    full = resize(logits, labels.shape[1:])
+    return F.cross_entropy(full, labels, ignore_index=ignore, reduction="none").mean()
 
 
 _HEADS = ("num_classes", "head_channels", "auxiliary_channels", "pool_scales")
@@ -238,6 +242,22 @@ def mambavision_upernet(**config: Any) -> Segmentor:
     """Builder of the cards: UPerNet on a MambaVision pyramid whose maps are normalised."""
     heads = {k: config.pop(k) for k in _HEADS if k in config}
     return Segmentor(mambavision(features_only=True, pyramid_norm="ln2d", **config), **heads)
+
+
+def upernet(
+    *,
+    backbone: str = "vmamba_tiny",
+    num_classes: int = 150,
+    head_channels: int = 512,
+    auxiliary_channels: int = 256,
+    pool_scales: Sequence[int] = POOL_SCALES,
+    **config: Any,
+) -> Segmentor:
+    """UPerNet on the pyramid of any classifier of this plugin, by its name; ``config``: the backbone's arguments."""
+    return Segmentor(
+        pyramid(backbone, **config), num_classes=num_classes, head_channels=head_channels,
+        auxiliary_channels=auxiliary_channels, pool_scales=pool_scales,
+    )  # fmt: skip
 
 
 # -- the original's format -------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,14 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
+import zoo
 from zoo import building, catalog
+from zoo.cli.training import begun
+from zoo.loading import card_of
 from zoo.training import held_out
 from zoo_registry import WeightsCard, errors
+
+log = logging.getLogger("zoo")
 
 
 def check_task(name: str, task: str, command: str) -> None:
@@ -24,6 +30,40 @@ def check_task(name: str, task: str, command: str) -> None:
             argument="name",
             accepted=[],
         )
+
+
+def begun_on(name: str, start: str | None, seed: int, **arguments: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A network with a backbone: :func:`zoo.cli.training.begun`, or, where ``start`` names an image classifier, random
+    weights with the classifier's in the backbone. Also the preprocessing of the weights that it begins with.
+
+    Raises BadArgument for a classifier that is another one than the backbone.
+    """
+    if start is None or (classifier := card_of(start)).task != "image-classification":
+        model = begun(name, start, seed, **arguments)
+        weights = model.zoo_info.weights  # type: ignore[union-attr]
+        return model, {} if weights is None else dict(weights.preprocess)
+    if accepts(name, "backbone"):
+        arguments.setdefault("backbone", classifier.name)
+    model = begun(name, None, seed, **arguments)
+    channels = {k: v for k, v in arguments.items() if k == "in_chans"}
+    body = zoo.load(start, features_only=True, **channels).float()
+    own, theirs = model.backbone.state_dict(), body.state_dict()  # type: ignore[union-attr, operator]
+    fitting = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
+    # Norms of the maps are a pyramid's own; anything else means that the two differ.
+    lacking = [k for k in own if k not in fitting]
+    if strange := [k for k in lacking if "norm" not in k] + [k for k in theirs if k not in fitting]:
+        raise errors.BadArgument(
+            f"--start {start} is a {classifier.name}, and the backbone of {name} is another: {len(strange)} of its "
+            f"{len(own)} tensors do not fit, as {strange[0]}; name the backbone's own weights"
+            + (f", or --set backbone={classifier.name}" if accepts(name, "backbone") else ""),
+            argument="start",
+            accepted=[],
+        )
+    model.backbone.load_state_dict(own | fitting)  # type: ignore[union-attr, operator]
+    log.info(
+        "the backbone of %s has the weights of %s; new are %s", name, start, ", ".join(lacking) or "none of its own"
+    )
+    return model, dict(body.zoo_info.weights.preprocess) if body.zoo_info.weights is not None else {}
 
 
 def accepts(name: str, argument: str) -> bool:
