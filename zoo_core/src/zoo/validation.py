@@ -24,7 +24,8 @@ from zoo_registry import errors
 
 from . import catalog
 from .building import wrong_type
-from .pipelines import plain, task_of
+from .pipelines import task_of
+from .results import plain
 
 
 @dataclass(frozen=True, kw_only=True)
