@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers.precision import outside_autocast
 from zoo.layers.ssm_kernel import Kept, wide
 from zoo_kernels import kernel_spectrum, long_conv, long_conv_step
 
@@ -189,13 +190,14 @@ class CompanionSSM(SSM):
         return torch.zeros(shape, device=device or like.device, dtype=dtype or like.dtype)
 
     def final_state(self, u: Tensor) -> Tensor:
-        a = self.column()
-        b = self.spread(self.b)
-        if a is None or self.bounded:
-            return last_state(u, None if a is None else self.spread(a), b)
-        x = wide(u)
-        columns = self.spread(krylov(x.shape[1], companion_matrix(a), wide(self.b)))
-        return torch.einsum("blh,hnl->bhn", x.flip(1), columns)
+        with outside_autocast(u):
+            a = self.column()
+            b = self.spread(self.b)
+            if a is None or self.bounded:
+                return last_state(u, None if a is None else self.spread(a), b)
+            x = wide(u)
+            columns = self.spread(krylov(x.shape[1], companion_matrix(a), wide(self.b)))
+            return torch.einsum("blh,hnl->bhn", x.flip(1), columns)
 
     def advance(self, u: Tensor, state: Tensor) -> None:
         """``state = A state + b u`` in place, for u (batch, D)."""
@@ -256,17 +258,19 @@ class ClosedLoopCompanionSSM(CompanionSSM):
 
     def roll_out(self, state: Tensor, horizon: int) -> Tensor:
         """Outputs y_0 .. y_{horizon-1}, (batch, horizon, D), from a state (batch, D, d)."""
-        if self.training or torch.is_grad_enabled():
-            rows = self._rows(horizon)
-        else:  # one memory for every horizon up to the model's own: it is the largest thing that is kept
-            longest = max(horizon, self.horizon)
-            rows = self.kept(("rows", longest), lambda: self._rows(longest))[..., :horizon]
-        return (state.to(rows.dtype).transpose(0, 1) @ rows).permute(1, 2, 0)
+        with outside_autocast(state):
+            if self.training or torch.is_grad_enabled():
+                rows = self._rows(horizon)
+            else:  # one memory for every horizon up to the model's own: it is the largest thing that is kept
+                longest = max(horizon, self.horizon)
+                rows = self.kept(("rows", longest), lambda: self._rows(longest))[..., :horizon]
+            return (state.to(rows.dtype).transpose(0, 1) @ rows).permute(1, 2, 0)
 
     def next_inputs(self, state: Tensor, horizon: int) -> Tensor:
         """The decoder's own next inputs ``u_h = k^T x_h`` along the rollout, (batch, horizon, D)."""
-        columns = self.spread(krylov(horizon, self._loop().transpose(-1, -2), wide(self.k)))
-        return (state.to(columns.dtype).transpose(0, 1) @ columns).permute(1, 2, 0)
+        with outside_autocast(state):
+            columns = self.spread(krylov(horizon, self._loop().transpose(-1, -2), wide(self.k)))
+            return (state.to(columns.dtype).transpose(0, 1) @ columns).permute(1, 2, 0)
 
     def forward(self, u: Tensor) -> Tensor:
         """Closed loop: (batch, lag, D) to (batch, horizon, D)."""
@@ -274,10 +278,11 @@ class ClosedLoopCompanionSSM(CompanionSSM):
 
     def open_loop(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Over the lag window: the outputs, and the predictions of the next input; (batch, lag, D) each."""
-        b, length = self._maybe(self.b), u.shape[1]
-        y = self.responses(length, b, self._maybe(self.c))
-        # k by norm_order itself, also where nothing else is normalised: order 0 counts the entries that are not 0.
-        k = self.responses(length, b, normalised(self.k, self.norm_order))
+        with outside_autocast(u):
+            b, length = self._maybe(self.b), u.shape[1]
+            y = self.responses(length, b, self._maybe(self.c))
+            # k by norm_order itself, also where nothing else is normalised: order 0 counts the entries that are not 0.
+            k = self.responses(length, b, normalised(self.k, self.norm_order))
         return long_conv(u, self.spread(y))[0], long_conv(u, self.spread(k))[0]
 
 

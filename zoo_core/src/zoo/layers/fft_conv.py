@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from zoo_kernels import kernel_spectrum, long_conv
 
+from .checkpointing import Recomputed
 from .conv_kernels import EMAKernel, FreeKernel
 from .dense_kernel import DenseKernel, RealKernel
 from .linear import Linear
+from .precision import outside_autocast
 from .s4 import S4Kernel
 from .s4d import S4DKernel
-from .ssm_kernel import ConvolutionKernel
+from .ssm_kernel import ConvolutionKernel, wide
 
 State = dict[str, Tensor]
 
@@ -159,9 +161,9 @@ class FFTConv(nn.Module):
         kind = {"device": device, "dtype": dtype}
         self.d_model, self.l_max, self.channels = d_model, l_max, channels
         self.bidirectional, self.swap_channels = bidirectional, swap_channels
-        wide = 2 * channels if widens(act) else channels
-        self.D = nn.Parameter(torch.randn(wide, d_model, **kind))
-        self.kernel = KERNELS[mode](d_model, 2 * wide if bidirectional else wide, l_max, **kernel, **kind)
+        outputs = 2 * channels if widens(act) else channels
+        self.D = nn.Parameter(torch.randn(outputs, d_model, **kind))
+        self.kernel = KERNELS[mode](d_model, 2 * outputs if bidirectional else outputs, l_max, **kernel, **kind)
         self.drop = dropout(dropout_p, tie_dropout)
         self.drop_kernel = nn.Dropout(drop_kernel) if drop_kernel > 0 else nn.Identity()
         self.act = activation(act)
@@ -179,26 +181,27 @@ class FFTConv(nn.Module):
         """
         length = x.shape[1]
         taps = length if self.l_max is None else min(length, round(self.l_max / rate))
-        if state is not None:
-            return self._continued(x, state, rate, taps)
-        y: Tensor | None = None
+        with outside_autocast(x):
+            y = self._convolved(x, rate, taps) if state is None else self._continued(x, state, rate, taps)
+        return self._finished(y)
+
+    def _convolved(self, x: Tensor, rate: float, taps: int) -> Tensor:
+        """(batch, length, channels, d_model), from rest."""
+        length = x.shape[1]
         if not self.kernel.has_length(taps, rate):
-            y = self._wrapped(x, self.drop_kernel(self.kernel(taps, rate)[0]), taps)
-        elif isinstance(self.drop_kernel, nn.Identity):
+            return self._wrapped(x, self.drop_kernel(self.kernel(taps, rate)[0]), taps)
+        if isinstance(self.drop_kernel, nn.Identity):
             # The transform of a kernel that does not change is kept, too.
             k = self.kernel.kept((length, rate), lambda: self._spectrum(taps, rate, length))
         else:
             k = self.drop_kernel(self.kernel(taps, rate)[0])
-        if y is None:
-            if isinstance(k, Tensor):
-                k, back = k.chunk(2) if self.bidirectional else (k, None)  # type: ignore[assignment]
-                y, _ = long_conv(x, k, self.D, back_kernel=back)
-            else:
-                y, _ = long_conv(x, k, self.D)
-        return self._finished(y)
+        if isinstance(k, Tensor):
+            k, back = k.chunk(2) if self.bidirectional else (k, None)  # type: ignore[assignment]
+            return long_conv(x, k, self.D, back_kernel=back)[0]
+        return long_conv(x, k, self.D)[0]
 
     def _continued(self, x: Tensor, state: State, rate: float, taps: int) -> Tensor:
-        """:meth:`forward` from a carried state."""
+        """As :meth:`_convolved`, from a carried state."""
         length, before = x.shape[1], state["ssm"]
         if self.bidirectional:
             raise ValueError("a bidirectional layer has no state to continue from; state must be None")
@@ -214,7 +217,7 @@ class FFTConv(nn.Module):
             k, extra = self.kernel(taps, rate, before)
         y, _ = long_conv(x, k, self.D)
         state["ssm"] = self.kernel.final_state(x, before, rate).detach()
-        return self._finished(y + torch.movedim(extra, -1, 1).to(y.dtype))
+        return y + torch.movedim(extra, -1, 1).to(y.dtype)
 
     def _finished(self, y: Tensor) -> Tensor:
         """(batch, length, channels, d_model) to the output."""
@@ -235,9 +238,9 @@ class FFTConv(nn.Module):
         if self.bidirectional:
             k, back = k.chunk(2)
             k = F.pad(k, (0, length)) + F.pad(back.flip(-1), (length, 0))
-        f = torch.fft.rfft(x.transpose(1, 2), n=n)[:, None] * torch.fft.rfft(k, n=n)
+        f = torch.fft.rfft(wide(x).transpose(1, 2), n=n)[:, None] * torch.fft.rfft(wide(k), n=n)
         y = torch.movedim(torch.fft.irfft(f, n=n)[..., :length], -1, 1)
-        return y + x[:, :, None] * self.D
+        return (y + x[:, :, None] * self.D).to(x.dtype)
 
     def init_state(self, batch: int, *, device=None, dtype=None) -> State:
         """A state at rest."""
@@ -247,11 +250,12 @@ class FFTConv(nn.Module):
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """(batch, d_model) to (batch, channels * d_model); ``state`` is updated in place."""
-        y = self.kernel.step(x, state["ssm"]) + x[:, None] * self.D
+        with outside_autocast(x):
+            y = self.kernel.step(x, state["ssm"]) + x[:, None] * self.D
         return self.act(y.to(x.dtype).flatten(1))
 
 
-class S4Block(nn.Module):
+class S4Block(Recomputed):
     """``output_linear(drop(mult_act(act(K * x + D x))))``: the layer that S4, S4D and DSS models are stacked of.
 
     ``final_act``: activation of the output linear ("glu": its width is doubled), None: no output linear at all.

@@ -13,6 +13,7 @@ from zoo_kernels import long_conv, vandermonde_kernel
 
 from .dss import dss_kernel
 from .linear import Linear
+from .precision import outside_autocast
 from .ssm_kernel import SSMKernel, as_complex, exact, wide
 
 
@@ -148,6 +149,11 @@ class S4D(nn.Module):
 
     def forward(self, u: Tensor, state: dict[str, Tensor] | None = None) -> Tensor:
         """(batch, length, H) to the same; ``state`` (of :meth:`init_state`) is continued and left at the end."""
+        with outside_autocast(u):
+            y = self._convolved(u, state)
+        return self.output(y)
+
+    def _convolved(self, u: Tensor, state: dict[str, Tensor] | None) -> Tensor:
         y, _ = long_conv(u, self.kernel(u.shape[1]), self.D)
         if state is not None:
             dtA, C = self.discrete()
@@ -157,7 +163,7 @@ class S4D(nn.Module):
                 u.transpose(1, 2), *vandermonde_powers(dtA, u.shape[1], C.dtype)
             )
             state["ssm"] = new.detach()
-        return self.output(y)
+        return y
 
     def output(self, y: Tensor) -> Tensor:
         return F.glu(self.output_linear(self.dropout(F.gelu(y))), dim=-1)

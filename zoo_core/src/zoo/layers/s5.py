@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from zoo_kernels import linear_scan
 
 from . import hippo
+from .checkpointing import Recomputed
 from .linear import Linear
+from .precision import outside_autocast
 from .ssm_kernel import as_complex, wide
 
 State = dict[str, Tensor]
@@ -145,7 +147,8 @@ class S5(nn.Module):
         return (self._read(s, C) + self.D * u).to(u.dtype)
 
     def _read(self, s: Tensor, C: Tensor) -> Tensor:
-        y = F.linear(s.real, C.real) - F.linear(s.imag, C.imag)
+        with outside_autocast(s):
+            y = F.linear(s.real, C.real) - F.linear(s.imag, C.imag)
         return 2 * y if self.conj_sym else y
 
     def step(self, u: Tensor, state: State, *, reset: Tensor | None = None, step_rescale: float = 1.0) -> Tensor:
@@ -161,12 +164,13 @@ class S5(nn.Module):
 
 
 def _times(u: Tensor, B: Tensor) -> Tensor:
-    """Real u (..., H) times complex B (P, H): (..., P)."""
+    """Real u (..., H) times complex B (P, H): (..., P), not in half precision, which has no complex numbers."""
     u = u.to(torch.promote_types(u.dtype, B.real.dtype))
-    return torch.complex(F.linear(u, B.real), F.linear(u, B.imag))
+    with outside_autocast(u):
+        return torch.complex(F.linear(u, B.real), F.linear(u, B.imag))
 
 
-class S5Layer(nn.Module):
+class S5Layer(Recomputed):
     """``skip + act(S5(norm(x)))``: the residual layer of S5 models.
 
     ``activation``, with g = gelu(x): "full_glu" (out1(g) * sigmoid(out2(g))), "half_glu1" (g * sigmoid(out2(g))),

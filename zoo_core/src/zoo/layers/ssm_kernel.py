@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import hippo
+from .precision import outside_autocast
 
 TRANSFORMS = ("none", "exp", "relu", "sigmoid", "softplus")
 
@@ -120,21 +121,25 @@ class Kept(nn.Module):
         return [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
 
     def kept(self, key: Any, make: Any, *, watch: bool = True) -> Any:
-        """``make()``, remembered (see :meth:`remembers`) until a parameter is written to or replaced.
+        """``make()``, outside autocast, remembered (see :meth:`remembers`) until a parameter is written to or replaced.
 
         ``watch``: compare the parameters' numbers, too, which shows what is written through ``.data``; without it (for
         what is asked for at every step) only replaced tensors and counted writes are seen.
         """
         if not self.remembers():
-            return make()
+            return self._made(make)
         self.forget_changed(watch)
         found = self._kept.pop(key, None)  # and to the end: the one that was not used for longest goes first
         if found is None:
-            found = make()
+            found = self._made(make)
             for oldest in list(self._kept)[:-3]:  # a list, for another thread may add to it meanwhile
                 self._kept.pop(oldest, None)
         self._kept[key] = found
         return found
+
+    def _made(self, make: Any) -> Any:
+        with outside_autocast(self._own()[0]):
+            return make()
 
     def forget_changed(self, watch: bool = True) -> None:
         """Forget everything if a parameter has changed since it was remembered; ``watch`` as for :meth:`kept`."""
