@@ -44,7 +44,8 @@ class GradCheckpointing:
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations: less memory, the same
-        gradients, about a third more time. timm's name and signature; nothing changes where gradients are off."""
+        gradients, one more forward pass of the blocks. timm's name and signature; nothing changes where gradients are
+        off."""
         _switch(self, enable)  # type: ignore[arg-type]
 
 
@@ -64,7 +65,8 @@ def recompute(function: Callable[..., Any], *args: Any, norms: nn.Module | None 
 
     The second run draws the same random numbers under the same autocast. Norms in ``norms`` that follow running
     statistics count the first run alone. ``torch.utils.checkpoint.checkpoint``, which does the work, leaves that to
-    its caller.
+    its caller. Under ``torch.compile`` the graph's compiler sees to all this, but for torch's ``backend="eager"``: it
+    draws new numbers, and takes no running statistics.
     """
     if norms is None or torch.compiler.is_compiling():  # a compiled graph recomputes values, it repeats no side effect
         return checkpoint(function, *args, use_reentrant=False, **kwargs)

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from zoo_kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 
+from .checkpointing import Recomputed
 from .init import inverse_softplus_log_uniform
 from .linear import Linear
 
 State = dict[str, Tensor]
 
 
-class Mamba(nn.Module):
+class Mamba(Recomputed):
     """``out_proj(scan(silu(conv(x))) * silu(z))`` with ``x, z = in_proj(u)``: one selective state-space mixer.
 
     Arguments (mamba_ssm's): ``d_model`` D, ``d_state`` N, ``d_conv`` W, ``expand`` (d_inner E = expand * D),

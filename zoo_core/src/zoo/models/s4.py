@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.layers import GradCheckpointing, Recomputed
 from zoo.layers.fft_conv import ActivatedLinear, FFTConv, S4Block, activation, dropout
 from zoo.layers.s4nd import S4ND
 
@@ -78,7 +79,7 @@ def make_layer(d_model: int, config: Mapping[str, Any]) -> nn.Module:
     return LAYERS[kind](d_model, **options)
 
 
-class SequenceBlock(nn.Module):
+class SequenceBlock(Recomputed):
     """``residual(x, drop(layer(norm(x))))``, or with the norm after the residual; then, where given, a pool.
 
     ``residual``: True (a plain sum), None, or as in :data:`~zoo.models.s4_parts.RESIDUALS`; ``index``: number of the
@@ -302,7 +303,7 @@ class RetrievalDecoder(nn.Module):
         return self.retrieval(self.feature(x, lengths))
 
 
-class S4SequenceClassifier(nn.Module):
+class S4SequenceClassifier(GradCheckpointing, nn.Module):
     """Encoder, :class:`SequenceModel`, decoder: a class for a whole sequence.
 
     ``d_input``: features of a position (linear encoder), or with ``vocab`` the number of tokens (embedding).
@@ -349,7 +350,7 @@ class S4SequenceClassifier(nn.Module):
         self.decoder = decoder.to(device=kind.device, dtype=kind.dtype)
 
 
-class S4LanguageModel(nn.Module):
+class S4LanguageModel(GradCheckpointing, nn.Module):
     """Next-token model with adaptive embedding and softmax, as S4 was trained on WikiText-103.
 
     ``vocab_size`` tokens, sorted by frequency, in clusters that end at ``cutoffs``; each is ``div_val`` times narrower

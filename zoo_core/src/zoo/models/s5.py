@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers import GradCheckpointing
 from zoo.layers.s5 import S5Layer
 
 
-class S5Classifier(nn.Module):
+class S5Classifier(GradCheckpointing, nn.Module):
     """Linear encoder, ``n_layers`` :class:`~zoo.layers.s5.S5Layer`, pooling, linear decoder, log-softmax.
 
     ``mode``: "pool" (mean over time, over the first ``lengths`` positions where given) or "last". ``retrieval``: the
