@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import zoo
+import zoo.testing
 from zoo_language.bmojo import BMojoLayer, Eidetic, phases
 from zoo_language.bmojo_lm import BMojoLM, layer_arguments
 from zoo_language.bmojo_ssm import GatedKalmaNet, gated_delta_rule, rotate
@@ -242,3 +242,14 @@ def test_the_mixer_may_be_named_in_capitals():
     """As the original reads it."""
     config = {"hidden_size": 16, "num_attention_heads": 4, "bmojo_config": {"ssm_mixer": "Gated_KalmaNet"}}
     assert layer_arguments(config)["ssm"] == "gka"
+
+
+def test_recomputing_layers_of_ragged_texts_keeps_their_ends():
+    ids, lengths = torch.randint(40, (2, 9)), torch.tensor([4, 9])
+    found = []
+    for recompute in (False, True):
+        model = zoo.testing.case("bmojo_eidetic_base").build().train()
+        model.set_grad_checkpointing(recompute)
+        model(ids, lengths=lengths).square().mean().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

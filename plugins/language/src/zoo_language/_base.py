@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import placement
+from zoo.layers import GradCheckpointing, Recomputed
 
 from .state import LayerState, State
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from .decode import Decoder
 
 
-class CausalLM(nn.Module):
+class CausalLM(GradCheckpointing, nn.Module):
     """A causal language model.
 
     Subclasses have ``embedding`` (or override :meth:`embed`), ``layers`` of blocks with the methods of
@@ -145,13 +146,6 @@ class CausalLM(nn.Module):
         if lengths is not None and not 0 <= int(lengths.min()) <= int(lengths.max()) <= input_ids.shape[1]:
             raise ValueError(f"lengths are {lengths.tolist()}; expected each from 0 to {input_ids.shape[1]}")
 
-    # -- what trainers expect ---------------------------------------------------------------------------------------
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
-        for layer in self.layers:
-            layer.checkpointing = enable  # type: ignore[assignment]
-
 
 class Rereading(CausalLM):
     """A model without a recurrent form: its state is the text, which is read again for each token.
@@ -201,7 +195,7 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x if weight is None else x.to(weight.dtype))
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """``x + mixer(norm(x))``, and with an MLP ``x + mlp(norm2(x))`` behind it: the pre-norm residual block.
 
     The originals carry (hidden, residual) and add before each norm; the sums are the same. ``residual_in_fp32`` keeps x
@@ -216,7 +210,6 @@ class Block(nn.Module):
         self.norm, self.mixer = norm, mixer
         self.norm2, self.mlp = norm2, mlp
         self.residual_in_fp32 = residual_in_fp32
-        self.checkpointing = False
         self._positional = hasattr(mixer, "cache")  # attention needs to know where it is
 
     def init_state(self, batch: int) -> LayerState:
@@ -234,14 +227,6 @@ class Block(nn.Module):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> Tensor:
-        if self.checkpointing and self.training and state is None:
-            return torch.utils.checkpoint.checkpoint(self._forward, x, None, None, lengths, resets, use_reentrant=False)
-        return self._forward(x, state, position, lengths, resets)
-
-    def _forward(
-        self, x: Tensor, state: LayerState | None, position: Tensor | None, lengths: Tensor | None,
-        resets: Tensor | None,
-    ) -> Tensor:  # fmt: skip
         x = self._in(x)
         where: dict[str, Any] = {"position": position} if self._positional else {}
         if resets is not None:

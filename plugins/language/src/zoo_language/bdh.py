@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers import recompute
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Drop, Rename, Rules
 from zoo_kernels import linear_attention
@@ -74,7 +76,7 @@ class BDH(CausalLM):
         self.decoder = nn.Parameter(torch.empty(heads * self.neurons, d_model))
         self.lm_head = nn.Parameter(torch.empty(d_model, vocab_size))
         self.dropout = nn.Dropout(dropout)
-        self.checkpointing = False
+        self.grad_checkpointing = False
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02)
 
@@ -98,9 +100,11 @@ class BDH(CausalLM):
         return State(layers, torch.zeros(batch, dtype=torch.long, device=self.device), None, self.state_name)
 
     def level(
-        self, x: Tensor, position: Tensor, synapses: Tensor | None, lengths: Tensor | None, keep: bool
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """One pass: x (batch, length, D) to the same, the synapses after it, and what happened inside."""
+        self, x: Tensor, position: Tensor, synapses: Tensor | None, lengths: Tensor | None, keep: bool,
+        found: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """One pass: x (batch, length, D) to the same, and the synapses after it. ``found`` is given what happened
+        inside."""
         sparse = F.relu(torch.einsum("bld,hdn->blhn", x, self.encoder))
         turned = self.rotate(sparse, position)
         raw, after = linear_attention(
@@ -116,32 +120,35 @@ class BDH(CausalLM):
         joint = self.dropout(sparse * y).flatten(-2)  # head-major
         x = self._norm(x + self._norm(joint @ self.decoder))
         assert after is None or isinstance(after, Tensor)
-        return x, after, {"x_sparse": sparse, "attn_raw": raw}
+        if found is not None:
+            found |= {"x_sparse": sparse, "attn_raw": raw}
+        return x, after
 
-    def backbone(self, input_ids: Tensor, *, state: State | None = None, lengths: Tensor | None = None) -> Tensor:
-        return self.levels_of(input_ids, state, lengths)[0]
-
-    def levels_of(
-        self, input_ids: Tensor, state: State | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """The last level's x and what happened inside every level."""
+    def backbone(
+        self, input_ids: Tensor, *, state: State | None = None, lengths: Tensor | None = None,
+        inside: list[dict[str, Tensor]] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As of every language model. ``inside`` is given what happened in every level."""
         self._check(input_ids, state, lengths)
         start = torch.zeros(input_ids.shape[0], dtype=torch.long, device=self.device)
         if state is not None:
             start = state.position
         position = start[:, None] + torch.arange(input_ids.shape[1], device=self.device)
         x = self._norm(self.embedding(input_ids))
-        inside = []
+        again = self.grad_checkpointing and torch.is_grad_enabled() and state is None and inside is None
+        level = partial(recompute, self.level) if again else self.level
         for i in range(self.levels):
+            found: dict[str, Tensor] | None = None if inside is None else {}
             synapses = None if state is None else state.layers[i]["synapses"]
-            x, after, found = self.level(x, position, synapses, lengths, state is not None)
+            x, after = level(x, position, synapses, lengths, state is not None, found)
             if state is not None:
                 assert after is not None
                 state.layers[i]["synapses"] = after.detach()
-            inside.append(found)
+            if inside is not None and found is not None:
+                inside.append(found)
         if state is not None:
             state.position = state.position + (input_ids.shape[1] if lengths is None else lengths)
-        return x, inside
+        return x
 
     @torch.no_grad()
     def step(self, token: Tensor, state: State) -> Tensor:
@@ -149,7 +156,8 @@ class BDH(CausalLM):
         return state.logits
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        raise NotImplementedError("BDH has one set of weights for all levels and no blocks to recompute")
+        """Recompute each level in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
 
 
 # -- the original's format --------------------------------------------------------------------------------------------
@@ -189,8 +197,8 @@ class BDHAdapter(ReferenceAdapter):
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor], *, call: Any = None) -> dict[str, Tensor]:
         assert isinstance(model, BDH)
         ids = inputs["input_ids"]
-        x, inside = model.levels_of(ids)
-        logits = model.head(x)
+        inside: list[dict[str, Tensor]] = []
+        logits = model.head(model.backbone(ids, inside=inside))
         found = {"logits": logits}
         for i, level in enumerate(inside):
             found |= {f"mid/layer{i}_{name}": tensor.transpose(1, 2) for name, tensor in level.items()}

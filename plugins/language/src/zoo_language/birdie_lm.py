@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers import Recomputed
 from zoo_kernels import causal_conv1d, causal_conv1d_step, linear_scan, linear_scan_step
 
 from ._base import CausalLM
@@ -37,7 +38,7 @@ def two_way_scan(x: Tensor, decay: Tensor, prefix: Tensor, resets: Tensor | None
     return torch.cat([forward, back], dim=-1)
 
 
-class GatedSSMBlock(nn.Module):
+class GatedSSMBlock(Recomputed):
     """The paper's fused block: ``h = f h + i z``, ``y = W_out(gelu(W_o x) h)``, on a normed input, added to the
     stream.
     """
@@ -93,7 +94,7 @@ class GatedSSMBlock(nn.Module):
         return x + self.out_proj(F.gelu(o) * h)
 
 
-class HawkBlock(nn.Module):
+class HawkBlock(Recomputed):
     """Hawk: a gated branch with convolution and RG-LRU, then a gated MLP (De et al., arXiv 2402.19427, section 2).
 
     ``a = sigmoid(Lambda)^(8 r)``, ``h = a h + sqrt(1 - a^2) (i x)``. The paper leaves the layer's layout to De et

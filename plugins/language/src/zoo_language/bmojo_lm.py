@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import placement
-from zoo.layers import Linear, RMSNorm
+from zoo.layers import Linear, Recomputed, RMSNorm
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Rules
 
@@ -35,7 +35,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class BMojoBlock(nn.Module):
+class BMojoBlock(Recomputed):
     """``x + mixer(norm x)``, then ``x + mlp(norm2 x)``."""
 
     def __init__(self, d_model: int, mixer: nn.Module, hidden: int, norm_eps: float, rope_base: float) -> None:
@@ -43,7 +43,6 @@ class BMojoBlock(nn.Module):
         self.norm, self.norm2 = RMSNorm(d_model, norm_eps), RMSNorm(d_model, norm_eps)
         self.mixer, self.mlp = mixer, SwiGLU(d_model, hidden)
         self.rope_base = rope_base
-        self.checkpointing = False
 
     def init_state(self, batch: int) -> LayerState:
         return self.mixer.init_state(batch)  # type: ignore[operator]
@@ -56,11 +55,6 @@ class BMojoBlock(nn.Module):
         position: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        if self.checkpointing and self.training and state is None:
-            return torch.utils.checkpoint.checkpoint(self._forward, x, None, None, None, use_reentrant=False)
-        return self._forward(x, state, position, lengths)
-
-    def _forward(self, x: Tensor, state: LayerState | None, position: Tensor | None, lengths: Tensor | None) -> Tensor:
         start = torch.zeros(1, dtype=torch.long, device=x.device) if position is None else position
         at = start[:, None] + torch.arange(x.shape[1], device=x.device)
         turn = phases(at, self.mixer.head_dim, self.rope_base)  # type: ignore[arg-type]
@@ -69,7 +63,7 @@ class BMojoBlock(nn.Module):
         return x + self.mlp(normed(self.norm2, x))
 
     def step(self, x: Tensor, state: LayerState, position: Tensor) -> Tensor:
-        return self._forward(x[:, None], state, position, None)[:, 0]
+        return self(x[:, None], state=state, position=position)[:, 0]
 
 
 class BMojoLM(CausalLM):

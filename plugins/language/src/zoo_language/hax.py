@@ -164,13 +164,8 @@ class HaxBlock(Block):
         lengths: Tensor | None = None,
         **more: Any,
     ) -> Tensor:
-        def run(x: Tensor) -> Tensor:
-            return x + self.mixer(normed(self.norm, x), state=state, position=position, lengths=lengths, **more)
-
         x = self._in(x)
-        if self.checkpointing and self.training and state is None:
-            return torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
-        return run(x)
+        return x + self.mixer(normed(self.norm, x), state=state, position=position, lengths=lengths, **more)
 
 
 class HaxLM(Rereading):
@@ -317,9 +312,6 @@ class HaxLM(Rereading):
             if length:
                 hidden[rows, :length] = self.read(ids[rows, :length]).to(hidden.dtype)
         return hidden
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        CausalLM.set_grad_checkpointing(self, enable)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters of the scans, which Mamba's authors do not decay."""

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from zoo import placement
-from zoo.layers import Mamba, Mamba2, RMSNorm
+from zoo.layers import Mamba, Mamba2, Recomputed, RMSNorm
 
-from ._base import CausalLM, Rereading, normed
+from ._base import Rereading, normed
 from .hydra_parts import ChunkExperts, ProductKeys, SparseGlobalAttention, Workspace
 
 
-class HydraBlock(nn.Module):
+class HydraBlock(Recomputed):
     """``x + g1 SSM(n) + g2 SGA(n) + g3 MoE(n) + g4 workspace(n) + g5 PKM(n)`` with n = norm(x), all in parallel.
 
     The gates are learnt numbers, ``gates`` in this order: 1 for the state-space path, ``small`` for the others at first
@@ -33,7 +33,6 @@ class HydraBlock(nn.Module):
         for name, part in parts.items():
             setattr(self, name, part)
         self.gates = nn.Parameter(torch.tensor([1.0] + [small] * len(parts)))
-        self.checkpointing = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(batch, length, d_model) to the same, and the router's logits where there are experts."""
@@ -120,10 +119,7 @@ class HydraLM(Rereading):
         x = self.embed(input_ids)
         found: list[Tensor] = []
         for block in self.layers:
-            if block.checkpointing and self.training:
-                x, logits = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
-            else:
-                x, logits = block(x)
+            x, logits = block(x)
             if logits is not None:
                 found.append(logits)
         return normed(self.norm_f, x), found
@@ -157,6 +153,3 @@ class HydraLM(Rereading):
                 taken.append(logits.topk(block.moe.top_k, dim=-1).indices)
         none = torch.empty(0, dtype=torch.long)
         return {"experts": torch.stack(taken) if taken else none, "values": torch.tensor(values, dtype=torch.long)}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        CausalLM.set_grad_checkpointing(self, enable)

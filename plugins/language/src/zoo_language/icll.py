@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import placement
+from zoo.layers import Recomputed
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Drop, Rename, Rules, Tied
 
@@ -37,7 +38,7 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """``x + mixer(norm1 x)``, then ``x + mlp(norm2 x)``."""
 
     def __init__(self, d_model: int, inner: nn.Module, hidden: int, dropout: float, eps: float) -> None:
@@ -46,12 +47,11 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(d_model, eps), nn.LayerNorm(d_model, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def mix(self, x: Tensor, ids: Tensor) -> Tensor:
-        return _mixed(self.mixer, self.norm1(x), ids)
-
-    def close(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """x (batch, length, d_model) to the same, and the mixer's output."""
+        mixed = _mixed(self.mixer, self.norm1(x), ids)
         x = x + self.dropout(mixed)
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        return x + self.dropout(self.mlp(self.norm2(x))), mixed
 
 
 class InContextLM(Rereading):
@@ -127,16 +127,12 @@ class InContextLM(Rereading):
             return found[-1], found
         x = self.embed_dropout(x)
         for layer in self.layers:
-            assert isinstance(layer, Block)
-            found.append(layer.mix(x, input_ids))
-            x = layer.close(x, found[-1])
+            x, mixed = layer(x, input_ids)
+            found.append(mixed)
         return self.norm_f(x), found
 
     def read(self, input_ids: Tensor) -> Tensor:
         return self.mix(input_ids)[0]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        raise NotImplementedError("the models of the study are small; there is no checkpointing")
 
 
 def _mixer(d_model: int, layer: Mapping[str, Any]) -> nn.Module:

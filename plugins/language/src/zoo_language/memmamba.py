@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import placement
-from zoo.layers import Linear, Mamba, RMSNorm
+from zoo.layers import Linear, Mamba, Recomputed, RMSNorm
 
 from ._base import CausalLM, normed
 from .state import LayerState, State
@@ -147,7 +147,7 @@ class Recall(nn.Module):
         return self.o(read * some.to(read.dtype))
 
 
-class MemMambaLayer(nn.Module):
+class MemMambaLayer(Recomputed):
     """``x + Mamba(norm x)``, then notes, then what is recalled from them where the layer forgets.
 
     Our reading: both act behind the scan; forgetting is a second sigmoid score of the same form as importance, above
@@ -166,7 +166,6 @@ class MemMambaLayer(nn.Module):
             self.forget1, self.forget2 = Linear(d_model, hidden, bias=False), Linear(hidden, 1, bias=False)
         self.cross_token = Recall(d_model, note.note_dim, zero_init) if cross_token else None
         self.cross_layer = Recall(d_model, note.note_dim, zero_init) if cross_layer else None
-        self.checkpointing = False
 
     def init_state(self, batch: int) -> LayerState:
         return self.mixer.init_state(batch) | self.note.init_state(batch)
@@ -275,11 +274,7 @@ class MemMambaLM(CausalLM):
         for i, layer in enumerate(self.layers):
             own = None if state is None else state.layers[i]
             earlier = [views for views, _ in found[i - self.every : i]] if self._crosses(i) else []
-            how: dict[str, Any] = {"state": own, "position": position, "lengths": lengths}
-            if layer.checkpointing and self.training and state is None:
-                x, views = torch.utils.checkpoint.checkpoint(layer, x, earlier, lengths=lengths, use_reentrant=False)
-            else:
-                x, views = layer(x, earlier, **how)
+            x, views = layer(x, earlier, state=own, position=position, lengths=lengths)
             found.append((views, x))
         if state is not None:
             state.position += input_ids.shape[1] if lengths is None else lengths

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers import Recomputed
 from zoo_kernels import causal_conv1d, causal_conv1d_step, linear_attention, linear_attention_step
 
 from ._base import CausalLM
@@ -206,7 +207,7 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class PhiBlock(nn.Module):
+class PhiBlock(Recomputed):
     """Phi's parallel block: ``x + mixer(n) + mlp(n)`` with ``n = LayerNorm(x)``."""
 
     def __init__(self, d_model: int, mixer: nn.Module) -> None:
@@ -214,7 +215,6 @@ class PhiBlock(nn.Module):
         self.input_layernorm = nn.LayerNorm(d_model, eps=EPS)
         self.mixer = mixer
         self.mlp = MLP(d_model)
-        self.checkpointing = False
 
     def init_state(self, batch: int) -> LayerState:
         return self.mixer.init_state(batch)  # type: ignore[operator]
@@ -231,11 +231,6 @@ class PhiBlock(nn.Module):
         position: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        if self.checkpointing and self.training and state is None:
-            return torch.utils.checkpoint.checkpoint(self._forward, x, None, None, lengths, use_reentrant=False)
-        return self._forward(x, state, position, lengths)
-
-    def _forward(self, x: Tensor, state: LayerState | None, position: Tensor | None, lengths: Tensor | None) -> Tensor:
         n = self.input_layernorm(x)
         return x + self._mix(n, state, position, lengths) + self.mlp(n)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import placement
-from zoo.layers import GatedRMSNorm, Mamba, Mamba2, RMSNorm
+from zoo.layers import GatedRMSNorm, Mamba, Mamba2, Recomputed, RMSNorm
 
 from ._base import CausalLM
 from .attention import Cache, attend, rotary
@@ -173,7 +173,7 @@ class MLP(nn.Module):
         return self.w3(F.silu(gate) * value), value
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """``x + mixer(norm_1 x)``, then ``x + mlp(norm_2 x)``; ``role`` says what the mixer is and hands on.
 
     roles: "mamba", "mamba2", "window", "full", "cross", "gmu". ``memory``: None, "scan" (a recurrent layer's output
@@ -187,7 +187,6 @@ class Block(nn.Module):
         super().__init__()
         self.role, self.memory, self.share_kv, self.branch_scale = role, memory, share_kv, branch_scale
         self.norm_1, self.mixer, self.norm_2, self.mlp = norm_1, mixer, norm_2, mlp
-        self.checkpointing = False
 
     def init_state(self, batch: int) -> LayerState:
         return {} if self.role == "gmu" else self.mixer.init_state(batch)  # type: ignore[operator]
@@ -382,11 +381,8 @@ class SambaY(CausalLM):
         position = None if state is None else state.position
         for i, layer in enumerate(self.layers):
             own = None if state is None else state.layers[i]
-            if layer.checkpointing and self.training and state is None:
-                # ``shared`` is filled again, with the same values, when a block is recomputed.
-                x = torch.utils.checkpoint.checkpoint(layer, x, shared, None, None, lengths, use_reentrant=False)
-            else:
-                x = layer(x, shared, own, position, lengths)
+            # ``shared`` is filled again, with the same values, when a block is recomputed.
+            x = layer(x, shared, state=own, position=position, lengths=lengths)
         if state is not None:
             state.position = state.position + (input_ids.shape[1] if lengths is None else lengths)
         return self.norm_f(x)
