@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Mamba, RMSNorm
+from zoo.layers import GradCheckpointing, Mamba, Recomputed, RMSNorm
 from zoo.layers.linear import Linear
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Drop, Rename, Rules
@@ -48,7 +48,7 @@ class MlpHead(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """``x + coarse + fine`` over 3 K tokens, with n = RMSNorm(x).
 
     coarse: a Mamba over all tokens of n. fine: every triplet of tokens folded into one by a convolution of width and
@@ -117,7 +117,7 @@ class Block(nn.Module):
         return x + coarse + state["features"][:, None]
 
 
-class DecisionMamba(nn.Module):
+class DecisionMamba(GradCheckpointing, nn.Module):
     """From returns-to-go, states and actions of K steps to the action of every step.
 
     Arguments: ``state_dim`` S, ``act_dim`` A, ``hidden_size`` D, ``num_layers``, ``max_length`` (the window K of

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import S5Layer, hippo
+from zoo.layers import GradCheckpointing, S5Layer, hippo
 from zoo.layers.linear import Linear
 from zoo.layers.s5 import State
 from zoo.reference import ReferenceAdapter
@@ -101,7 +101,7 @@ class S5Stack(nn.Module):
         return x
 
 
-class S5ActorCritic(nn.Module):
+class S5ActorCritic(GradCheckpointing, nn.Module):
     """Two dense layers, an S5 stack, an actor and a critic: observations to action parameters and values.
 
     Arguments: ``obs_dim`` (with the previous action and the first-step flag, if the environment appends them: see

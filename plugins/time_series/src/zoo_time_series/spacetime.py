@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Linear
+from zoo.layers import GradCheckpointing, Linear, Recomputed
 
 from ._base import TRANSFORMS, Affine, Forecaster, affine_of, call_with
 from .ssm import PREPROCESSING, SSMS, ClosedLoopCompanionSSM
@@ -165,7 +165,7 @@ def mlp(config: Config) -> nn.Module:
     return call_with(MLP, config["kwargs"], "the mlp") if config["method"] == "mlp" else nn.Identity()
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """Preprocessing, SSM, MLP; ``skip_connection`` adds the preprocessed input, or with ``skip_preprocess`` the input.
 
     With a closed-loop SSM (the decoder) only preprocessing and SSM run; the MLP holds weights that are not used.
@@ -225,7 +225,7 @@ class Predictions:
     z_true: Tensor | None = None
 
 
-class SpaceTime(Forecaster):
+class SpaceTime(GradCheckpointing, Forecaster):
     """A series in, its next ``horizon`` steps out; the arguments are the original's, see :func:`spacetime`.
 
     ``data_transform``: how a window is centred, see :func:`zoo_time_series._base.affine_of`. ``horizon`` is no part of

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Linear, Mamba
+from zoo.layers import GradCheckpointing, Linear, Mamba
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rules
 
@@ -42,7 +42,7 @@ def average(weights: Tensor, features: Sequence[Tensor]) -> Tensor:
     return sum((shares[i] * x for i, x in enumerate(features[1:], start=1)), start=shares[0] * features[0])
 
 
-class TSM2(Forecaster):
+class TSM2(GradCheckpointing, Forecaster):
     """Patches of each variate, ``num_layers`` x (token mixer, channel mixer), one linear head for all variates.
 
     Arguments (the replication's): ``num_variates`` M, a hint: any number runs; ``seq_len`` L of history, ``pred_len``
