@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Linear
+from zoo.layers import Linear, Recomputed
 from zoo.layers.linear import linear
 
 #: Standard deviation, and bound, of initial weights where ``init_weight`` asks for them.
@@ -73,7 +73,7 @@ class FeedForward(nn.Sequential):
         super().__init__(Linear(dim, dim * factor), nn.GELU(), Linear(dim * factor, dim))
 
 
-class AttentionStack(nn.Module):
+class AttentionStack(Recomputed):
     """Pre-norm residual layers, one a letter of ``struct``: s self attention, c cross attention, f feed-forward.
 
     ``dim`` and ``dim_kv`` widths; ``ff``: how many times wider a feed-forward layer is inside; ``crossnorm``: a

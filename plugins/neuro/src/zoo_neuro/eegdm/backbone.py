@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from zoo.layers import FFTConv, Linear
+from zoo.layers import FFTConv, GradCheckpointing, Linear, Recomputed
 
 from .diffusion import NoiseSchedule
 from .preparation import Preparation
@@ -69,7 +69,7 @@ class LocalCondition(nn.Module):
         return self.linear(y[:, 0, :, :length].transpose(1, 2))
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """Norm, condition, S4D over time, a gated unit; to the next block and to the sum of skips.
 
     Arguments: ``d_model`` D; ``d_cond`` of the condition; ``last``: nothing follows; ``self_gated``: gate and filter
@@ -132,7 +132,7 @@ class Block(nn.Module):
         return self.following(x, inter), self.linear_skip(inter)
 
 
-class DiffusionBackbone(nn.Module):
+class DiffusionBackbone(GradCheckpointing, nn.Module):
     """The denoiser of EEGDM (SSMDP): what is to be predicted of a noisy one-channel signal at a diffusion step.
 
     Arguments: ``in_channels`` of a signal, ``d_model``, ``d_state``, ``n_layer``, ``n_ssm``, ``kernel_init``,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapting import NewHead
-from zoo.layers import Linear
+from zoo.layers import GradCheckpointing, Linear
 
 from .attention import AttentionStack, small_normal_
 from .backbone import DiffusionBackbone
@@ -247,7 +247,7 @@ class TokenClassifier(nn.Module):
         return self.linear(self.features(x))
 
 
-class EEGClassifier(nn.Module):
+class EEGClassifier(GradCheckpointing, nn.Module):
     """EEGDM: a frozen backbone's latents, fused and classified. The class of a multi-channel window of EEG.
 
     Arguments: ``backbone`` (a :class:`~zoo_neuro.eegdm.backbone.DiffusionBackbone` or its arguments); the extractor's

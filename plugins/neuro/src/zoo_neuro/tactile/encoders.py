@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers import Recomputed
 from zoo.layers.linear import Linear
 
 from .graph import TemporalGraph
@@ -80,12 +81,23 @@ class GraphEncoder(nn.Module):
         return self.graph.step(frame, state)
 
 
-class BasicBlock(nn.Module):
+class StridedConv(nn.Conv2d):
+    """A 3 x 3 convolution with a stride, which a map one position wide does not need.
+
+    With it, oneDNN leaves the weight's gradient in bfloat16 unwritten (torch 2.15 on a CPU).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride = (self.stride[0], 1) if x.shape[3] == 1 else self.stride
+        return F.conv2d(x, self.weight, self.bias, stride, self.padding)
+
+
+class BasicBlock(Recomputed):
     """Two 3 x 3 convolutions beside the identity or a 1 x 1 convolution (He et al., arXiv 1512.03385)."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.conv1 = StridedConv(width_in, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)

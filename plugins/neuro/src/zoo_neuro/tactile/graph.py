@@ -257,7 +257,8 @@ class TemporalGraph(nn.Module):
         batch = max(t.shape[0] for inputs in read for t in inputs)
         if batch > 1:
             read = [widen([*inputs, x.new_empty(batch, 0)])[:-1] for inputs in read]
-        made: Tensor = self.nodes[name].series([stacked(source) for source in zip(*read, strict=True)], len(ts))  # type: ignore[union-attr, operator]
+        node: Any = self.nodes[name]
+        made = node.recomputed(node.series, [stacked(source) for source in zip(*read, strict=True)], len(ts))
         outputs[name] = dict(zip(ts, made.unflatten(0, (-1, len(ts))).unbind(1), strict=True))
 
     def _unroll(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapting import NewHead
+from zoo.layers import GradCheckpointing
 
 from .encoders import ENCODERS, GraphEncoder
 from .nodes import FullyConnected
@@ -100,7 +101,7 @@ def _checked(kind: type[nn.Module], name: str, options: Mapping[str, Any]) -> di
     return dict(options)
 
 
-class TactileNetwork(nn.Module):
+class TactileNetwork(GradCheckpointing, nn.Module):
     """An encoder of frames, an attender over time, a decoder of categories.
 
     Arguments: ``encoder`` {"name": "graph" | "resnet18" | "s4" | "mamba" | "linear", further arguments of

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers import Recomputed
 from zoo.layers.linear import Linear
 
 from .cells import Cell, activation, make_cell
@@ -260,7 +261,7 @@ def make_operation(
     return OPERATIONS[name](shape, n_times, **options)
 
 
-class Node(nn.Module):
+class Node(Recomputed):
     """Inputs together (``harbor``), then ``pre``, the recurrent ``cell``, ``post``.
 
     ``resize``: maps are brought to ``size`` (bilinear, antialiased when they shrink) before they are concatenated.

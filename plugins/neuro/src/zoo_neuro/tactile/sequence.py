@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Mamba, RMSNorm, S4Block
+from zoo.layers import Mamba, Recomputed, RMSNorm, S4Block
 from zoo.layers.linear import Linear, call
 
 State = dict[str, Any]
@@ -138,7 +138,7 @@ class MambaStack(nn.Module):
         return self._normed(self.norm_f, hidden if residual is None else hidden + residual)
 
 
-class GPTBlock(nn.Module):
+class GPTBlock(Recomputed):
     """Pre-norm causal self-attention and an MLP of four times the width (tanh GELU)."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
