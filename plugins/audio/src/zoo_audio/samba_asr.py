@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Mamba, RMSNorm
+from zoo.layers import GradCheckpointing, Mamba, Recomputed, RMSNorm
 
 State = dict[str, Tensor]
 
@@ -74,7 +74,7 @@ class ConvFront(nn.Module):
         return x.transpose(1, 2)
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(Recomputed):
     """``x + mamba(norm(x))``; with two directions ``x + (forward(norm(x)) + backward(norm(x))) / 2``.
 
     The backward mixer walks each recording from its own end. Keys ``norm``, ``fwd``, ``bwd``.
@@ -153,7 +153,7 @@ class CrossConnection(nn.Module):
             self.mamba(self.proj(self.norm_h(hidden)), state=state, lengths=hidden_lengths)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Recomputed):
     """Self mixer, cross-connection and, with ``mlp``, a gated feed-forward (SwiGLU, 8/3 of the width), each
     residual."""
 
@@ -239,7 +239,7 @@ class Decoder(nn.Module):
         return self.norm(y)
 
 
-class SambaASR(nn.Module):
+class SambaASR(GradCheckpointing, nn.Module):
     """Log-mel features to text: front end, encoder, decoder, and as an option a CTC head on the encoder.
 
     Arguments: ``vocab_size`` V; ``dim`` D; ``n_enc``, ``n_dec`` layers (``n_dec`` 0: no decoder, for CTC alone);

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers import GradCheckpointing
 from zoo.layers.fft_conv import activation, widens
 from zoo.models.s4 import SequenceBlock
 from zoo.models.s4_parts import Named
@@ -339,7 +340,7 @@ def _note(mids: dict[str, Tensor] | None, name: str, x: Tensor) -> None:
         mids[name] = x.transpose(1, 2)
 
 
-class SashimiLM(nn.Module):
+class SashimiLM(GradCheckpointing, nn.Module):
     """Tokens in, logits of the next token out: embedding, :class:`Sashimi`, a linear head.
 
     ``vocab_size``: 256 for 8-bit samples. Other arguments: :class:`Sashimi`. Keys ``encoder``, ``model``, ``decoder``.
