@@ -23,6 +23,10 @@ def files(tmp_path, monkeypatch):
                          ("family.a3m", "family.fa"), ("series.smi", "series.smi")):  # fmt: skip
         (tmp_path / name).write_text((EXAMPLES / sample).read_text())
     (tmp_path / "molecules.csv").write_text("smiles\nCCO\n")
+    (tmp_path / "molecules.smi").write_text("CCO\nCCN\nCCCO\n")
+    (tmp_path / "families").mkdir()
+    for i in range(2):
+        (tmp_path / "families" / f"{i}.fa").write_text((EXAMPLES / "family.fa").read_text())
     return tmp_path
 
 
@@ -46,4 +50,7 @@ def test_the_commands_run(page, files, capsys):
         words = shlex.split(line.partition("  #")[0])[1:]
         if "--checkpoint" in words:
             continue  # a file of the authors'
+        if words[0] == "train-sequences":  # only smaller than printed
+            words += ["--steps", "1", "--batch-size", "2"]
+            words += ["--set", "d_model=16", "--set", "num_blocks=1"] if "--start" not in words else []
         assert run(words) == 0, f"{line}: {capsys.readouterr().err}"

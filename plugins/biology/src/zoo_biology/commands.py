@@ -52,7 +52,7 @@ def answer(model: str, task: str, given: Any, out: Path | None, as_json: bool, *
 @click.command("embed-dna")
 @click.argument("model")
 @click.argument("fasta", type=FILE)
-@click.option("--window", default=1024, show_default=True, help="Bases read at a time.")
+@click.option("--window", type=int, help="Bases read at a time (default: those of the weights, or 1024).")
 @click.option("--margin", default=0, show_default=True, help="More on either side, read but not averaged.")
 @click.option("--pool", type=click.Choice(["record", "window", "base"]), default="record", show_default=True)
 @click.option("--both-strands", is_flag=True, help="Mean with the reverse complement's embedding.")
@@ -65,7 +65,7 @@ def embed_dna(model: str, fasta: Path, out: Path | None, as_json: bool, **chosen
 @click.command("score-dna")
 @click.argument("model")
 @click.argument("fasta", type=FILE)
-@click.option("--window", default=1024, show_default=True, help="Bases read at a time.")
+@click.option("--window", type=int, help="Bases read at a time (default: those of the weights, or 1024).")
 @options(OUT)
 def score_dna(model: str, fasta: Path, out: Path | None, as_json: bool, **chosen: Any) -> None:
     """How likely the records of FASTA are under MODEL: -ln p a base."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from .tokens import DNA
 
 #: Masked models are asked for every base once, one in so many hidden at a time (training hides 15 %).
 EVERY = 7
+#: Bases that are read at a time, where neither the caller nor the weights say so.
+WINDOW = 1024
 
 
 @dataclass(kw_only=True)
@@ -70,10 +72,11 @@ class _DNAPipeline(SequencePipeline):
 
     extensions = endings((".fa", ".fasta", ".fna", ".ffn", ".frn", *FASTQ))
 
-    def __init__(self, model: nn.Module, window: int = 1024, ambiguous: str = "N", batch: int = 8) -> None:
+    def __init__(self, model: nn.Module, window: int | None = None, ambiguous: str = "N", batch: int = 8) -> None:
         super().__init__(model)
         if not isinstance(model, DNAXLSTM):
             raise errors.BadArgument(f"{type(model).__name__} is no DNA model", argument="model", accepted=[])
+        window = self.preprocess.get("window", WINDOW) if window is None else window
         at_least_one(window=window, batch=batch)
         self.dna, self.window, self.batch = model, window, batch
         self.tokens = DNA(ambiguous)
@@ -104,10 +107,11 @@ class DNAEmbedding(_DNAPipeline):
     """Embeddings: the last norm's output, averaged.
 
     Inputs: FASTA files, plain or gzipped, or sequences as strings. Options: ``window`` bases are read at a time
-    (training's length), with ``margin`` more on either side that are read but not averaged; ``pool``: "record" (one
-    vector for each), "window" or "base"; ``both_strands``: the mean with the embedding of the reverse complement, so
-    that a sequence and its reverse complement get one vector (models that are equivariant give that by themselves);
-    ``ambiguous``: what IUPAC letters other than N become, "N" or "unk"; ``batch``: windows at a time.
+    (training's length; default: what the weights say, or 1024), with ``margin`` more on either side that are read but
+    not averaged; ``pool``: "record" (one vector for each), "window" or "base"; ``both_strands``: the mean with the
+    embedding of the reverse complement, so that a sequence and its reverse complement get one vector (models that are
+    equivariant give that by themselves); ``ambiguous``: what IUPAC letters other than N become, "N" or "unk";
+    ``batch``: windows at a time.
     """
 
     task = "dna-embedding"
@@ -115,7 +119,7 @@ class DNAEmbedding(_DNAPipeline):
     def __init__(
         self,
         model: nn.Module,
-        window: int = 1024,
+        window: int | None = None,
         margin: int = 0,
         pool: str = "record",
         both_strands: bool = False,
@@ -195,15 +199,28 @@ class DNALikelihood(_DNAPipeline):
     task = "dna-likelihood"
 
     def answer(self, sample: Any) -> Likelihoods:
+        names: list[str] = []
+
+        def named() -> Iterator[Tensor]:
+            for record in self.records(sample):
+                names.append(record.name)
+                yield self.encode(record)
+
+        found = self.score(named())
+        found.names = names
+        return found
+
+    @torch.no_grad()
+    def score(self, sequences: Iterable[Tensor]) -> Likelihoods:
+        """Of ids, (length,) each, one sequence after the other."""
         found = Likelihoods()
-        for record in self.records(sample):
-            ids = self.encode(record).to(self.device)
-            causal = isinstance(self.dna, CausalDNAXLSTM)
+        causal = isinstance(self.dna, CausalDNAXLSTM)
+        for sequence in sequences:
+            ids = sequence.to(self.device)
             cost = torch.cat(list(self._next(ids) if causal else self._hidden_ones(ids)))
             known = (ids[1:] if causal else ids) < 11
             known &= (ids[1:] if causal else ids) >= 7
             count = int(known.sum())
-            found.names.append(record.name)
             found.scored.append(count)
             found.nats.append(float(cost[known].double().mean()) if count else float("nan"))
         return found

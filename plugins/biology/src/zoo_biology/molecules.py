@@ -101,6 +101,8 @@ class _MoleculePipeline(SequencePipeline):
             )  # fmt: skip
 
     def _own(self) -> Vocabulary:
+        if "tokens" in self.preprocess:
+            return Vocabulary(self.preprocess["tokens"])
         name = self.preprocess.get("vocabulary")
         if name is None:
             raise errors.BadArgument(

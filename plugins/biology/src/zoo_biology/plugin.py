@@ -49,4 +49,5 @@ def zoo_commands() -> Mapping[str, str]:
         "generate-protein": "zoo_biology.commands:generate_protein",
         "generate-molecules": "zoo_biology.commands:generate_molecules",
         "score-molecules": "zoo_biology.commands:score_molecules",
+        "train-sequences": "zoo_biology.commands_training:train_sequences",
     }

@@ -222,9 +222,8 @@ class ProteinScoring(_ProteinPipeline):
         if self.candidates:
             return self._each(sample)
         wanted = self._asked(sample)
-        state = self.after(context(sample.others))[1]
+        whole, state = self._read(sample)
         number = len(sample.others)
-        whole = protein(sample.target_ids, number)
         found = ProteinScores(
             target=sample.target.name, homologs=number, residues=len(sample.target_ids), nats=self._cost(whole, state),
             notes=sample.notes,
@@ -268,6 +267,15 @@ class ProteinScoring(_ProteinPipeline):
         parts = [row.tensors() for row in rows]
         joined = {name: torch.cat([part[name] for part in parts]).to(self.device) for name in parts[0]}
         return self.lm(**joined, state=state).float().cpu()
+
+    @torch.no_grad()
+    def nats(self, sample: Homologs) -> float:
+        """The mean -ln p a residue of the target after its homologs, the end of the protein counted as one."""
+        return self._cost(*self._read(sample))
+
+    def _read(self, sample: Homologs) -> tuple[Context, State]:
+        """The target, and the state after its homologs."""
+        return protein(sample.target_ids, len(sample.others)), self.after(context(sample.others))[1]
 
     def _asked(self, sample: Homologs) -> list[tuple[int, int]]:
         """(place from 0, number of the new residue) of every mutation. Raises ValueError for one that does not fit."""
