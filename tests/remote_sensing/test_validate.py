@@ -9,8 +9,8 @@ from torch import nn
 import zoo
 from zoo_registry import errors
 from zoo_remote_sensing.changemamba import Damage, SemanticChange
+from zoo_remote_sensing.labelled import read_label
 from zoo_remote_sensing.palettes import COLOURS
-from zoo_remote_sensing.validation import read_label
 
 pytest.importorskip("torchmetrics")
 

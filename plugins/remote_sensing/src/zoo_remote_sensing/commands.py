@@ -56,7 +56,7 @@ def change(
 
     arguments = output.loading(options) | {
         "tile": tile, "overlap": overlap, "pixel_area": pixel_area, "value_range": value_range,
-        "bands": None if bands is None else _numbers(bands),
+        "bands": None if bands is None else numbers(bands),
         "class_names": None if labels is None else read_text(labels).splitlines(),
     }  # fmt: skip
     task = card_of(name).task
@@ -82,7 +82,8 @@ def change(
     return 0
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
+    """The bands that ``--bands`` names."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:

@@ -126,7 +126,7 @@ def read_labels(source: str | Path) -> np.ndarray:
     if path.suffix.lower() in ARRAYS:
         found = _from_arrays(path, 2)
     else:
-        from .validation import read_label
+        from .labelled import read_label
 
         found = read_label(path)
     if found.ndim != 2 or found.dtype.kind not in "buif" or (found != np.floor(found)).any():

@@ -19,7 +19,10 @@ def without_unchanged(labels: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the pixels that are not ignored."""
+    """Mean over the pixels that are not ignored; with none left 0 (with a gradient, of zeros), as there is nothing to
+    learn from a crop where nothing changed."""
+    if bool((labels == IGNORE).all()):
+        return logits.sum() * 0.0
     return F.cross_entropy(logits, labels, ignore_index=IGNORE)
 
 
@@ -77,7 +80,7 @@ def scd_loss(
 def bda_loss(building: Tensor, damage: Tensor, label_building: Tensor, label_damage: Tensor) -> Tensor:
     """ChangeMamba, building damage: ``CE_b + CE_d + 0.5 LV_b + 0.75 LV_d``; damage label 0 is ignored.
 
-    A batch without any valid damage label gives NaN (the original skips such batches: test before the call).
+    A batch without any valid damage label has the buildings' terms alone (the original skips such batches).
     """
     label_damage = without_unchanged(label_damage)
     return (

@@ -42,8 +42,9 @@ class ChangeDetection(Pipeline):
     Arguments
         tile, overlap: pixels; scenes larger than a tile are cut into tiles that overlap and are blended.
         pixel_area: square metres that a pixel covers, where the file does not say.
-        bands: which bands of a GeoTIFF are red, green and blue, counted from 1 (default: the first three).
-        value_range: (low, high), the values that become 0 and 255; for files that do not hold uint8.
+        bands: which bands of a GeoTIFF are red, green and blue, counted from 1 (default: those that the model was
+        trained on here, otherwise the first three).
+        value_range: (low, high), the values that become 0 and 255; for files that do not hold uint8 (likewise).
         class_names: names of the classes, of models whose card names none.
 
     The kind of answer follows from the model: binary (logits), semantic (``SemanticChange``) or damage (``Damage``).
@@ -74,7 +75,12 @@ class ChangeDetection(Pipeline):
             )
         self.tile, self.overlap, self.pixel_area = int(tile), int(overlap), pixel_area
         self.channels = int(getattr(model, "in_chans", 3))
-        self.reading: dict[str, Any] = {"bands": bands, "value_range": value_range, "channels": self.channels}
+        settings = self.preprocess
+        self.reading: dict[str, Any] = {
+            "bands": settings.get("bands") if bands is None else bands,
+            "value_range": settings.get("value_range") if value_range is None else value_range,
+            "channels": self.channels,
+        }
         if pixel_area is not None and not 0 < pixel_area < math.inf:
             raise bad_input(f"pixel_area is {pixel_area}; expected the square metres of a pixel, above 0", "pixel_area")
         self.given_names = None if class_names is None else list(class_names)
@@ -82,7 +88,6 @@ class ChangeDetection(Pipeline):
             raise bad_input(
                 f"class_names has {len(self.given_names)} names; the model has {self._classes} classes", "class_names"
             )
-        settings = self.preprocess
         self.mean, self.std = (
             self._per_channel(settings.get(key, default))
             for key, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225)))

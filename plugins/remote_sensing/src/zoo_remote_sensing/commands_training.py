@@ -1,0 +1,151 @@
+"""``zoo train-change``: a change detector on the user's own labelled pairs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zoo.cli import output, training
+
+from .commands import CHANGE_TASKS, numbers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+#: The figure that the kept weights have the best of, by kind of model.
+BEST = {"binary": "F1", "semantic": "SeK", "damage": "F1"}
+
+
+@click.command()
+@click.argument("name")
+@click.argument("folder", type=FOLDER)
+@training.out_folder(file_okay=False)
+@click.option(
+    "--held-out",
+    default=0.2,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of the pairs that is not trained on, but measured.",
+)
+@click.option("--validation", type=FOLDER, help="A folder like FOLDER to measure on, in place of --held-out.")
+@training.start
+@click.option("--crop", default=256, show_default=True, type=click.IntRange(min=32), help="Pixels a side.")
+@click.option("--bands", help="Bands that the model reads, as 3,2,1; the first three otherwise.")
+@click.option("--value-range", nargs=2, type=float, help="The values that become black and white, where not uint8.")
+@click.option("--labels", type=click.Path(exists=True, dir_okay=False), help="Names of the classes, one a line.")
+@training.loop(steps=20_000, rate=1e-4, weight_decay=5e-4)
+@training.batch_size(16, "Crops.", least=2)
+@click.option("--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth of all).")
+@training.run_options("decoder_dim=64")
+@training.resume
+@output.as_json
+def train_change(
+    name: str,
+    folder: Path,
+    out: Path,
+    held_out: float,
+    validation: Path | None,
+    start: str | None,
+    crop: int,
+    bands: str | None,
+    value_range: tuple[float, float] | None,
+    labels: str | None,
+    batch_size: int,
+    score_every: int | None,
+    seed: int,
+    device: str,
+    choices: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train NAME on the labelled pairs of FOLDER, laid out as `zoo validate NAME` says.
+
+    The best weights on the held-out pairs are saved, with the bands, the values' range and the names of the classes.
+
+    \b
+        zoo train-change changemamba_bcd_tiny LEVIR-CD/train --validation LEVIR-CD/val --out levir --device cuda
+        zoo train-change changemamba_scd_tiny pairs/ --out cover --labels cover.txt --bands 3,2,1 --value-range 0 3000
+    """
+    import zoo
+    from zoo.files import read_text
+    from zoo.loading import card_of
+    from zoo.training import Shuffled, fit
+    from zoo_registry import WeightsCard, errors
+
+    from .labelled import labelled_pairs
+    from .metrics import require_torchmetrics
+    from .pipelines import ChangeDetection
+    from .training import Crops, begun, check_samples, loss_of
+    from .validation import SCORES, known
+
+    task = card_of(name).task
+    if task not in CHANGE_TASKS:
+        raise click.UsageError(f"{name} is for {task}; expected a model for {', '.join(CHANGE_TASKS)}")
+    require_torchmetrics()
+    arguments = output.pairs(choices, "--set")
+    chosen_bands = None if bands is None else numbers(bands)
+    if chosen_bands is not None:
+        arguments.setdefault("in_chans", len(chosen_bands))
+    names = None if labels is None else read_text(labels).split("\n")
+    if names is not None:
+        names = [line.strip() for line in names if line.strip()]
+        if task != "semantic-change-detection":
+            raise click.UsageError(f"--labels names land cover, and {name} is for {task}; leave it out")
+        arguments.setdefault("semantic_classes", len(names))
+    model: Any = begun(name, start, seed, **arguments)
+    pipe = ChangeDetection(model, bands=chosen_bands, value_range=value_range, class_names=names)
+    begun_with = model.zoo_info.weights
+    settings = {"mean": pipe.mean.flatten().tolist(), "std": pipe.std.flatten().tolist()}
+    settings |= {k: list(pipe.reading[k]) for k in ("bands", "value_range") if pipe.reading[k] is not None}
+    layers = pipe.layers
+    pairs = labelled_pairs(folder, pipe.kind)
+    if validation is not None:
+        train, rest = pairs, labelled_pairs(validation, pipe.kind)
+    else:
+        try:
+            kept, others = zoo.training.held_out([0] * len(pairs), held_out, seed)
+        except ValueError as error:
+            raise errors.BadArgument(f"{folder}: {error}, or another folder to measure on (--validation)") from error
+        train, rest = [pairs[i] for i in kept], [pairs[i] for i in others]
+    bar = not as_json and sys.stderr.isatty()
+    check_samples(pipe, train, crop, progress=bar)
+    check_samples(pipe, rest, 1, progress=bar)
+    crops, order = Crops(pipe, train, crop), Shuffled(len(train), batch_size, seed)
+
+    def scores(model: nn.Module) -> dict[str, float]:
+        found = known(SCORES[pipe.kind](ChangeDetection(model, class_names=names), rest).compute())
+        return {name: value for name, value in found.items() if value is not None}
+
+    chosen = training.settings(options, seed)
+    with (
+        training.processes(device) as place,
+        training.run(out, resume, quiet=as_json, pairs=len(train), measured=len(rest)) as run,
+    ):
+        model.zoo_info.weights = WeightsCard(tag="own", where=f"trained on {folder.name}", preprocess=settings)
+        model.zoo_info.tag = None
+        found = fit(
+            model.to(place.device), lambda index: crops(order(index), order.random(index)), loss_of(model), chosen,
+            run=run, report=training.reporter(chosen.steps, quiet=as_json),
+            score=lambda model: scores(model).get(BEST[pipe.kind], 0.0),
+            score_every=score_every or max(chosen.steps // 10, 1),
+        )  # fmt: skip
+        figures = scores(model)
+        if place.first:
+            measured = training.measured(
+                figures, dataset=(validation or folder).name, split="held out", command="train-change"
+            )
+            licence = None if begun_with is None else begun_with.licence
+            zoo.save(model.cpu(), out, labels=layers.get("after", layers["changed"]), licence=licence, metrics=measured)
+    if as_json:
+        output.emit(
+            {"figures": figures, "taken_at": found.taken_at, "steps": chosen.steps, "loss": found.losses[-1]}
+            | {"pairs": len(train), "held_out": len(rest), "folder": str(out)}
+        )
+        return
+    click.echo(f"{len(rest)} held-out pairs: {training.said(figures)} (weights of step {found.taken_at})")
+    click.echo(f"saved to {out}; try: zoo change {training.source(out)} BEFORE AFTER --picture change.png")
