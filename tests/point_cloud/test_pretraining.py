@@ -94,6 +94,9 @@ def test_command(files, tmp_path, capsys):
     arguments[2] = str(tmp_path / "nowhere.ply")
     assert run([*arguments, *rest]) == 3
     assert "there is no file or folder" in capsys.readouterr().err
+    for option, message in (("--rate=nan", "nan is no rate"), ("--seed=-1", "-1 is not in the range")):
+        assert run([*arguments, *rest, option]) == 2
+        assert message in capsys.readouterr().err
     assert run(["pretrain-points", "pcm_micro", str(files[0]), "--out", str(tmp_path)]) == 2
     assert "expected PointMambaMAE" in capsys.readouterr().err
 

@@ -99,8 +99,10 @@ def _places(sources: Sequence[Path], out: Path, ending: str) -> list[Path]:
 @click.option("--steps", default=1000, show_default=True, type=click.IntRange(min=1), help="Training steps.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Clouds of each step.")
 @click.option("--points", default=1024, show_default=True, type=click.IntRange(min=1), help="Points of each cloud.")
-@click.option("--rate", default=1e-3, show_default=True, type=click.FloatRange(min=0, min_open=True), help="AdamW's.")
-@click.option("--seed", default=0, show_default=True, type=int, help="Of weights, clouds, masks and orders.")
+@training.rate(1e-3, "AdamW's.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of weights, clouds, masks and orders."
+)
 @click.option(
     "--invalid",
     default="error",
