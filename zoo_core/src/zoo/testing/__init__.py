@@ -36,6 +36,7 @@ _NAMES = {
     "assert_close": "compare",
     "relative_error": "compare",
     "check_adapt": "contract",
+    "check_autocast": "training",
     "check_backward": "contract",
     "check_bfloat16": "contract",
     "check_card": "contract",
@@ -45,6 +46,7 @@ _NAMES = {
     "check_export": "contract",
     "check_features": "contract",
     "check_forward": "contract",
+    "check_grad_checkpointing": "training",
     "check_odd_sizes": "contract",
     "check_padding": "contract",
     "check_parameters": "contract",
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from .procedural import procedural_inputs, procedural_state, procedural_values
     from .resuming import check_resume
     from .suite import ModelTests
+    from .training import check_autocast, check_grad_checkpointing
 
 __all__ = [
     "Case",
@@ -89,6 +92,7 @@ __all__ = [
     "assert_close",
     "case",
     "check_adapt",
+    "check_autocast",
     "check_backward",
     "check_bfloat16",
     "check_card",
@@ -100,6 +104,7 @@ __all__ = [
     "check_forward",
     "check_fullsize",
     "check_golden",
+    "check_grad_checkpointing",
     "check_odd_sizes",
     "check_padding",
     "check_parameters",

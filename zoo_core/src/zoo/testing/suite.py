@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import contract
+from . import contract, training
 from .cases import case
 
 
 class ModelTests:
-    """Every check of :mod:`zoo.testing.contract`, as a test that takes ``name``.
+    """Every check of :mod:`zoo.testing.contract` and :mod:`zoo.testing.training`, as a test that takes ``name``.
 
     ::
 
@@ -62,6 +62,12 @@ class ModelTests:
 
     def test_bfloat16(self, name: str) -> None:
         _apply(contract.check_bfloat16, name)
+
+    def test_autocast(self, name: str) -> None:
+        _apply(training.check_autocast, name)
+
+    def test_grad_checkpointing(self, name: str) -> None:
+        _apply(training.check_grad_checkpointing, name)
 
     def test_device(self, name: str) -> None:
         _apply(contract.check_device, name)
