@@ -10,6 +10,7 @@ from torchvision.transforms.functional import rotate
 import zoo
 import zoo.testing
 from zoo_neuro.tactile.augmentation import TouchAugmentation, reversed_time, turned
+from zoo_neuro.tactile.encoders import StridedConv
 from zoo_neuro.tactile.losses import AutoEncoderLoss, SimCLRLoss, SimSiamLoss
 from zoo_neuro.tactile.model import TactileNetwork
 from zoo_neuro.tactile.recordings import Recordings, to_frames
@@ -359,3 +360,15 @@ def test_mistakes_are_named():
         network("linear", decoder={"steps": [7]})(torch.zeros(2, 6, 6, 5, 7))
     with pytest.raises(ValueError, match="reads 72 features, and there are 60"):
         network("linear", decoder={"steps": "all"})(torch.zeros(2, 5, 6, 5, 7))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (2, 2)])
+def test_a_strided_convolution_has_gradients_in_bfloat16(size):
+    torch.manual_seed(0)
+    x, (rough, exact) = torch.randn(14, 16, *size), [StridedConv(16, 32, 3, 2, 1, bias=False) for _ in range(2)]
+    rough.load_state_dict(exact.state_dict())
+    for layer, kind in ((rough.bfloat16(), torch.bfloat16), (exact, torch.float32)):
+        memory = [torch.full((200_000,), torch.nan) for _ in range(4)]
+        del memory  # a gradient that is not written holds this
+        layer(x.to(kind)).square().sum().backward()
+    torch.testing.assert_close(rough.weight.grad.float(), exact.weight.grad, rtol=0.05, atol=0.5)
