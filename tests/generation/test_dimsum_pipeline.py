@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 import zoo
+import zoo.testing
 from zoo import errors
 from zoo_generation.dimsum import flow, training
 from zoo_generation.dimsum.autoencoder import Autoencoder
@@ -261,6 +262,23 @@ def test_training_learns_and_resumes_from_a_seed():
     assert found[0][1] < found[0][0] < training.held_out_loss(model(num_classes=2, zero_init=True), images, labels)
     bright = ImageGeneration(m, method="heun", steps=10)("0, 1").latents.mean((1, 2, 3))
     assert bright[0] < -0.5 < 0.5 < bright[1]
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    """After Ctrl-C as well, which keeps the average so far."""
+    images = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(10) // 5
+    settings = training.Settings(steps=6, batch_size=4, learning_rate=1e-2, decay=0.9, flip=True, report_every=1)
+
+    def trained(run, report):
+        m = model(num_classes=2)
+        history = training.fit(m, images, labels, settings, held_out=(images, labels), on_report=report, run=run)
+        assert [row["step"] for row in history.rows] == list(range(1, len(history.rows) + 1))
+        if history.interrupted:
+            raise KeyboardInterrupt
+        return m
+
+    zoo.testing.check_resume(trained, tmp_path, after=3)
 
 
 def test_the_average_follows_slowly():

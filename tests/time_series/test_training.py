@@ -8,6 +8,8 @@ import torch
 from click.testing import CliRunner
 
 import zoo
+import zoo.testing
+from zoo.runs import Run
 from zoo_time_series import protocol, training
 from zoo_time_series.baselines import last_value, periods, ridge, seasonal_naive
 from zoo_time_series.commands import forecast, train_forecaster
@@ -199,3 +201,58 @@ def test_rows_that_no_patch_reads_are_said(tmp_path, monkeypatch):
     assert "the newest 3 of 27 rows" in said
     said = CliRunner().invoke(train_forecaster, [*options, "--lag", "24", "--out", "b"], catch_exceptions=False).output
     assert "in no patch" not in said
+
+
+@pytest.mark.parametrize("kind", ["spacetime", "tsm2"])
+def test_a_run_goes_on(tmp_path, kind):
+    """After Ctrl-C as well: the best epoch is there, and the run is kept."""
+    parts, _ = protocol.prepare(Table(seasons(), ["a", "b"]), 24, 6, apart=kind == "spacetime")
+
+    def trained(run, report):
+        torch.manual_seed(0)
+        model = spacetime(**SMALL, dropout=0.1) if kind == "spacetime" else TSM2(num_variates=2, **TINY)
+        settings = training.Settings(epochs=4, batch_size=20, steps=2, learning_rate=1e-2)
+        history = training.fit(model, parts["train"], parts["val"], settings, on_epoch=report, run=run)
+        assert [row["epoch"] for row in history.epochs] == list(range(1, len(history.epochs) + 1))
+        if history.interrupted:
+            assert 1 <= history.best_epoch <= 3
+            raise KeyboardInterrupt
+        return model
+
+    zoo.testing.check_resume(trained, tmp_path)
+
+
+def test_a_run_that_had_ended_does_not_go_further(tmp_path):
+    parts, _ = protocol.prepare(Table(seasons(), ["a", "b"]), 24, 6, apart=True)
+    settings = training.Settings(epochs=9, batch_size=20, steps=1, learning_rate=1e-9, patience=1)
+    lengths = []
+    for _ in range(2):  # the second begins with a run whose patience is at its end
+        torch.manual_seed(0)
+        run = Run(tmp_path / "training.run", every=0)
+        lengths.append(len(training.fit(spacetime(**SMALL), parts["train"], parts["val"], settings, run=run).epochs))
+    assert lengths[0] == lengths[1] < 9
+
+
+def test_an_interrupted_command_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "demand.csv", seasons())
+    command = ["spacetime", "demand.csv", "--lag=24", "--horizon=6", "--epochs=4", "--steps=1", "--out=run"]
+    command += [f"--set={k}={v}" for k, v in SMALL.items() if k not in ("lag", "horizon")]
+    monkeypatch.setattr(Run.__init__, "__kwdefaults__", {"every": 0.0, "on_resume": None})
+    evaluate, calls = training.evaluate, []
+
+    def interrupting(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*given)
+
+    monkeypatch.setattr(training, "evaluate", interrupting)
+    stopped = CliRunner().invoke(train_forecaster, command)
+    assert "run holds the run up to epoch 2: the same command goes on there" in stopped.output
+    assert "saved to run" in stopped.output
+    again = CliRunner().invoke(train_forecaster, command)
+    assert again.exit_code == 0
+    assert "going on after epoch 2 of an interrupted run" in again.output
+    assert "of 4; on the test rows" in again.output
+    assert not (tmp_path / "run" / "training.run").exists()

@@ -96,6 +96,7 @@ SYSTEMS = {"spacetime": "spacetime_ett_720", "tsm2": "tsm2_96"}
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Another model argument; repeatable.")
 @shared.device
 @shared.out_folder("Folder (default: MODEL-TABLE).", required=False, file_okay=False)
+@shared.resume
 @output.as_json
 def train_forecaster(
     model: str,
@@ -118,13 +119,15 @@ def train_forecaster(
     settings: tuple[str, ...],
     device: str,
     out: Path | None,
+    resume: bool,
     as_json: bool,
 ) -> None:
     """Train MODEL on TABLE: spacetime, tsm2, or a name of `zoo list --domain time_series`.
 
     TABLE is a CSV, TSV or parquet file with a date column and columns of numbers. The protocol is the Informer
     benchmark's: the first 70 % of the rows train, the last 20 % test (ETT files: 12, 4 and 4 months), columns
-    standardised by the training rows, every window of --lag and --horizon rows. Ctrl-C keeps the best epoch so far.
+    standardised by the training rows, every window of --lag and --horizon rows. Ctrl-C keeps the best epoch so
+    far; the same command goes on from there.
     """
     import torch
     from rich.console import Console
@@ -170,16 +173,19 @@ def train_forecaster(
             soft_wrap=True,
         )
 
-    history = training.fit(network.to(device), parts["train"], parts["val"], wanted, on_epoch=on_epoch)
-    scores = {"model": training.evaluate(network, parts["test"]), **training.baselines(parts["test"])}
-    folder = save(out, network.cpu(), scaler, history, scores, table.name)
-    if as_json:
-        output.emit({"test": scores, "best_epoch": history.best_epoch, "folder": str(folder)})
-        return
-    click.echo(f"best epoch {history.best_epoch} of {len(history.epochs)}; on the test rows, standardised:")
-    for who, found in scores.items():
-        click.echo(f"  {who:12} MSE {found['mse']:.4f}  MAE {found['mae']:.4f}")
-    click.echo(f"saved to {folder}; try: zoo forecast {shared.source(folder / 'model')} {table}")
+    with shared.run(out, resume, unit="epoch", quiet=as_json, rows=len(chosen), windows=len(parts["train"])) as run:
+        history = training.fit(network.to(device), parts["train"], parts["val"], wanted, on_epoch=on_epoch, run=run)
+        scores = {"model": training.evaluate(network, parts["test"]), **training.baselines(parts["test"])}
+        folder = save(out, network.cpu(), scaler, history, scores, table.name)
+        if as_json:
+            output.emit({"test": scores, "best_epoch": history.best_epoch, "folder": str(folder)})
+        else:
+            click.echo(f"best epoch {history.best_epoch} of {len(history.epochs)}; on the test rows, standardised:")
+            for who, found in scores.items():
+                click.echo(f"  {who:12} MSE {found['mse']:.4f}  MAE {found['mae']:.4f}")
+            click.echo(f"saved to {folder}; try: zoo forecast {shared.source(folder / 'model')} {table}")
+        if history.interrupted and run.kept:
+            raise KeyboardInterrupt
 
 
 def create(name: str, lag: int | None, horizon: int | None, columns: int, arguments: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo import errors
-from zoo.runs import seeded
+from zoo.runs import Run, seeded
 
 from ._base import Forecaster
 from .baselines import last_value, seasonal_naive
@@ -49,10 +49,11 @@ class Settings:
 
 @dataclass
 class History:
-    """One row an epoch; ``best_epoch`` is counted from 1."""
+    """One row an epoch; ``best_epoch`` is counted from 1. ``interrupted``: by Ctrl-C."""
 
     epochs: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
+    interrupted: bool = False
 
 
 class Errors:
@@ -102,15 +103,17 @@ def fit(
     *,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    run: Run | None = None,
 ) -> History:
     """Train until the validation RMSE stops falling; ``model`` ends in eval mode with the best epoch's weights.
 
-    An interruption (KeyboardInterrupt) ends the run with the best epoch so far, if there is one. Raises
-    FloatingPointError when the loss is not a number. Random numbers of the caller's are left as they are.
+    An interruption (KeyboardInterrupt) ends the run with the best epoch so far, if there is one. ``run``: keeps it, and
+    goes on with what it holds. Raises FloatingPointError when the loss is not a number. Random numbers of the caller's
+    are left as they are.
     """
     device = next(model.parameters()).device
     with seeded(settings.seed, device):
-        return _fit(model, train, val, settings, device, on_epoch, on_batch)
+        return _fit(model, train, val, settings, device, on_epoch, on_batch, run or Run())
 
 
 def _fit(
@@ -121,11 +124,14 @@ def _fit(
     device: torch.device,
     on_epoch: Callable[[dict[str, float]], None] | None,
     on_batch: Callable[[int, int], None] | None,
+    run: Run,
 ) -> History:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    history, best = History(), copy.deepcopy(model.state_dict())
+    kept = run.start(model=model, optimizer=optimizer)
+    history = History(kept.get("epochs", []), kept.get("best_epoch", 0))
+    best = kept.get("best") or copy.deepcopy(model.state_dict())
     try:
-        while len(history.epochs) < settings.epochs:
+        while len(history.epochs) < settings.epochs and len(history.epochs) - history.best_epoch < settings.patience:
             epoch = len(history.epochs) + 1
             began = time.perf_counter()
             loss = _epoch(model, optimizer, train, settings, epoch, device, on_batch)
@@ -136,11 +142,11 @@ def _fit(
                 history.best_epoch, best = epoch, copy.deepcopy(model.state_dict())
             if on_epoch is not None:
                 on_epoch(row)
-            if epoch - history.best_epoch >= settings.patience:
-                break
+            run.keep(epoch, epochs=history.epochs, best_epoch=history.best_epoch, best=best)
     except KeyboardInterrupt:
         if not history.best_epoch:
             raise
+        history.interrupted = True
     model.load_state_dict(best)
     model.eval()
     return history

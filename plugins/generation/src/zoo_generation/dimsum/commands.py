@@ -106,6 +106,7 @@ def _classes(pipe: Any, label: str) -> list[int | str]:
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Another model argument; repeatable.")
 @training.device
 @training.out_folder("Folder (default: MODEL-FOLDER).", required=False, file_okay=False)
+@training.resume
 @output.as_json
 def train_images(
     model: str,
@@ -126,12 +127,14 @@ def train_images(
     settings: tuple[str, ...],
     device: str,
     out: Path | None,
+    resume: bool,
     as_json: bool,
 ) -> None:
     """Train MODEL on pictures by flow matching: FOLDER/CLASS/PICTURES, or FOLDER/PICTURES without labels.
 
     Pictures are cut to their middle square and resized. Models of 4 channels learn the latents of Stable Diffusion's
-    autoencoder (an extra). Defaults are the published settings; Ctrl-C keeps the average so far.
+    autoencoder (an extra). Defaults are the published settings; Ctrl-C keeps the average so far; the same
+    command goes on from there.
 
     \b
         zoo train-images dimsum_micro pictures/ --set img_resolution=32 --set in_channels=3 --set hidden_size=64 --flip
@@ -176,18 +179,22 @@ def train_images(
             f"step {row['step']}: loss {row['loss']:.4f}, held out {row['held_out']:.4f} ({row['seconds']:.0f} s)"
         )
 
-    history = flow_matching.fit(
-        network.to(device), train.images, train.labels,
-        flow_matching.Settings(
-            steps=steps, batch_size=batch_size, learning_rate=lr, clip=clip, decay=decay, warmup=warmup, cosine=cosine,
-            flip=flip, report_every=report_every, seed=seed,
-        ),
-        held_out=(rest.images, rest.labels), on_report=report,
+    wanted_settings = flow_matching.Settings(
+        steps=steps, batch_size=batch_size, learning_rate=lr, clip=clip, decay=decay, warmup=warmup, cosine=cosine,
+        flip=flip, report_every=report_every, seed=seed,
     )  # fmt: skip
-    found = {"flow-matching loss": history.rows[-1]["held_out"]} if history.rows else {}
-    metrics = training.measured(found, dataset=folder.name, split="held out", command="train-images")
-    zoo.save(network.cpu(), out, labels=data.classes or None, metrics=metrics)
-    if as_json:
-        output.emit(found | {"images": [len(train), len(rest)], "classes": data.classes, "folder": str(out)})
-        return
-    click.echo(f"saved to {out}; try: zoo generate-images {training.source(out)} {'all' if data.classes else 'none'}")
+    with training.run(out, resume, quiet=as_json, images=len(train), classes=data.classes) as run:
+        history = flow_matching.fit(
+            network.to(device), train.images, train.labels, wanted_settings, held_out=(rest.images, rest.labels),
+            on_report=report, run=run,
+        )  # fmt: skip
+        found = {"flow-matching loss": history.rows[-1]["held_out"]} if history.rows else {}
+        metrics = training.measured(found, dataset=folder.name, split="held out", command="train-images")
+        zoo.save(network.cpu(), out, labels=data.classes or None, metrics=metrics)
+        if as_json:
+            output.emit(found | {"images": [len(train), len(rest)], "classes": data.classes, "folder": str(out)})
+        else:
+            labels = "all" if data.classes else "none"
+            click.echo(f"saved to {out}; try: zoo generate-images {training.source(out)} {labels}")
+        if history.interrupted and run.kept:
+            raise KeyboardInterrupt

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.placement import device_of
+from zoo.runs import Run
 
 from . import flow
 
@@ -54,23 +55,30 @@ class Settings:
 
 @dataclass
 class History:
-    """The mean loss of every ``report_every`` steps, of the model in training and, if given, of held-out images."""
+    """The mean loss of every ``report_every`` steps, of the model in training and, if given, of held-out images.
+    ``interrupted``: by Ctrl-C."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
+    interrupted: bool = False
 
 
-def batches(images: Tensor, labels: Tensor | None, settings: Settings) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Endless batches, every image once an epoch, in an order that the seed gives."""
+def batches(
+    images: Tensor, labels: Tensor | None, settings: Settings, first: int = 0
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Endless batches from number ``first`` on, every image once an epoch, in an order that the seed gives."""
     generator = torch.Generator().manual_seed(settings.seed)
     size = min(settings.batch_size, len(images))
+    number = 0
     while True:
         order = torch.randperm(len(images), generator=generator)
         for rows in order[: len(order) // size * size].split(size):
-            batch = images[rows]
-            if settings.flip:
-                turned = torch.rand(size, generator=generator) < 0.5
-                batch = torch.where(turned[:, None, None, None], batch.flip(-1), batch)
-            yield batch, None if labels is None else labels[rows]
+            turned = torch.rand(size, generator=generator) < 0.5 if settings.flip else None
+            if number >= first:
+                batch = images[rows]
+                if turned is not None:
+                    batch = torch.where(turned[:, None, None, None], batch.flip(-1), batch)
+                yield batch, None if labels is None else labels[rows]
+            number += 1
 
 
 def fit(
@@ -81,11 +89,13 @@ def fit(
     *,
     held_out: tuple[Tensor, Tensor | None] | None = None,
     on_report: Callable[[dict[str, float]], None] | None = None,
+    run: Run | None = None,
 ) -> History:
     """Train ``model`` in place; it ends with the averaged weights, in evaluation mode.
 
     images: (count, C, R, R) in [-1, 1] (or latents, scaled); labels: (count,) or None. held_out: images and labels
-    whose loss is measured at each report. KeyboardInterrupt ends training early and keeps the average so far.
+    whose loss is measured at each report. KeyboardInterrupt ends training early and keeps the average so far. run:
+    keeps it, and goes on with what it holds.
     """
     if len(images) == 0 or (labels is not None and len(labels) != len(images)):
         raise ValueError(f"{len(images)} images and {None if labels is None else len(labels)} labels; expected as many")
@@ -94,10 +104,12 @@ def fit(
     average = copy.deepcopy(model).eval().requires_grad_(False)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    history, losses, began = History(), [], time.perf_counter()
+    run = run or Run()
+    kept = run.start(model=model, optimizer=optimizer, average=average)
+    history, losses, began = History(kept.get("rows", [])), kept.get("losses", []), time.perf_counter()
     model.train()
     try:
-        for step, (batch, wanted) in enumerate(batches(images, labels, settings)):
+        for step, (batch, wanted) in enumerate(batches(images, labels, settings, run.begun), start=run.begun):
             if step == settings.steps:
                 break
             for group in optimizer.param_groups:
@@ -118,9 +130,11 @@ def fit(
                 losses = []
                 if on_report is not None:
                     on_report(row)
+            run.keep(step + 1, rows=history.rows, losses=losses)
     except KeyboardInterrupt:
         if not history.rows and not losses:
             raise
+        history.interrupted = True
     model.load_state_dict(average.state_dict())
     model.eval()
     return history
