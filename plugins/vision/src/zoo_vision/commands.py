@@ -56,19 +56,21 @@ def classify(
     arguments = output.loading(options) | {"top_k": top_k, "contributions": contributions}
     pipe = zoo.pipeline(name, "image-classification", **arguments)
     results, rows = [], []
-    for i, result in enumerate(_answers(pipe, inputs, batch_size, keep_going)):
-        row, shown = result.to_dict(), str(result)
-        if pictures is not None and result.has_picture:
-            row["picture"] = str(result.save_picture(Path(pictures) / picture_name(result.source, i)))
-            shown += f"  -> {row['picture']}"
-        if not isinstance(result, Failure):
-            result.image = None  # a folder's pictures would fill the memory
-        results.append(result)
-        rows.append(row)
-        if not as_json:
-            click.echo(shown)
-    if table is not None:
-        write_csv(results, table)
+    try:
+        for i, result in enumerate(_answers(pipe, inputs, batch_size, keep_going)):
+            row, shown = result.to_dict(), str(result)
+            if pictures is not None and result.has_picture:
+                row["picture"] = str(result.save_picture(Path(pictures) / picture_name(result.source, i)))
+                shown += f"  -> {row['picture']}"
+            if not isinstance(result, Failure):
+                result.image = None  # a folder's pictures would fill the memory
+            results.append(result)
+            rows.append(row)
+            if not as_json:
+                click.echo(shown)
+    finally:  # what was answered before a damaged file is not lost
+        if table is not None and results:
+            write_csv(results, table)
     if as_json:
         output.emit(rows)
     return 1 if any(isinstance(r, Failure) for r in results) else 0
@@ -240,24 +242,26 @@ def detect(
     arguments = output.loading(options) | ({} if short_side is None else {"short_side": short_side})
     pipe = zoo.pipeline(name, "object-detection", min_score=min_score, **arguments)
     rows, entries, failed = [], [], False
-    for i, result in enumerate(pipe.stream(list(inputs), keep_going=keep_going)):
-        row, shown = result.to_dict(), str(result)
-        if isinstance(result, Failure):
-            failed = True
-        else:
-            file = picture_name(result.source, i)
-            entries.append((result.source, result.coco(Path(result.source).name)))  # type: ignore[attr-defined]
-            if numbers is not None:
-                row["numbers"] = str(result.save(Path(numbers) / file))  # type: ignore[attr-defined]
-            if pictures is not None:
-                row["picture"] = str(result.save_picture(Path(pictures) / file))
-                shown += f"  -> {row['picture']}"
-        rows.append(row)
-        if not as_json:
-            click.echo(shown)
-    if results is not None:
-        with whole(results) as work:
-            work.write_text(json.dumps(_told_apart(entries)), encoding="utf-8")
+    try:
+        for i, result in enumerate(pipe.stream(list(inputs), keep_going=keep_going)):
+            row, shown = result.to_dict(), str(result)
+            if isinstance(result, Failure):
+                failed = True
+            else:
+                file = picture_name(result.source, i)
+                entries.append((result.source, result.coco(Path(result.source).name)))  # type: ignore[attr-defined]
+                if numbers is not None:
+                    row["numbers"] = str(result.save(Path(numbers) / file))  # type: ignore[attr-defined]
+                if pictures is not None:
+                    row["picture"] = str(result.save_picture(Path(pictures) / file))
+                    shown += f"  -> {row['picture']}"
+            rows.append(row)
+            if not as_json:
+                click.echo(shown)
+    finally:  # what was answered before a damaged file is not lost
+        if results is not None and rows:
+            with whole(results) as work:
+                work.write_text(json.dumps(_told_apart(entries)), encoding="utf-8")
     if as_json:
         output.emit(rows)
     return 1 if failed else 0

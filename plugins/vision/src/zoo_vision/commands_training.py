@@ -169,7 +169,7 @@ def train_classifier(
     kept, held = split([label for _, label in every.samples], share, seed)
     train = every.part(kept)
     test = every.part(held) if validation is None else classify.labelled(validation, classes, pipe.in_chans)
-    check_files(file for file, _ in train.samples + test.samples)
+    check_files(Path(file) for file, _ in train.samples + test.samples)
     if frozen:
         classify.freeze(model)
     said = f"{len(train)} pictures of {len(classes)} classes to train on, {len(test)} to measure on"
@@ -341,4 +341,129 @@ def train_segmenter(
                 model, out, names, measure(model), facts, data=folder, measured_on=validation, licence=licence,
                 command=command, next_command="segment-images --out classes", example=(test or train)[0].picture,
                 as_json=as_json,
+            )  # fmt: skip
+
+
+@click.command()
+@click.argument("name")
+@click.argument("data", type=click.Path(exists=True, path_type=Path))
+@training.out
+@click.option("--images", type=_FOLDER, help="Folder of the pictures (default: that of DATA).")
+@_options(*_MEASURING)
+@click.option(
+    "--validation",
+    type=click.Path(exists=True, path_type=Path),
+    help="Measure on this DATA instead; its pictures lie beside it, or in --images.",
+)
+@training.start
+@click.option(
+    "--size", type=click.IntRange(min=32), help="Pixels of the shorter side (default: as the weights, or 800)."
+)
+@_scale(0.75, 1.25)
+@_options(*_CHANGING)
+@click.option("--boxes", is_flag=True, help="Learn boxes alone, also where there are masks.")
+@training.loop(steps=4000, rate=1e-4)
+@training.batch_size(4, "Pictures.")
+@training.run_options("backbone=a2mamba_tiny")
+@training.resume
+@output.as_json
+def train_detector(
+    name: str,
+    data: Path,
+    out: Path,
+    images: Path | None,
+    held_out: float | None,
+    score_every: int | None,
+    validation: Path | None,
+    start: str | None,
+    size: int | None,
+    scale: tuple[float, float],
+    flip: bool,
+    jitter: float,
+    boxes: bool,
+    batch_size: int,
+    seed: int,
+    device: str,
+    choices: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train the detector NAME on DATA, a .json of COCO's format, or a folder with one and its pictures.
+
+    --start names weights of NAME, or of a classifier for its backbone. A part of the pictures is held out and measured
+    as zoo validate measures (COCO's AP of boxes decides); the weights of the best measure are kept. An interrupted run
+    goes on when the same command is given again.
+
+    \b
+        zoo train-detector mask_rcnn bees.json --images photos --out bees_mask_rcnn --start vmamba_tiny.in1k
+        zoo train-detector retinanet bees/ --out bees_retinanet --set backbone=efficientvim_m1
+    """
+    from zoo.training import fit
+
+    from .coco import pycocotools
+    from .objects import ObjectDetection
+    from .pipelines import transform_settings
+    from .training import detect
+    from .training.common import check_task, describe, split
+    from .validation import precisions
+
+    command = "train-detector"
+    check_task(name, "object-detection", command)
+    share = _share(held_out, validation)
+    pycocotools("cocoeval")  # or say what lacks, before hours of work
+    path, folder = detect.annotations_of(data, images)
+    every = detect.Annotations(path, folder)
+    source = every
+    if validation is not None:
+        path, folder = detect.annotations_of(validation, images)
+        source = detect.Annotations(path, folder, every.names)
+    masks = not boxes and every.has_masks()
+    model, before = detect.begun_detector(
+        name, start, seed, boxes=not masks, **_with({"num_classes": len(every.names)}, choices)
+    )
+    masks = masks and bool(model.has_masks)
+    settings: dict[str, Any] = {k: v for k, v in transform_settings(model, before).items() if k in ("mean", "std")}
+    short_side = size or before.get("short_side", 800)
+    settings |= {"short_side": short_side, "long_side": short_side * 1333 // 800}
+    licence = describe(model, every.names, settings, data.name)
+    pipe = ObjectDetection(model)
+    kept, held = split([0] * len(every.pictures), share, seed)
+    train = [every.pictures[i] for i in kept]
+    test = source.pictures if validation is not None else [every.pictures[i] for i in held]
+    ids = {index: category for category, index in source.classes.items()}
+    measure_masks = masks and source.has_masks()
+    plan = training.settings(options, seed)
+
+    def measure(model: nn.Module) -> dict[str, float | None]:
+        if not test:
+            return {}
+        own = ObjectDetection(model, min_score=0.0)
+        return precisions(own, source.table, [p.entry for p in test], folder, ids, masks=measure_masks)
+
+    with (
+        training.processes(device) as place,
+        training.run(out, resume, quiet=as_json, pictures=len(train), measured=len(test), classes=every.names) as run,
+    ):
+        if not as_json:
+            objects = sum(len(p.labels) for p in train)
+            click.echo(
+                f"{len(train)} pictures with {objects} objects of {len(every.names)} classes to train on, {len(test)} "
+                f"to measure on" + (f"; {every.left_out} crowds and empty boxes left out" if every.left_out else "")
+            )
+        batches = detect.Batches(
+            train, pipe, masks=masks, batch_size=batch_size, seed=seed, scales=scale, flip=flip, jitter=jitter
+        )
+        fitted = fit(
+            model.to(place.device), batches, detect.loss, plan, run=run,
+            report=training.reporter(plan.steps, quiet=as_json),
+            score=(lambda m: measure(m)["box AP"] or 0.0) if test else None,
+            score_every=score_every or max(plan.steps // 10, 1),
+        )  # fmt: skip
+        if place.first:
+            facts = {"classes": every.names, "pictures": len(train), "measured": len(test), "masks": masks}
+            _finished(
+                model, out, every.names, measure(model), facts | {"taken_at": fitted.taken_at}, data=data,
+                measured_on=validation, licence=licence, command=command, next_command="detect",
+                example=(test or train)[0].file, as_json=as_json,
             )  # fmt: skip

@@ -23,7 +23,7 @@ from zoo.validation import Measured
 from zoo_registry import errors
 
 from .scenes import SemanticSegmentation
-from .validation import at_least
+from .validation import at_least, upright_size
 
 #: class of pixels that do not count
 IGNORED = -1
@@ -157,13 +157,7 @@ def check_sizes(data: Sequence[Pair]) -> dict[int, int]:
     counts: dict[int, int] = {}
     for pair in data:
         values = values_of(pair.labels)
-        try:
-            with Image.open(pair.picture) as image:
-                size = image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise errors.BadFile(
-                f"{pair.picture} is no picture that can be read ({error}); mend or remove it", path=str(pair.picture)
-            ) from error
+        size = upright_size(pair.picture)
         if size != values.shape[::-1]:
             raise errors.BadFile(
                 f"{pair.picture} has {size[0]} x {size[1]} pixels (upright), its label map {pair.labels} "

@@ -58,6 +58,7 @@ def zoo_commands() -> Mapping[str, str]:
         "detect": "zoo_vision.commands:detect",
         "train-classifier": "zoo_vision.commands_training:train_classifier",
         "train-segmenter": "zoo_vision.commands_training:train_segmenter",
+        "train-detector": "zoo_vision.commands_training:train_detector",
     }
 
 

@@ -238,6 +238,35 @@ def validate_coco(
             argument="images",
             accepted=[],
         )
+    bare = 0
+    if masks := bool(getattr(model, "has_masks", False)):
+        measured = {entry["id"] for entry in entries}
+        objects = [a for a in table["annotations"] if a["image_id"] in measured]
+        bare = sum(not has_mask(a) for a in objects)
+        matching += f"; masks not measured: {bare} of {len(objects)} annotations have none" if bare else ""
+    metrics = precisions(
+        pipe, table, entries, folder, ids, masks=masks and not bare, batch_size=batch_size, progress=progress
+    )
+    return Measured(
+        model=pipe.name, data=str(annotations), samples=len(entries), metrics=metrics,
+        seconds=time.perf_counter() - began, notes=matching,
+    )  # fmt: skip
+
+
+def precisions(
+    pipe: ObjectDetection,
+    table: dict[str, list[dict[str, Any]]],
+    entries: Sequence[dict[str, Any]],
+    folder: Path,
+    ids: dict[int, Any],
+    *,
+    masks: bool,
+    batch_size: int = 1,
+    progress: bool = False,
+) -> dict[str, float | None]:
+    """Average precisions on the images ``entries`` of ``table`` (see :func:`~zoo_vision.coco.read_coco`), whose files
+    lie in ``folder``, of boxes and, with ``masks``, of masks. ``ids``: from the model's class to the category's id.
+    Raises BadArgument for a picture of another size than its entry says."""
     rows: list[dict[str, Any]] = []
     found = pipe.stream([folder / e["file_name"] for e in entries], batch_size=batch_size)
     with progress_bar(progress and sys.stderr.isatty(), len(entries), pipe.name) as advance:
@@ -256,17 +285,20 @@ def validate_coco(
     rows = [row | {"category_id": ids[row["category_id"]]} for row in rows if row["category_id"] in ids]
     chosen = [entry["id"] for entry in entries]
     metrics = {f"box {k}": v for k, v in average_precisions(table, rows, chosen, masks=False).items()}
-    if getattr(model, "has_masks", False):
-        measured = set(chosen)
-        objects = [a for a in table["annotations"] if a["image_id"] in measured]
-        if bare := sum(not has_mask(a) for a in objects):
-            matching += f"; masks not measured: {bare} of {len(objects)} annotations have none"
-        else:
-            metrics |= {f"mask {k}": v for k, v in average_precisions(table, rows, chosen, masks=True).items()}
-    return Measured(
-        model=pipe.name, data=str(annotations), samples=len(entries), metrics=metrics,
-        seconds=time.perf_counter() - began, notes=matching,
-    )  # fmt: skip
+    if masks:
+        metrics |= {f"mask {k}": v for k, v in average_precisions(table, rows, chosen, masks=True).items()}
+    return metrics
+
+
+def upright_size(file: Path) -> tuple[int, int]:
+    """Width and height of a picture that is turned as its EXIF data says, from its header. Raises BadFile."""
+    try:
+        with Image.open(file) as image:
+            return image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise errors.BadFile(
+            f"{file} is no picture that can be read ({error}); mend or remove it", path=str(file)
+        ) from error
 
 
 def match_categories(

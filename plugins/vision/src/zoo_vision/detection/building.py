@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo_vision._base import check_count, feature_info_of, takes
+from zoo_vision._base import check_count, feature_info_of, pyramid, takes
 from zoo_vision.efficientvim import EfficientViM
 from zoo_vision.mambavision import MambaVision, mambavision
 from zoo_vision.pyramids import FPNNeck
@@ -104,6 +104,25 @@ def mambavision_cascade_mask_rcnn(**config: Any) -> TwoStageDetector:
     """Builder of the cards: Cascade Mask R-CNN on a MambaVision pyramid whose maps are normalised."""
     body, heads = _parted(config)
     return cascade_mask_rcnn(mambavision(features_only=True, pyramid_norm="ln2d", **body), **heads)
+
+
+def named_mask_rcnn(*, backbone: str = "vmamba_tiny", **config: Any) -> TwoStageDetector:
+    """Builder of the cards: Mask R-CNN on the pyramid of any classifier of this plugin, by its name; other arguments
+    are :func:`mask_rcnn`'s and the backbone's."""
+    body, heads = _parted(config)
+    return mask_rcnn(pyramid(backbone, **body), **heads)
+
+
+def named_cascade_mask_rcnn(*, backbone: str = "vmamba_tiny", **config: Any) -> TwoStageDetector:
+    """As :func:`named_mask_rcnn`, of :func:`cascade_mask_rcnn`."""
+    body, heads = _parted(config)
+    return cascade_mask_rcnn(pyramid(backbone, **body), **heads)
+
+
+def named_retinanet(*, backbone: str = "vmamba_tiny", **config: Any) -> OneStageDetector:
+    """As :func:`named_mask_rcnn`, of :func:`retinanet`."""
+    body, heads = _parted(config)
+    return retinanet(pyramid(backbone, **body), **heads)
 
 
 def _efficientvim(config: dict[str, Any]) -> tuple[EfficientViM, dict[str, Any], int]:

@@ -396,6 +396,13 @@ class OneStageDetector(Detector):
     def _class_layers(self) -> list[str]:
         return ["bbox_head.retina_cls"]
 
+    @property
+    def unused_parameters(self) -> tuple[str, ...]:
+        """Norms of the backbone's maps that the neck leaves out."""
+        indices = list(getattr(self.backbone, "out_indices", None) or ())[: getattr(self.neck, "start_level", 0)]
+        own = [f"backbone.{kind}{i}." for i in indices for kind in ("out_norms.", "outnorm")]
+        return tuple(p for p in own if any(name.startswith(p) for name, _ in self.named_parameters()))
+
     def forward(self, x: Tensor) -> dict[str, list[Tensor]]:
         """Images (batch, in_chans, H, W) to ``class_logits`` (batch, anchors, classes, h, w) and ``anchor_deltas``
         (batch, anchors, 4, h, w) for each map."""

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import nn
 
 import zoo
@@ -17,6 +16,7 @@ from zoo.cli.training import begun
 from zoo.loading import card_of
 from zoo.training import held_out
 from zoo_registry import WeightsCard, errors
+from zoo_vision.validation import upright_size
 
 log = logging.getLogger("zoo")
 
@@ -72,16 +72,10 @@ def accepts(name: str, argument: str) -> bool:
     return argument in inspect.signature(catalog.import_object(card.builder)).parameters
 
 
-def check_files(files: Iterable[str | Path]) -> None:
+def check_files(files: Iterable[Path]) -> None:
     """Open every file; pixels are read when they are needed. Raises BadFile naming one that is no picture, or empty."""
     for file in files:
-        try:
-            with Image.open(file) as image:
-                size = image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise errors.BadFile(
-                f"{file} is no picture that can be read ({error}); mend or remove it", path=str(file)
-            ) from error
+        size = upright_size(file)
         if not all(size):
             raise errors.BadFile(f"{file} has {size[0]} x {size[1]} pixels; mend or remove it", path=str(file))
 
