@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase  # what batch and instance norms have in common
 from torch.utils.checkpoint import checkpoint
-
-#: ``nn._BatchNorm`` and ``nn._InstanceNorm`` have it in common: a norm that may follow its inputs' mean and variance.
-_Norm = nn.modules.batchnorm._NormBase
 
 
 class Recomputed(nn.Module):
@@ -70,7 +68,7 @@ def recompute(function: Callable[..., Any], *args: Any, norms: nn.Module | None 
     """
     if norms is None or torch.compiler.is_compiling():  # a compiled graph recomputes values, it repeats no side effect
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
-    following = [m for m in norms.modules() if isinstance(m, _Norm) and m.track_running_stats and m.training]
+    following = [m for m in norms.modules() if isinstance(m, _NormBase) and m.track_running_stats and m.training]
     if not following:
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
@@ -81,7 +79,7 @@ def recompute(function: Callable[..., Any], *args: Any, norms: nn.Module | None 
 
 
 @contextlib.contextmanager
-def _counted_once(norms: list[_Norm]) -> Iterator[None]:
+def _counted_once(norms: list[_NormBase]) -> Iterator[None]:
     """Within it, ``norms`` normalise by their batch as before but leave their running statistics as they are."""
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
