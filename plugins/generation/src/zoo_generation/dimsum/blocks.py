@@ -14,6 +14,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers import Recomputed
 from zoo_kernels import paths
 
 from .parts import (
@@ -146,7 +147,7 @@ class CosineScan(Scan):
 # -- blocks: (the normed-to-be residual, the condition) to the next hidden states --------------------------------------
 
 
-class RawBlock(Scan):
+class RawBlock(Recomputed, Scan):
     """``h + gate * mixer(modulate(h))`` with h = norm(residual). Source: ``DiMBlockRaw``."""
 
     def __init__(self, dim: int, norm: Callable[[], nn.Module], ssm: Mapping[str, Any], order: str | None,
@@ -158,7 +159,7 @@ class RawBlock(Scan):
         return super().forward(self.norm(residual), c)
 
 
-class MlpBlock(nn.Module):
+class MlpBlock(Recomputed):
     """A mixer step and a feed-forward step, both modulated and gated: blocks "linear", "window" and, with ``wavelet``,
     "wave", which takes both steps on Haar packets. Source: ``DiMBlock``, ``DiMBlockWindow``, ``WaveDiMBlock``."""
 
@@ -184,7 +185,7 @@ class MlpBlock(nn.Module):
         return self.idwt(h) if self.wavelet else h
 
 
-class CombinedBlock(nn.Module):
+class CombinedBlock(Recomputed):
     """Half of the channels through a scan of the tokens, half through one of frequencies, fused by attention, then a
     feed-forward step. ``freq_mamba``: :class:`WaveletScan`, :class:`CosineScan` or EinFFT (no condition).
 
@@ -212,7 +213,7 @@ class CombinedBlock(nn.Module):
         return gated(h, gate, self.mlp(modulate(self.norm_2(h), shift, scale)))
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Recomputed):
     """A DiT block: attention and a feed-forward step, both modulated and gated; LayerNorm without parameters.
 
     (batch, tokens, dim) and the condition (batch, dim) to (batch, tokens, dim). Source: Peebles and Xie, "Scalable

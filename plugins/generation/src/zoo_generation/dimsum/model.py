@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import RMSNorm
+from zoo.layers import GradCheckpointing, RMSNorm
 from zoo.layers.inference import reusing_memory
 from zoo.layers.linear import Linear, linear
 from zoo.layers.vss import DropPath
@@ -56,7 +56,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale))
 
 
-class DiMSUM(nn.Module):
+class DiMSUM(GradCheckpointing, nn.Module):
     """The velocity of a flow from noise (t = 0) to images or latents (t = 1).
 
     Arguments (the original's): ``img_resolution`` R (of latents: an eighth of the image's), ``patch_size`` p,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Linear, Mamba
+from zoo.layers import Linear, Mamba, Recomputed
 from zoo.layers.linear import linear
 
 #: Numbers of a layer's input in one piece, in inference (see :func:`in_pieces`). On a CPU what is made of a piece
@@ -171,7 +171,7 @@ class TransformerBlock(nn.Module):
 # -- space ------------------------------------------------------------------------------------------------------------
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(Recomputed):
     """Attention among the pixels of a frame and to the context, inside norm, projections and a residual."""
 
     def __init__(
@@ -209,7 +209,7 @@ class SpatialTransformer(nn.Module):
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
-class TemporalLayer(nn.Module):
+class TemporalLayer(Recomputed):
     """What transformer and Mamba over frames share: norm over all frames, 1x1 in, mixing, 1x1 out, residual."""
 
     def __init__(self, channels: int, inner: int, *, groups: int = GROUPS, zero_init: bool = True) -> None:
@@ -323,7 +323,7 @@ def convolve_frames(x: Tensor, conv: nn.Conv3d, frames: int) -> Tensor:
 # -- residual block and sampling --------------------------------------------------------------------------------------
 
 
-class ResBlock(nn.Module):
+class ResBlock(Recomputed):
     """Two 3x3 convolutions of a frame with the time embedding between them, then a :class:`TemporalConv`."""
 
     def __init__(

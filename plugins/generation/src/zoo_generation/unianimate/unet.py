@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Linear
+from zoo.layers import GradCheckpointing, Linear
 
 from .layers import (
     ConditionTransformer,
@@ -108,7 +108,7 @@ def sinusoidal(t: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
 
 
-class UNet(nn.Module):
+class UNet(GradCheckpointing, nn.Module):
     """``v = model(x, t, image, local_image, dwpose, randomref)``: one step's prediction for all frames of a video.
 
     dim: channels of the first level, dim_mult: factors of the levels. context_dim: width of image and text features.
