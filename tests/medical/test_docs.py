@@ -1,6 +1,7 @@
 """docs/medical.md: its Python runs, its commands are typed, and its example for nnU-Net makes networks."""
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -17,17 +18,25 @@ from monai.bundle import run as run_bundle
 from zoo.cli import run
 from zoo_medical.commands import segment_volume
 from zoo_medical.label_sets import LABEL_SETS
-from zoo_medical.phantoms import LABELS
+from zoo_medical.phantoms import LABELS, phantom
 from zoo_registry import resolve
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "medical.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-COMMANDS = [
-    line.partition("#")[0]
-    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-    for line in block.replace("\\\n", " ").splitlines()
-]
+(OWN_DATA,) = re.findall(r"\n## Train on your own data\n(.*?)\n## ", PAGE, re.DOTALL)
+
+
+def typed(page: str) -> list[str]:
+    """Lines of a page's shell commands."""
+    return [
+        line.partition("#")[0]
+        for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+
+
+COMMANDS = typed(PAGE.replace(OWN_DATA, ""))
 MICRO = f"autoencoder = zoo.create('mambamim_pretrain', **{resolve('mambamim_pretrain').card.tiny | {'img_size': 32}}"
 #: Smaller patches and cubes than printed, which changes nothing but the time.
 SMALLER = (
@@ -97,6 +106,41 @@ def test_commands_run(command, checkout, capsys):
         else:
             assert len(given["inputs"]) == 4
             assert given["channels_together"]
+
+
+def test_training_runs_as_printed(checkout, capsys):
+    """The section's commands one after the other, with networks of a moment on two made-up scans, without a GPU."""
+    tiny = {
+        "umamba_enc_3d_16x96x96": {
+            "features": [4, 6, 8],
+            "kernels": 3,
+            "strides": [1, 2, 2],
+            "input_size": [16, 16, 16],
+        },
+        "mambamim_pretrain": resolve("mambamim_pretrain").card.tiny,
+        "mambamim_hybird": {},  # whose sizes are the pre-training's
+    }
+    for i in range(2):
+        made = phantom(i, (20, 20, 20), (5.0, 5.0, 5.0), fine=1)
+        for place, values in (
+            (f"Dataset001_Organs/imagesTr/case_{i}_0000.nii.gz", made.image),
+            (f"Dataset001_Organs/labelsTr/case_{i}.nii.gz", made.labels),
+            (f"ct-scans/{i}.nii.gz", made.image * 100),
+            ("scan.nii.gz", made.image),
+        ):
+            Path(place).parent.mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(values, made.affine), place)
+    for command in typed(OWN_DATA):
+        words = shlex.split(command.replace("--device cuda", ""))[1:]
+        if words[0] in ("train-volumes", "pretrain-volumes"):
+            sizes = [w for k, v in tiny[words[1]].items() for w in ("--set", f"{k}={json.dumps(v)}")]
+            words += ["--steps", "1", "--spacing", "5", "5", "5", *sizes]
+        assert run(words) == 0, capsys.readouterr().err
+        if words[0] == "segment-volume":
+            assert voxels("labels/000_scan.nii.gz")[0].shape == (20, 20, 20)
+    said = capsys.readouterr().out
+    assert said.count("try: zoo segment-volume ./organs scan.nii.gz") == 2
+    assert "try: zoo train-volumes mambamim_hybird FOLDER --start ./pretrained" in said
 
 
 def test_the_bundle_runs_as_printed(checkout):

@@ -59,7 +59,7 @@ def segment_volume(
     import zoo
     from zoo.files import check_place
     from zoo.loading import card_of
-    from zoo.pipelines import Failure
+    from zoo.results import Failure
 
     from .pipelines import Segmentation
 
@@ -69,7 +69,7 @@ def segment_volume(
         raise click.UsageError(f"{name} is for {task}; expected a model for medical-segmentation")
     arguments = output.loading(options) | {"mirror": mirror, "overlap": overlap, "series": series}
     arguments |= {"spacing": spacing, "anisotropy": anisotropy, "fit": fit}
-    arguments["normalisation"] = normalisation if normalisation is None else _intensities(normalisation)
+    arguments["normalisation"] = normalisation if normalisation is None else intensities(normalisation)
     pipe = zoo.pipeline(name, "medical-segmentation", **arguments)
     given: Any = [tuple(inputs)] if channels_together else list(inputs)
     rows, failed = [], False
@@ -91,7 +91,28 @@ def segment_volume(
     return 1 if failed else 0
 
 
-def _intensities(text: str) -> str | tuple[float, ...]:
+def _sides(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    if value is None:
+        return None
+    try:
+        return [int(side) for side in value.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r}; expected the sides of a window, as 96,96,96", ctx, parameter) from error
+
+
+def grid_options(command: Any) -> Any:
+    """How scans come to the network; what is not given is as the weights have it, or follows from the data."""
+    for option in (
+        click.option("--crop/--no-crop", default=None, help="Read only the box around what is not zero."),
+        click.option("--normalisation", help='"z-score", "none", "min-max", or LOW,HIGH mapped to 0..1.'),
+        click.option("--spacing", nargs=3, type=float, help="Millimetres of a voxel (default: the median)."),
+        click.option("--patch", callback=_sides, help="Sides of a window, as 96,96,96 (default: the model's)."),
+    ):
+        command = option(command)
+    return command
+
+
+def intensities(text: str) -> str | tuple[float, ...]:
     """ "-175,250" as numbers; names as they are."""
     try:
         return tuple(float(part) for part in text.split(","))

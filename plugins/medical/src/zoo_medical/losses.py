@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -49,3 +51,22 @@ class DiceCE(nn.Module):
                 f"{(first.shape[0], 1, *first.shape[2:])}"
             )
         return self.loss(logits if isinstance(logits, Tensor) else list(logits), target.to(first.dtype))
+
+
+class ProbabilityLoss(nn.Module):
+    """Binary cross-entropy plus soft Dice for networks of one class that give its probability (VM-UNet).
+
+    ``loss(probability, target)``: both (batch, 1, *size); target holds 0 and 1, of any type. The Dice of each image is
+    smoothed by 1. Source: JCruan519/VM-UNet ``utils.py``, ``BceDiceLoss`` with weights 1 and 1.
+    """
+
+    def forward(self, probability: Tensor, target: Tensor) -> Tensor:
+        if probability.shape != target.shape or probability.shape[1] != 1:
+            raise ValueError(
+                f"the probability has shape {tuple(probability.shape)} and the target {tuple(target.shape)}; expected "
+                "(batch, 1, *size) of both"
+            )
+        with torch.autocast(probability.device.type, enabled=False):  # which has no cross-entropy of probabilities
+            p, t = probability.float().flatten(1), target.float().flatten(1)
+            dice = (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
+            return F.binary_cross_entropy(p, t) + 1 - dice.mean()

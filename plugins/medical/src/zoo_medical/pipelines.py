@@ -123,7 +123,8 @@ class VolumePipeline(Pipeline):
                 f"anisotropy is {anisotropy}; expected the largest ratio of voxel sides, 1 or more",
                 argument="anisotropy", accepted=[],
             )  # fmt: skip
-        self.anisotropy, self.series = anisotropy, series
+        # what the network was trained on needs no asking
+        self.anisotropy, self.series = max(anisotropy, float(self.preprocess.get("anisotropy", 1))), series
         self.channels = list(getattr(model, "accepted_channels", None) or [int(getattr(model, "in_chans", 1))])
         self.spacing = _spacing(spacing if spacing is not None else self.preprocess.get("spacing"))
         self.spacing_asked = spacing is not None

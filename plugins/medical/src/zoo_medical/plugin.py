@@ -40,7 +40,11 @@ def zoo_validators() -> Mapping[str, str]:
 
 @hookimpl
 def zoo_commands() -> Mapping[str, str]:
-    return {"segment-volume": "zoo_medical.commands:segment_volume"}
+    return {
+        "segment-volume": "zoo_medical.commands:segment_volume",
+        "pretrain-volumes": "zoo_medical.pretrain_commands:pretrain_volumes",
+        "train-volumes": "zoo_medical.train_commands:train_volumes",
+    }
 
 
 @hookimpl

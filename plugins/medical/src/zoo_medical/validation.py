@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from zoo.pipelines import progress_bar
 from zoo.validation import Measured
 
 from .dicom import bad_file
-from .pipelines import MedicalSegmentation, Segmentation
+from .pipelines import MedicalSegmentation
 from .scans import NIFTI, PICTURES, is_picture, read_nifti
 
 
@@ -56,38 +56,14 @@ def validate_cases(
     pipe = MedicalSegmentation(
         model, spacing, orientation, crop, patch, overlap, mirror, normalisation=normalisation, fit=fit
     )
-    classes = int(getattr(model, "num_classes", 2))
-    classes = 2 if classes == 1 else classes
-    names = pipe.labels() or []
-    rows: list[list[dict[str, float]]] = []
-    began, flat = time.perf_counter(), False
+    began = time.perf_counter()
     with progress_bar(progress and sys.stderr.isatty(), len(cases), pipe.name) as advance:
-        for images, truth in cases:
-            answer = pipe(images)
-            voxel = (1.0, 1.0) if answer.flat else answer.spacing
-            rows.append(compare(answer.labels, _truth(truth, answer, classes), voxel, classes))
-            flat = answer.flat
-            advance()
-    distance = "hd95_px" if flat else "hd95_mm"
-    per_class = {}
-    for index in range(1, classes):
-        found = [row[index] for row in rows if not math.isnan(row[index]["dice"])]
-        if found:
-            distances = [f["hd95_mm"] for f in found if math.isfinite(f["hd95_mm"])]
-            per_class[names[index] if index < len(names) else f"label {index}"] = {
-                "dice": statistics.fmean(f["dice"] for f in found),
-                **({distance: statistics.fmean(distances)} if distances else {}),
-                "cases": float(len(found)),
-            }
-    measured = [row[distance] for row in per_class.values() if distance in row]
+        metrics, per_class = measure(pipe, cases, advance=advance)
     return Measured(
         model=pipe.name,
         data=str(folder),
         samples=len(cases),
-        metrics={
-            "mean_dice": statistics.fmean(row["dice"] for row in per_class.values()) if per_class else None,
-            f"mean_{distance}": statistics.fmean(measured) if measured else None,
-        },
+        metrics=metrics,
         seconds=time.perf_counter() - began,
         per_class=per_class,
         notes="Means over labels; a label counts in the cases that hold it, its distance where it was found at all. "
@@ -95,9 +71,58 @@ def validate_cases(
     )
 
 
-def compare(found: Any, truth: Any, spacing: tuple[float, ...], classes: int) -> list[dict[str, float]]:
+def classes_of(model: nn.Module) -> int:
+    """How many labels a network tells apart: one class has a background, too."""
+    return max(int(getattr(model, "num_classes", 2)), 2)
+
+
+def measure(
+    pipe: MedicalSegmentation,
+    cases: Sequence[tuple[Any, Path]],
+    *,
+    distances: bool = True,
+    advance: Callable[[], object] = lambda: None,
+) -> tuple[dict[str, float | None], dict[str, dict[str, float]]]:
+    """(mean figures, figures of each label) of the pipeline's answers on ``cases`` (see :func:`find_cases`).
+
+    ``distances``: Hausdorff distances, too, which take long. ``advance`` is called after each case.
+    """
+    classes, names = classes_of(pipe.model), pipe.label_set or pipe.labels() or []
+    rows: list[list[dict[str, float]]] = []
+    flat = False
+    for images, truth in cases:
+        answer = pipe(images)
+        assert answer.labels is not None
+        assert answer.affine is not None
+        voxel = (1.0, 1.0) if answer.flat else answer.spacing
+        known = read_labels(truth, answer.labels.shape, None if answer.flat else answer.affine, classes)
+        rows.append(compare(answer.labels, known, voxel, classes, distances=distances))
+        flat = answer.flat
+        advance()
+    distance = "hd95_px" if flat else "hd95_mm"
+    per_class = {}
+    for index in range(1, classes):
+        found = [row[index] for row in rows if not math.isnan(row[index]["dice"])]
+        if found:
+            far = [f["hd95_mm"] for f in found if math.isfinite(f["hd95_mm"])]
+            per_class[names[index] if index < len(names) else f"label {index}"] = {
+                "dice": statistics.fmean(f["dice"] for f in found),
+                **({distance: statistics.fmean(far)} if far else {}),
+                "cases": float(len(found)),
+            }
+    dice = [row["dice"] for row in per_class.values()]
+    metrics: dict[str, float | None] = {"mean_dice": statistics.fmean(dice) if dice else None}
+    if distances:
+        far = [row[distance] for row in per_class.values() if distance in row]
+        metrics[f"mean_{distance}"] = statistics.fmean(far) if far else None
+    return metrics, per_class
+
+
+def compare(
+    found: Any, truth: Any, spacing: tuple[float, ...], classes: int, *, distances: bool = True
+) -> list[dict[str, float]]:
     """Dice and Hausdorff distance of every class of two label maps (i, j, k) or (i, j); not a number where the truth
-    has none."""
+    has none, and for distances that are not asked for."""
     from monai.metrics import compute_dice, compute_hausdorff_distance
 
     a, b = (_one_hot(np.asarray(m), classes) for m in (found, truth))
@@ -105,7 +130,7 @@ def compare(found: Any, truth: Any, spacing: tuple[float, ...], classes: int) ->
     rows = []
     for index in range(classes):
         distance = math.nan
-        if index and a[:, index].any() and b[:, index].any():
+        if distances and index and a[:, index].any() and b[:, index].any():
             one, other = (m[:, index : index + 1] for m in (a, b))
             with warnings.catch_warnings():  # one part of MONAI calls another by an argument that it deprecates
                 warnings.filterwarnings("ignore", "monai.metrics.utils get_mask_edges", FutureWarning)
@@ -161,28 +186,32 @@ def case_of(path: Path) -> str:
     return ""
 
 
-def _truth(path: Path, answer: Segmentation, classes: int) -> np.ndarray:
-    """(i, j, k) int64 on the grid of the scan. Raises BadFile for labels on another grid, and for other labels."""
-    labels, affine = _read_mask(path, classes) if is_picture(path) else read_nifti(path)
-    assert answer.labels is not None
-    assert answer.affine is not None
-    if answer.flat and not is_picture(path):
+def read_labels(path: Path, shape: tuple[int, ...], affine: np.ndarray | None, classes: int | None) -> np.ndarray:
+    """int64 label numbers on the grid of their scan, which has this shape and affine: (i, j, k), or (height, width) of
+    a picture, which has no affine. ``classes``: how many labels there may be (None: up to 65535).
+
+    Raises BadFile for labels on another grid, and for other labels.
+    """
+    labels, own = _read_mask(path, classes) if is_picture(path) else read_nifti(path)
+    if affine is None and not is_picture(path):
         labels = labels[..., 0]
-    if len(labels) != 1 or labels.shape[1:] != answer.labels.shape:
-        raise bad_file(f"{path}: labels of shape {labels.shape[1:]}, but its scan has {answer.labels.shape}")
-    far = 0.0 if answer.flat else _corner_distance(affine, answer.affine, labels.shape[1:])
-    if not answer.flat and far > 0.5 * min(answer.spacing):
-        raise bad_file(
-            f"{path}: lies on another grid than its scan, up to {far:.1f} mm away; resample it to the scan's"
-        )
+    if len(labels) != 1 or labels.shape[1:] != shape:
+        raise bad_file(f"{path}: labels of shape {labels.shape[1:]}, but its scan has {shape}")
+    if affine is not None:
+        far = _corner_distance(own, affine, shape)
+        if far > 0.5 * np.sqrt((affine[:3, :3] ** 2).sum(axis=0)).min():
+            raise bad_file(
+                f"{path}: lies on another grid than its scan, up to {far:.1f} mm away; resample it to the scan's"
+            )
     if not np.isfinite(labels).all() or (labels != np.rint(labels)).any():
         raise bad_file(f"{path}: holds values that are no whole numbers; expected labels")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise bad_file(f"{path}: labels {labels.min():g} to {labels.max():g}; the model has 0 to {classes - 1}")
+    if labels.min() < 0 or labels.max() >= (classes or 2**16):
+        has = "are 0 to 65535" if classes is None else f"the model has 0 to {classes - 1}"
+        raise bad_file(f"{path}: labels {labels.min():g} to {labels.max():g}; {has}")
     return labels[0].astype(np.int64)
 
 
-def _read_mask(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_mask(path: Path, classes: int | None) -> tuple[np.ndarray, np.ndarray]:
     """(1, height, width) label numbers from a picture; of two classes also 0 and 255. Raises BadFile."""
     try:
         with Image.open(path) as image:

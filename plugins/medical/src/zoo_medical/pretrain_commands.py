@@ -1,0 +1,127 @@
+"""``zoo pretrain-volumes``: MambaMIM's masked autoencoder on scans without labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zoo.cli import output, training
+from zoo_registry import errors
+
+from .commands import intensities
+
+
+@click.command("pretrain-volumes")
+@click.argument("name")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@training.out
+@click.option("--held-out", default=0.1, show_default=True, type=click.FloatRange(0, 0.9), help="Share to measure on.")
+@training.start
+@click.option("--spacing", nargs=3, type=float, help="Millimetres of a voxel (default: the published weights').")
+@click.option("--normalisation", help='"z-score" for MR, or LOW,HIGH (default: the published weights\', of CT).')
+@training.loop(steps=20_000, rate=1e-4)
+@training.batch_size(2, "Cubes.")
+@click.option("--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth of all).")
+@training.run_options("img_size=64")
+@training.resume
+@output.as_json
+def pretrain_volumes(
+    name: str,
+    folder: Path,
+    out: Path,
+    held_out: float,
+    start: str | None,
+    spacing: tuple[float, float, float] | None,
+    normalisation: str | None,
+    batch_size: int,
+    score_every: int | None,
+    seed: int,
+    device: str,
+    choices: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Pre-train NAME (mambamim_pretrain) on the scans in FOLDER, which need no labels.
+
+    FOLDER is searched for NIfTI files of one channel. The weights with the smallest loss on held-out scans are kept.
+
+    \b
+        zoo pretrain-volumes mambamim_pretrain ct-scans --out pretrained --device cuda
+        zoo train-volumes mambamim_hybird Dataset002_BTCV --start ./pretrained --out btcv
+    """
+    import statistics
+
+    import zoo
+    from zoo import training as loop
+    from zoo.loading import card_of
+
+    from .cases import Cubes, reading, split
+    from .plans import prepared, put_facts
+    from .rebuilding import VolumeRebuilding
+    from .scans import NIFTI, read_scan
+
+    settings = training.settings(options, seed)
+    if (task := card_of(name).task) != "masked-pretraining":
+        raise click.UsageError(f"{name} is for {task}; expected a model for masked-pretraining, as mambamim_pretrain")
+    arguments = output.pairs(choices, "--set")
+    network = zoo.create(name, device="meta", **arguments) if start is None else zoo.load(start, **arguments)
+    values = None if normalisation is None else intensities(normalisation)
+    asked = VolumeRebuilding(network, spacing=spacing, normalisation=values)
+    scans = sorted(f for f in folder.rglob("*") if f.name.lower().endswith(NIFTI) and f.name[0] != ".")
+    if not scans:
+        raise errors.BadArgument(f"{folder} holds no .nii or .nii.gz file", argument="folder", accepted=list(NIFTI))
+    cases, held = split(scans, held_out, seed)
+    longest = 1.0
+    with reading(len(scans), as_json) as advance:
+        for scan in scans:
+            voxel = (asked.read(scan) if spacing is None else read_scan(scan, [1])).spacing
+            longest = max(longest, max(voxel) / min(voxel))
+            advance()
+    facts: dict[str, Any] = {
+        "orientation": asked.orientation,
+        "spacing": list(asked.spacing or ()) or None,
+        "normalisation": values or asked.preprocess.get("normalisation", "z-score"),
+    }
+    if longest > asked.anisotropy:  # whoever gave --spacing knows of the distance of slices
+        facts["anisotropy"] = round(longest + 0.01, 2)
+    if not as_json:
+        click.echo(f"{len(cases)} scans to train on, {len(held)} held out")
+        click.echo(", ".join(f"{k} {v}" for k, v in facts.items()))
+    counts: dict[str, Any] = {"scans": len(cases), "held_out": len(held)}
+    with training.processes(device) as place, training.run(out, resume, quiet=as_json, **counts) as run:
+        model = training.begun(name, start, seed, **arguments).to(place.device)
+        put_facts(model, facts)
+
+        def rebuilt(network: Any) -> float:
+            pipe = VolumeRebuilding(network)
+            return statistics.fmean(pipe(scan).loss for scan in held)
+
+        with prepared(
+            VolumeRebuilding(model), [(scan, None) for scan in cases], 0, out / "prepared", seed, place
+        ) as kept:
+            done = loop.fit(
+                model,
+                Cubes(kept, len(cases), int(model.img_size), batch_size, seed),  # type: ignore[arg-type]
+                lambda network, cubes: network(cubes),
+                settings,
+                run=run,
+                report=training.reporter(settings.steps, quiet=as_json),
+                score=(lambda network: -rebuilt(network)) if held else None,
+                score_every=score_every or max(settings.steps // 10, 1),
+            )
+        if not place.first:
+            return
+        figures, what = {"loss": rebuilt(model)} if held else {}, f"{len(held)} held-out scans"
+        metrics = training.measured(figures, dataset=folder.name, split=what, command="pretrain-volumes")
+        zoo.save(model.cpu(), out, metrics=metrics)
+    if as_json:
+        facts = counts | {"taken_at": done.taken_at, "preprocess": facts, "folder": str(out)}
+        output.emit({"metrics": figures} | facts)
+        return
+    if held:
+        click.echo(f"{what}, weights of step {done.taken_at}: {training.said(figures)}")
+    next_step = f"zoo train-volumes mambamim_hybird FOLDER --start {training.source(out)} --out tuned"
+    click.echo(f"saved to {out}; try: {next_step}")
