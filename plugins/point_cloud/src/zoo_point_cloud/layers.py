@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Linear, Mamba, PathScan, RMSNorm
+from zoo.layers import Linear, Mamba, PathScan, Recomputed, RMSNorm
 from zoo.layers.inference import by_rows, results_only, untouched
 from zoo.layers.linear import activation_name, linear
 from zoo_kernels import causal_conv1d
@@ -166,7 +166,7 @@ class ConvNormAct(nn.Module):
         return by_rows(conv_norm(conv, norm, x, act), x)
 
 
-class ResidualMLP(nn.Module):
+class ResidualMLP(Recomputed):
     """``act(net2(net1(x)) + x)`` on (..., channels). Source: PointMLP, arXiv 2202.07123, section 3.2."""
 
     def __init__(self, channels: int, *, groups: int, expansion: float, bias: bool, act: str) -> None:
@@ -298,7 +298,7 @@ def by_clouds(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return y
 
 
-class MambaLayer(nn.Module):
+class MambaLayer(Recomputed):
     """Add, norm, mix: ``r = drop_path(x) + r; x = mixer(norm(r))``; x is added by the next layer.
 
     ``two_way``: the mixer is :class:`BiMamba`, otherwise one causal :class:`zoo.layers.Mamba`.

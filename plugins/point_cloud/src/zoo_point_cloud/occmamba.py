@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers import GradCheckpointing
 from zoo_kernels import paths
 
 from .layers import MambaLayer
@@ -107,7 +108,7 @@ class LocalContext(nn.Module):
         return self.out(torch.cat(found, dim=1))
 
 
-class OccMambaHead(nn.Module):
+class OccMambaHead(GradCheckpointing, nn.Module):
     """Voxel features (B, in_chans, W, H, D) to coarse and fine semantic occupancy.
 
     Arguments: ``embed_dim`` C; ``down_blocks``, ``up_blocks``: Mamba layers of each stage; ``orders``: the voxel order

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.layers import GradCheckpointing, Recomputed
+
 from .occmamba import OccMambaHead
 from .sparse import SparseVoxels, StridedConv3d, SubmanifoldConv3d, sparse_voxels
 
@@ -66,7 +68,7 @@ class SparseConvNormAct(nn.Module):
         return voxels.with_features(self.norm(voxels.features).relu())
 
 
-class SparseResidual(nn.Module):
+class SparseResidual(Recomputed):
     """``relu(norm2(conv2(relu(norm1(conv1(x))))) + x)`` of submanifold convolutions."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -150,7 +152,7 @@ class LidarEncoder(nn.Module):
         return self.narrow(voxels).dense()
 
 
-class LidarOccMamba(nn.Module):
+class LidarOccMamba(GradCheckpointing, nn.Module):
     """LiDAR points to semantic occupancy: :class:`LidarEncoder` and :class:`zoo_point_cloud.occmamba.OccMambaHead`.
 
     ``encoder``: arguments of the encoder; all others are the head's, whose input channels are the encoder's output.

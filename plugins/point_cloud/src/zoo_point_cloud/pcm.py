@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapting import NewHead
-from zoo.layers import Linear
+from zoo.layers import GradCheckpointing, Linear
 from zoo_kernels.paths import POINT_ORDERS
 
 from .grouping import Grouper, PreBlock, group_and_pool
@@ -226,7 +226,7 @@ class PCMEncoder(nn.Module):
         return p, h, residual, y, stream
 
 
-class _PCM(nn.Module):
+class _PCM(GradCheckpointing, nn.Module):
     """What the three models share."""
 
     encoder: PCMEncoder

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.adapting import NewHead
-from zoo.layers import Mamba
+from zoo.layers import GradCheckpointing, Mamba, Recomputed
 from zoo.layers.inference import untouched
 from zoo.layers.linear import linear
 from zoo_kernels import paths
@@ -113,7 +113,7 @@ def _multiplied(a: Tensor, b: Tensor) -> Tensor:
     return (a.to(wide) @ b.to(wide)).to(a.dtype)
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """``h + drop_path(mamba(norm(h)))``, then dropout."""
 
     def __init__(self, dim: int, rms: bool, drop_path: float, dropout: float) -> None:
@@ -155,7 +155,7 @@ def position_mlp(dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
 
 
-class PointMambaTrunk(nn.Module):
+class PointMambaTrunk(GradCheckpointing, nn.Module):
     """Patches, tokens, positions, the order indicator and the mixer; see :class:`PointMamba` for the arguments."""
 
     not_compilable = "serialisation takes the number of bits of a curve from the points"
@@ -299,7 +299,7 @@ class PointMamba(PointMambaTrunk):
         return self.head(self.forward_features(points))
 
 
-class PointMambaMAE(nn.Module):
+class PointMambaMAE(GradCheckpointing, nn.Module):
     """Masked autoencoding pre-training: points (B, N, 3) to ``rebuilt`` patches and their Chamfer ``loss``.
 
     ``mask_ratio`` of the patches are hidden, at random or (``mask_type`` "block") around a random centre;

@@ -91,7 +91,7 @@ def _apply(x: Tensor, weight: Tensor, pairs: Pairs, rows: int) -> Tensor:
     out = x.new_zeros(rows, weight.shape[0])
     for cell, (source, target) in zip(cells, pairs, strict=True):
         if len(source):
-            out = out.index_add(0, target, x[source] @ cell)
+            out = out.index_add(0, target, (x[source] @ cell).to(out.dtype))  # autocast multiplies in half precision
     return out
 
 
