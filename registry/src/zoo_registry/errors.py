@@ -239,6 +239,10 @@ class BadArgument(ZooError, TypeError, ValueError):
     exit_code = 2
 
 
+class NotExportable(ZooError, RuntimeError):
+    """A model cannot be written in a format, or the file answers differently. ``format``, maybe ``difference``."""
+
+
 class KeysDoNotMatch(ZooError, KeyError):
     """A state dict does not fit a model. Nothing was changed in the model.
 

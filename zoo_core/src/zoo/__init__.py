@@ -25,12 +25,13 @@ _NAMES: dict[str, tuple[str, str | None]] = {
     "download": ("zoo.catalog", "download"),
     "pipeline": ("zoo.pipelines", "pipeline"),
     "Pipeline": ("zoo.pipelines", "Pipeline"),
-    "Result": ("zoo.pipelines", "Result"),
+    "Result": ("zoo.results", "Result"),
     "validate": ("zoo.validation", "validate"),
     "Measured": ("zoo.validation", "Measured"),
     "save": ("zoo.saving", "save"),
     "push": ("zoo.publishing", "push"),
     "convert": ("zoo.conversion", "convert"),
+    "export": ("zoo.exporting", "export"),
     "from_reference": ("zoo.conversion", "from_reference"),
     # The module is callable: zoo.reference("vim") is the adapter, zoo.reference.Golden the class.
     "reference": ("zoo.reference", None),
@@ -50,11 +51,13 @@ if TYPE_CHECKING:
     from .catalog import download, info
     from .catalog import list_models as list
     from .conversion import convert, from_reference
+    from .exporting import export
     from .loading import load
-    from .pipelines import Pipeline, Result, pipeline
+    from .pipelines import Pipeline, pipeline
     from .publishing import push
     from .reference import ReferenceAdapter
     from .reference import adapter as reference
+    from .results import Result
     from .rules import Rules
     from .saving import save
     from .validation import Measured, validate
@@ -70,6 +73,7 @@ __all__ = [
     "create",
     "download",
     "errors",
+    "export",
     "from_reference",
     "info",
     "layers",

@@ -119,7 +119,7 @@ def _body(
             data = " ".join(filter(None, (m["dataset"], m.get("split"))))
             lines.append(f"| {m['name']} | {m['value']} | {data} | {m.get('source', '')} |")
         lines.append("")
-    lines += ["## Origin", "", f"- weights: {_published(info.source)}"]
+    lines += ["## Origin", "", f"- weights: {published(info.source)}"]
     lines += [f"- changed: {change}" for change in info.changes]
     lines += [f"- {title}: {value}" for title, value in _origin(card, facts) if value]
     return "\n".join(lines) + "\n"
@@ -131,7 +131,7 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 300 else f"{len(text)} characters, in config.json"
 
 
-def _published(source: str) -> str:
+def published(source: str) -> str:
     """Where weights came from, as others may read it: without the folders of the machine that wrote it."""
     if source.startswith("the file "):
         return f"the file {Path(source.removeprefix('the file ')).name}"

@@ -31,6 +31,7 @@ COMMANDS = {
     "load": ("zoo.cli.transfer:load", "Fetch, verify, convert and build a checkpoint; say what came of it."),
     "download": ("zoo.cli.transfer:download", "Fetch a checkpoint, to the cache or to a folder for another machine."),
     "convert": ("zoo.cli.transfer:convert", "Convert a checkpoint from or to an original's format."),
+    "export": ("zoo.cli.export:export", "Write a model as ONNX or for torch.export, compared with the original."),
     "bench": ("zoo.cli.bench:bench", "Time a model's forward pass; parameters and peak memory."),
     "doctor": ("zoo.cli.doctor:doctor", "What runs where on this machine, and why."),
     "plugins": ("zoo.cli.plugins:plugins", "List plugins, or write the skeleton of a new one."),

@@ -41,8 +41,7 @@ def bench(
 
     import zoo
     from zoo.placement import checked_device
-    from zoo.testing import case
-    from zoo.testing.cases import Case
+    from zoo.testing.cases import published
     from zoo.testing.fullsize import count
     from zoo_registry import errors
 
@@ -54,7 +53,7 @@ def bench(
     torch.manual_seed(0)
     model = zoo.create(name, **output.pairs(settings, "--set")).to(place, kind).train(train)
     card = model.zoo_info.card
-    inputs = Case(card, specification=dict(case(card.name).card.input)).inputs(batch_size)
+    inputs = published(card).inputs(batch_size)
     inputs = {k: v.to(place, kind if v.is_floating_point() else None) for k, v in inputs.items()}
 
     error = _compare(model.eval(), inputs, kind)

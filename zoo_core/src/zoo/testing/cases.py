@@ -85,6 +85,11 @@ def case(name: str | Case) -> Case:
     return Case(card, {**card.config, **card.tiny}, specification)
 
 
+def published(card: ModelCard) -> Case:
+    """A model as its card describes it, not in its tiny form."""
+    return Case(card, dict(card.config), dict(card.input))
+
+
 def call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     """Call a model on inputs from :meth:`Case.inputs`."""
     if "" in inputs:
