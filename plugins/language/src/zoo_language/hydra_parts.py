@@ -125,6 +125,11 @@ class ChunkExperts(nn.Module):
         return balance, logits.float().logsumexp(-1).square().mean()
 
 
+def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention with one head, of (batch, tokens, d); with an axis of heads, without which ONNX has none."""
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+
 class Workspace(nn.Module):
     """A few latent slots: a finished chunk writes into them, the tokens of later chunks read them.
 
@@ -142,12 +147,12 @@ class Workspace(nn.Module):
 
     def write(self, slots: Tensor, x: Tensor) -> Tensor:
         """slots (batch, S, d) after a chunk x (batch, tokens, d)."""
-        read = F.scaled_dot_product_attention(self.write_q(slots), self.write_k(x), self.write_v(x))
+        read = _attended(self.write_q(slots), self.write_k(x), self.write_v(x))
         return self.gate(read.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
 
     def read(self, slots: Tensor, x: Tensor) -> Tensor:
         """What tokens x (batch, tokens, d) find in the slots."""
-        return F.scaled_dot_product_attention(self.read_q(x), self.read_k(slots), self.read_v(slots))
+        return _attended(self.read_q(x), self.read_k(slots), self.read_v(slots))
 
     def forward(self, x: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(batch, length, d_model) to the same, and the slots after the last finished chunk. slots: to go on from."""

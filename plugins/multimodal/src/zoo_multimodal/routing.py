@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers import Linear
 from zoo.layers.linear import linear
+from zoo_kernels.runtime import exporting
 
 
 class Routing(NamedTuple):
@@ -65,7 +67,11 @@ def route(modality: Tensor | Routing, n_modalities: int, tokens: int) -> Routing
             f"modality is {modality.dtype} of shape {tuple(modality.shape)}; expected one integer for each of {tokens} "
             "tokens, or masks of bool"
         )
-    order, bounds = _route(modality.reshape(-1), n_modalities)
+    expert = modality.reshape(-1)
+    if exporting():  # which has no error for a token of no modality
+        ends = (expert[:, None] <= torch.arange(n_modalities, device=expert.device)).sum(0)
+        return Routing(expert.argsort(stable=True), torch.cat([torch.zeros_like(ends[:1]), ends]))
+    order, bounds = _route(expert, n_modalities)
     return Routing(order, bounds)
 
 
@@ -166,6 +172,17 @@ _routed_linear.register_autograd(_backward, setup_context=_save)
 # -- the layer
 
 
+def _plainly(x: Tensor, weights: list[Tensor], biases: list[Tensor], order: Tensor, bounds: Tensor) -> Tensor:
+    """The product for exporters: every modality over every token, of which its own are taken."""
+    position = torch.arange(order.shape[0], device=order.device)
+    expert = torch.zeros_like(order).scatter(0, order, (position[:, None] >= bounds[1:-1]).sum(1))
+    products = [F.linear(x, w, biases[m] if biases else None) for m, w in enumerate(weights)]
+    y = products[0]
+    for m, product in enumerate(products[1:], 1):
+        y = torch.where((expert == m)[:, None], product, y)
+    return y
+
+
 class RoutedLinear(nn.ModuleList):
     """One linear layer a modality, ``n_modalities`` of (dim_in) to (dim_out): keys ``0.weight``, ``1.weight`` ...
 
@@ -183,6 +200,5 @@ class RoutedLinear(nn.ModuleList):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weights, biases = x.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]
         rows = x.reshape(-1, x.shape[-1])
-        return _routed_linear(rows, weights, biases, routing.order, routing.bounds).view(
-            *x.shape[:-1], weights[0].shape[0]
-        )
+        product = _plainly if exporting() else _routed_linear
+        return product(rows, weights, biases, routing.order, routing.bounds).view(*x.shape[:-1], weights[0].shape[0])

@@ -126,10 +126,11 @@ def linear_attention(
         repeat = heads // groups
         kh, qh = (t if repeat == 1 else t.repeat_interleave(repeat, dim=2) for t in (k, q))
         if _gated.exporting() and traced() and (length if order is None else order.shape[1]) != 0:
-            from .export import linear_attention_export as form
+            from .export import linear_attention_export
+
+            y, final = linear_attention_export(v, decay, kh, qh, state, resets, order, strict)
         else:
-            form = _gated
-        y, final = form(v, decay, kh, qh, state, resets, order, strict)
+            y, final = _gated(v, decay, kh, qh, state, resets, order, strict)
     else:
         y, final = decayed_scan(v, decay, None, k, q, None, state, resets, order, strict)
     if scale != 1.0:

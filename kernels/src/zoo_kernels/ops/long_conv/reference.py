@@ -120,12 +120,9 @@ def _multiply(line: Tensor, ready: Spectrum) -> Tensor:
     """(batch, channels, steps) to (batch, *heads, channels, n)."""
     # A chunk with its overlap may be longer than one transform takes without wrapping: the wrapped part is its first
     # ``overlap`` steps, which are cut.
-    if ready.complex_kernel:
-        f = torch.fft.fft(line, n=ready.n)
-    else:
-        f = torch.fft.rfft(line, n=ready.n)
-    f = f.unsqueeze(1) if ready.values.dim() == 3 else f
-    product = f * ready.values
+    line = line.unsqueeze(1) if ready.values.dim() == 3 else line  # here, where it is real: ONNX needs it so
+    transform = torch.fft.fft if ready.complex_kernel else torch.fft.rfft
+    product = transform(line, n=ready.n) * ready.values
     return torch.fft.ifft(product, n=ready.n) if ready.complex_kernel else torch.fft.irfft(product, n=ready.n)
 
 
@@ -152,7 +149,7 @@ def convolve_nd(x: Tensor, kernels: Sequence[Tensor], back: Sequence[Tensor] | N
         product = product.sum(0)  # over ranks: (heads, channels, frequencies)
     line = torch.movedim(x, -1, 1).to(work)
     axes = tuple(range(-count, 0))
-    f = torch.fft.rfftn(line, s=points, dim=axes)
-    y = torch.fft.irfftn((f.unsqueeze(1) if heads else f) * product, s=points, dim=axes)
+    f = torch.fft.rfftn(line.unsqueeze(1) if heads else line, s=points, dim=axes)
+    y = torch.fft.irfftn(f * product, s=points, dim=axes)
     y = y[(..., *(slice(0, n) for n in sizes))]
     return torch.movedim(y, (1, 2), (-2, -1)) if heads else torch.movedim(y, 1, -1)
