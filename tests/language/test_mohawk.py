@@ -5,6 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+import zoo.testing  # noqa: E402
 from zoo_language.mohawk import TransformersTeacher, ZooTeacher, distil, distillation_loss, transfer  # noqa: E402
 from zoo_language.phi_mamba import PhiMambaLM  # noqa: E402
 
@@ -76,6 +77,29 @@ def test_stages_in_turn_bring_the_student_to_the_teacher(phi):
     assert gaps[1] < gaps[0]  # aligned mixers beat oriented ones
     assert gaps[2] < gaps[1] < before
     assert gaps[2] < 0.5 * before
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_stage_goes_on(phi, stage, tmp_path):
+    """With a schedule of the caller's: of the batches, those that were done are passed over."""
+
+    def trained(run, report):
+        model = student()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+        def on_step(step, values):
+            schedule.step()
+            report(step, values)
+
+        found = distil(
+            stage, TransformersTeacher(phi), model, iter(batches(5)), optimizer, on_step=on_step, run=run,
+            schedule=schedule,
+        )  # fmt: skip
+        assert len(found.losses) == 5
+        return model
+
+    zoo.testing.check_resume(trained, tmp_path, after=3)
 
 
 def test_teacher_weights_do_not_move(phi):

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import zoo
+import zoo.testing
 from zoo.building import ZooInfo, describe
 from zoo_multimodal import conversations as data
 from zoo_multimodal import mmmamba_distill as d
@@ -196,6 +197,24 @@ def test_stage_3_needs_the_teacher():
 
 
 # -- data and the command
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_stage_goes_on(tmp_path, stage):
+    """What it passes over are the batches that were done, two a step."""
+
+    def trained(run, report):
+        teacher, student = models()
+        d.seed(teacher, student)
+        if stage == 2:
+            d.with_shadows(student, teacher)
+        settings = d.StageSettings(1e-2, (1, 2, 2), accumulation=2)
+        given = (batch(seed) for seed in range(20))
+        losses = d.distil(student, given, stage, teacher=teacher, settings=settings, on_step=report, run=run)
+        assert len(losses) == 5
+        return student
+
+    zoo.testing.check_resume(trained, tmp_path, after=3)
 
 
 @pytest.fixture

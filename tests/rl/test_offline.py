@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import zoo.testing
 from zoo_rl import offline
 from zoo_rl.decision_mamba import DecisionMamba
 from zoo_rl.trajectories import from_arrays
@@ -183,3 +184,16 @@ def test_a_loss_that_is_no_number_reaches_no_weight():
         offline.train(made, data(), offline.Settings(iterations=1, steps=1, batch_size=2))
     for key, value in made.state_dict().items():
         assert torch.allclose(value, before[key], rtol=0, atol=0, equal_nan=True), key
+
+
+@pytest.mark.parametrize("evolution", ["paper", None])
+def test_a_run_goes_on(tmp_path, evolution):
+    settings = offline.Settings(iterations=4, steps=2, batch_size=4, warmup=5, evolution=evolution, learning_rate=1e-2)
+
+    def trained(run, report):
+        made = model()
+        torch.manual_seed(1)
+        offline.train(made, data(), settings, seed=2, on_iteration=report, run=run)
+        return made
+
+    zoo.testing.check_resume(trained, tmp_path)

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+import zoo.testing
+from zoo.runs import Run
 from zoo_rl import distributions, envs
 from zoo_rl.ppo import Settings, Trainer, advantages_of, ppo_loss
 from zoo_rl.s5_rl import S5ActorCritic
@@ -146,3 +148,36 @@ def test_settings_that_are_refused():
     for name, value in (("steps", 0), ("epochs", 0), ("minibatches", 0), ("learning_rate", float("nan")), ("clip", 0)):
         with pytest.raises(ValueError, match=f"{name} is"):
             Settings(**{name: value})
+
+
+@pytest.mark.parametrize("make", [envs.RepeatPrevious, envs.StatelessCartPole, envs.MetaCartPole, envs.Glide])
+def test_a_run_goes_on(tmp_path, make):
+    """Environments, memories and episodes as well: what is learnt afterwards is the same."""
+
+    def trained(run, report):
+        env = envs.PreviousAction(make(4, seed=3))
+        model = small(env)
+        rows = Trainer(
+            model, env, Settings(steps=7, total_steps=7 * 4 * 4, epochs=2, minibatches=2, anneal=True), seed=5
+        ).train(report, run)
+        assert [row["steps"] for row in rows] == [28, 56, 84, 112]
+        return model
+
+    zoo.testing.check_resume(trained, tmp_path)
+
+
+def test_an_environment_without_a_state_begins_anew(tmp_path):
+    class Bare:
+        """As gymnasium's: what it holds cannot be kept."""
+
+        def __init__(self):
+            self.inner = envs.Glide(2, seed=1)
+            self.num_envs, self.obs_dim, self.action_dim, self.continuous = 2, 4, 2, True
+            self.reset, self.step = self.inner.reset, self.inner.step
+
+    settings = Settings(steps=3, total_steps=18, epochs=1, minibatches=1)
+    for done in (0, 3):
+        run = Run(tmp_path / "training.run", every=0)
+        env = Bare()
+        rows = Trainer(small(env), env, settings).train(run=run)
+        assert [len(rows), run.begun, run.kept] == [3, done, 3]

@@ -12,6 +12,7 @@ as in goombalab/phi-mamba ``assets/mohawk_stage{1,2}.py`` (stage 3 has no public
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.runs import Run
 
 from .phi_mamba import PhiAttention, PhiBlock, PhiMambaLM
 
@@ -188,19 +191,24 @@ def distil(
     *,
     train_mlp: bool = False,
     on_step: Callable[[int, list[float]], None] | None = None,
+    run: Run | None = None,
+    **parts: Any,
 ) -> Report:
     """Run one stage over ``batches`` of token ids (batch, length).
 
     Stages 1 and 2 train every layer on the teacher's own hidden state before it, so layers learn independently;
     ``train_mlp`` aligns block outputs instead of mixer outputs in stage 2. In stages 1 and 2 embedding, final norm and
     head get no gradient; attention blocks of a hybrid are left alone in stage 1. Clip or schedule through
-    ``optimizer``; gradients are zeroed here.
+    ``optimizer``; gradients are zeroed here. ``run``: keeps it, and goes on with what it holds: of the same
+    ``batches``, those that were done are passed over; ``parts``: what else has a state, as a schedule that ``on_step``
+    moves (see :meth:`zoo.runs.Run.start`).
     """
     if stage not in (1, 2, 3):
         raise ValueError(f"stage is {stage}; expected 1 (matrices), 2 (hidden states) or 3 (distillation)")
-    report = Report(stage)
+    run = run or Run()
+    report = Report(stage, run.start(student=student, optimizer=optimizer, **parts).get("losses", []))
     student.train()
-    for step, ids in enumerate(batches):
+    for step, ids in itertools.islice(enumerate(batches), len(report.losses), None):
         optimizer.zero_grad(set_to_none=True)
         shown = teacher(ids, matrices=stage == 1)
         values = []
@@ -222,6 +230,7 @@ def distil(
         report.losses.append(values)
         if on_step is not None:
             on_step(step, values)
+        run.keep(step + 1, losses=report.losses)
     student.eval()
     return report
 

@@ -113,11 +113,12 @@ def _layers(text: str | None, counts: tuple[int, int]) -> tuple[list[int], list[
 @click.option("--seed", default=0, show_default=True)
 @click.option("--dtype", help="float32 or bfloat16.")
 @training.device
+@training.resume
 @output.as_json
 def distill(
     teacher: str, conversations: Path, stage: str, out: Path, student: Path | None, softmax: str | None,
     steps: int | None, learning_rate: float | None, accumulation: int | None, max_length: int, max_tiles: int | None,
-    images: Path | None, labels: bool, seed: int, as_json: bool, **options: Any,
+    images: Path | None, labels: bool, seed: int, resume: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """One stage of mmMamba's distillation: TEACHER (softmax throughout) on CONVERSATIONS, a JSON line each.
 
@@ -160,7 +161,8 @@ def distill(
     settings = settings if steps is None else settings.scaled(steps)
     settings = settings if learning_rate is None else replace(settings, learning_rate=learning_rate)
     reader = data.Reader(learner, pipe.tokenizer, pipe.template, pipe.cutting, max_length)
-    batches = reader.batches(data.read(conversations, images), seed=seed)
+    chats = data.read(conversations, images)
+    batches = reader.batches(chats, seed=seed)
     if not labels:
         batches = (replace(batch, labels=None) for batch in batches)
     began, every = time.perf_counter(), max(1, settings.total // 20)
@@ -169,10 +171,11 @@ def distill(
         if not as_json and (step % every == 0 or step in (1, settings.total)):
             click.echo(f"step {step} of {settings.total}: loss {loss:.4f}, {time.perf_counter() - began:.0f} s")
 
-    losses = d.distil(learner, batches, number, teacher=taught, settings=settings, on_step=report)
-    # what the student is fed stays what its teacher was fed
-    learner.zoo_info.weights = WeightsCard(tag="own", where=f"distilled from {teacher}", preprocess=pipe.preprocess)
-    zoo.save(d.without_shadows(learner), out)
+    with training.run(out, resume, quiet=as_json, conversations=len(chats)) as run:
+        losses = d.distil(learner, batches, number, teacher=taught, settings=settings, on_step=report, run=run)
+        # what the student is fed stays what its teacher was fed
+        learner.zoo_info.weights = WeightsCard(tag="own", where=f"distilled from {teacher}", preprocess=pipe.preprocess)
+        zoo.save(d.without_shadows(learner), out)
     if as_json:
         facts = {"stage": number, "steps": len(losses), "loss": [losses[0], losses[-1]], "left_out": reader.left_out}
         output.emit(facts | {"folder": str(out)})

@@ -11,6 +11,7 @@ Paper: arXiv 2502.13145, section 3. Original: hustvl/mmMamba @ 85143d0, MIT (``d
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.runs import Run
 
 from .mmmamba import MmMamba
 from .mmmamba_mixers import Mamba2Attention, Phases, SoftmaxAttention
@@ -268,12 +271,14 @@ def distil(
     teacher: MmMamba | None = None,
     settings: StageSettings | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    run: Run | None = None,
 ) -> list[float]:
     """Run one stage and return its losses, one an optimizer step (the mean over its ``accumulation`` batches).
 
     ``model``: the student, seeded (:func:`seed`) or from the stage before; for stage 2 it needs shadows
     (:func:`with_shadows`). Ends after ``settings.total`` steps or when ``batches`` do. The student comes back in eval
-    mode with every parameter trainable but the shadows.
+    mode with every parameter trainable but the shadows. ``run``: keeps it (of the model, what the stage trains), and
+    goes on with what it holds: of the same ``batches``, those that were done are passed over.
     """
     settings = STAGES[stage] if settings is None and stage in STAGES else settings
     chosen = trained_parameters(model, stage)
@@ -284,10 +289,12 @@ def distil(
     optimizer = optimizer_of(chosen, settings)
     warmup, stable, decay = settings.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: wsd(step, warmup, stable, decay))
+    run = run or Run()
+    kept = run.start(trained=nn.ParameterList(chosen.values()), optimizer=optimizer, schedule=schedule)
     model.train()
-    losses: list[float] = []
+    losses: list[float] = kept.get("losses", [])
     gathered: list[float] = []
-    for batch in batches:
+    for batch in itertools.islice(batches, len(losses) * settings.accumulation, None):
         if len(losses) >= settings.total:
             break
         loss = stage_loss(model, batch, stage, teacher)
@@ -301,6 +308,7 @@ def distil(
             gathered = []
             if on_step is not None:
                 on_step(len(losses), losses[-1])
+            run.keep(len(losses), losses=losses)
     model.requires_grad_(True).eval()
     for mixer in mixers:
         if mixer.shadow_proj is not None:

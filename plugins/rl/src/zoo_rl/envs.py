@@ -13,7 +13,7 @@ from ``seed``. gymnasium's environments take part through :class:`Gymnasium`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -50,7 +50,34 @@ def checked(env: Environment, action: Tensor) -> Tensor:
     return action
 
 
-class RepeatPrevious:
+class Stored:
+    """An environment whose tensors, generators and counters are its state, so that a training can be gone on with."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of them, by name; generators as theirs, an environment inside as its own."""
+        found: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Generator):
+                found[name] = value.get_state()
+            elif isinstance(value, Stored):
+                found[name] = value.state_dict()
+            elif isinstance(value, (Tensor, int, float)):
+                found[name] = value
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+        for name, value in state.items():
+            own = getattr(self, name)
+            if isinstance(own, torch.Generator):
+                own.set_state(value)
+            elif isinstance(own, Stored):
+                own.load_state_dict(value)
+            else:
+                setattr(self, name, value)
+
+
+class RepeatPrevious(Stored):
     """Cards of four suits are shown one by one; say which suit was shown ``k`` cards ago.
 
     Observation: the suit, one-hot. Reward: plus or minus 1 / (cards - k) a card, none for the first k: an episode
@@ -93,7 +120,7 @@ class RepeatPrevious:
         return self._seen(), reward, done
 
 
-class StatelessCartPole:
+class StatelessCartPole(Stored):
     """CartPole of which only the positions are seen: the velocities must be remembered.
 
     Observation: cart position and pole angle (plus normal noise of deviation ``noise``). Reward: 1 / max_steps a step.
@@ -181,7 +208,7 @@ class MetaCartPole(StatelessCartPole):
         return self._shown(torch.where(done, 0, action), ended & ~done, done), reward, done
 
 
-class Glide:
+class Glide(Stored):
     """A puck on ice is pushed to a goal; its velocity is not seen.
 
     Observation: position and goal, two numbers each. Action: a force, two numbers in [-1, 1]. Reward: ``1 - distance``
@@ -217,7 +244,7 @@ class Glide:
         return self.reset() if self.time == self.max_steps else self._seen(), reward, done
 
 
-class PreviousAction:
+class PreviousAction(Stored):
     """An environment whose observations end with the last action (one-hot, if it is one of several) and a flag that is
     1 at the first step of an episode. Source: popjaxrl's wrapper ``AliasPrevActionV2``."""
 

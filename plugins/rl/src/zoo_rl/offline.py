@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.runs import Run
+
 from .decision_mamba import DecisionMamba
 from .trajectories import Trajectories
 
@@ -158,8 +160,10 @@ def train(
     *,
     seed: int = 0,
     on_iteration: Callable[[dict[str, float]], None] | None = None,
+    run: Run | None = None,
 ) -> Windows:
-    """Train in place; returns the windows, whose ``mean`` and ``std`` the policy needs when it runs.
+    """Train in place; returns the windows, whose ``mean`` and ``std`` the policy needs when it runs. ``run``: keeps it,
+    and goes on with what it holds.
 
     Raises ValueError where the data's sizes are not the model's, or their actions leave [-1, 1]; FloatingPointError for
     a loss that is no number, before it reaches the weights.
@@ -172,9 +176,12 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / max(settings.warmup, 1), 1))
     device = next(model.parameters()).device
-    past: DecisionMamba | None = None
+    run = run or Run()
+    kept = run.start(model=model, optimizer=optimizer, schedule=schedule, windows=windows.generator)
+    # as the model was an iteration ago, which is where an interrupted run goes on
+    past = copy.deepcopy(model).eval() if kept and settings.evolution == "paper" else None
     began = time.perf_counter()
-    for iteration in range(1, settings.iterations + 1):
+    for iteration in range(run.begun + 1, settings.iterations + 1):
         weight = settings.past_weight(iteration) if past is not None else 0.0
         model.train()
         total = 0.0
@@ -201,5 +208,6 @@ def train(
             seconds = time.perf_counter() - began
             row = {"iteration": iteration, "loss": total / settings.steps, "past": weight, "seconds": seconds}
             on_iteration(row)
+        run.keep(iteration, iterations=iteration)
     model.eval()
     return windows

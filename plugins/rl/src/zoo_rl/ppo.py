@@ -9,12 +9,15 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo.runs import Run
+
 from . import distributions
-from .envs import Environment
+from .envs import Environment, Stored
 from .s5_rl import Memory, S5ActorCritic, Unrolled
 
 
@@ -95,6 +98,10 @@ def ppo_loss(
     entropy = distributions.entropy(outputs).mean()
     loss = actor_loss + settings.value * value_loss - settings.entropy * entropy
     return loss, {"actor": actor_loss, "value": value_loss, "entropy": entropy}
+
+
+#: Where a trainer stands in its environment.
+_PLACE = ("obs", "reset", "memory", "running")
 
 
 class Trainer:
@@ -198,12 +205,20 @@ class Trainer:
                     sums[name] = sums.get(name, 0.0) + float(value.detach()) / (s.epochs * s.minibatches)
         return sums
 
-    def train(self, on_update: Callable[[dict[str, float]], None] | None = None) -> list[dict[str, float]]:
-        """Rollouts and updates until ``total_steps``; one row a rollout: steps, mean return, losses, seconds."""
-        s, rows, began = self.settings, [], time.perf_counter()
+    def train(
+        self, on_update: Callable[[dict[str, float]], None] | None = None, run: Run | None = None
+    ) -> list[dict[str, float]]:
+        """Rollouts and updates until ``total_steps``; one row a rollout: steps, mean return, losses, seconds.
+
+        ``run``: keeps it, and goes on with what it holds. Environments that have no ``state_dict``, as gymnasium's,
+        begin their episodes anew then.
+        """
+        s, began = self.settings, time.perf_counter()
         count = max(1, s.total_steps // (s.steps * self.env.num_envs))
+        run = run or Run()
+        rows = run.start(model=self.model, trainer=self).get("rows", [])
         self.model.train()
-        for i in range(count):
+        for i in range(len(rows), count):
             if s.anneal:
                 self.optimizer.param_groups[0]["lr"] = s.learning_rate * (1 - i / count)
             data = self.rollout()
@@ -213,5 +228,23 @@ class Trainer:
             rows.append(row)
             if on_update is not None:
                 on_update(row)
+            run.keep(i + 1, rows=rows)
         self.model.eval()
         return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a training goes on with, but for the model."""
+        found = {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+        if isinstance(self.env, Stored):
+            found |= {name: getattr(self, name) for name in _PLACE} | {"env": self.env.state_dict()}
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of :meth:`state_dict`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        if isinstance(self.env, Stored):
+            self.env.load_state_dict(state["env"])
+            for name in _PLACE:
+                setattr(self, name, state[name])
+            self.memory = [{name: t.to(self.device) for name, t in layer.items()} for layer in self.memory]
