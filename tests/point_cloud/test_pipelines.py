@@ -191,6 +191,14 @@ def test_the_middle_of_many_points(points):
     assert found[:, :2].double().mean(dim=0).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_the_unit_does_not_matter(points, size):
+    """Squares of such coordinates are beyond float32: the cloud would be one point."""
+    settings = {"normalize": "unit_sphere"}
+    expected = prepare_cloud(Cloud(points), settings)[0]
+    torch.testing.assert_close(prepare_cloud(Cloud(points * np.float32(size)), settings)[0], expected)
+
+
 @pytest.mark.parametrize("name", ["pcm_tiny_scanobjectnn", "pointmamba_scan_hardest"])
 def test_an_answer_does_not_depend_on_the_batch(points, name):
     """The models as published share their curves' bits among a batch; files of one folder have nothing in common."""

@@ -40,13 +40,13 @@ def _library(name: str) -> ModuleType | None:
 
 
 def check_points(points: Tensor, what: str = "points") -> None:
-    """Raises ValueError unless ``points`` is a floating (batch, N, 3) tensor with N > 0 and finite coordinates."""
+    """Raises ValueError unless ``points`` is a floating (batch, N, 3) tensor, not empty, with finite coordinates."""
     if points.dim() != 3 or points.shape[-1] != 3:
         raise ValueError(f"{what} have shape {tuple(points.shape)}; expected (batch, points, 3)")
     if not points.is_floating_point():
         raise ValueError(f"{what} have dtype {points.dtype}; expected a floating dtype")
-    if points.shape[1] == 0:
-        raise ValueError(f"{what} are empty: shape {tuple(points.shape)}; a cloud needs at least one point")
+    if 0 in points.shape:
+        raise ValueError(f"{what} are empty: shape {tuple(points.shape)}; expected a cloud or more, of a point or more")
     # Cloud by cloud: for so few numbers torch wakes none of its threads, which would go on spinning beside ours.
     if not all(bool(torch.isfinite(cloud).all()) for cloud in points):
         bad = int((~torch.isfinite(points)).any(dim=-1).sum())
@@ -70,6 +70,18 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """a (..., M, 3), b (..., N, 3) to (..., M, N). Differences are squared: no cancellation of large products."""
     dx, dy, dz = ((a[..., :, None, i] - b[..., None, :, i]) for i in range(3))
     return (dx * dx + dy * dy) + dz * dz
+
+
+def centred(points: np.ndarray) -> np.ndarray:
+    """Points (N, 3) float32 less their mean, which is summed in double precision: a million rows in single precision
+    add up to something else."""
+    return points - points.mean(axis=0, dtype=np.float64).astype(np.float32)
+
+
+def unit_sphere(points: np.ndarray) -> np.ndarray:
+    """Points (N, 3) float32 less their mean, over the largest distance from it. Points at one place are all zero."""
+    points = centred(points)
+    return points / np.float32(np.sqrt((points.astype(np.float64) ** 2).sum(axis=1)).max() or 1.0)
 
 
 # -- farthest point sampling ------------------------------------------------------------------------------------------

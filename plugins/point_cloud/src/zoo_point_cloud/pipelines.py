@@ -17,7 +17,7 @@ from zoo_registry import errors
 
 from .blocks import blended
 from .files import EXTENSIONS, Cloud, read_cloud, write_labels
-from .geometry import farthest_point_sample
+from .geometry import centred, farthest_point_sample, unit_sphere
 from .pcm import PCM, PCMSegmentation, tiles
 from .pictures import palette, three_views
 from .pointmamba import PointMamba, PointMambaMAE, PointMambaSegmentation, PointMambaTrunk
@@ -75,11 +75,10 @@ def prepare_cloud(
     points = cloud.points.astype(np.float32)
     axis = int(settings.get("gravity", 2))
     height = points[:, axis : axis + 1] - points[:, axis].min()
-    if settings.get("normalize") is not None:
-        points = points - points.mean(axis=0, dtype=np.float64).astype(np.float32)  # a million rows summed in float32
     if settings.get("normalize") == "unit_sphere":
-        points = points / max(float(np.sqrt((points**2).sum(axis=1)).max()), 1e-12)
+        points = unit_sphere(points)
     elif settings.get("normalize") == "floor":
+        points = centred(points)
         points[:, axis] -= points[:, axis].min()
         height = points[:, axis : axis + 1]
     points = points if moved is None else moved(points)

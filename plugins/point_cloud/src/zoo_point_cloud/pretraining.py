@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from zoo.runs import Run
 
 from .files import read_cloud
+from .geometry import unit_sphere
 from .pointmamba import PointMambaMAE, PointMambaTrunk
 
 
@@ -40,9 +41,7 @@ def cloud_batches(
     while True:
         clouds = []
         for i in r.integers(0, len(files), batch).tolist():
-            cloud = read[i][r.choice(len(read[i]), points, replace=False)]
-            cloud = cloud - cloud.mean(axis=0, dtype=np.float64).astype(np.float32)
-            cloud = cloud / max(float(np.sqrt((cloud**2).sum(axis=1)).max()), 1e-12)
+            cloud = unit_sphere(read[i][r.choice(len(read[i]), points, replace=False)])
             clouds.append(cloud * r.uniform(2 / 3, 3 / 2, 3) + r.uniform(-0.2, 0.2, 3))
         yield torch.from_numpy(np.stack(clouds).astype(np.float32))
 
