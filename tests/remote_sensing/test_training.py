@@ -28,7 +28,7 @@ pytest.importorskip("torchmetrics")
 SMALL = {"dims": [8, 12, 16, 24], "depths": [1, 1, 1, 1], "decoder_dim": 8, "expand": 1.0, "mlp_ratio": 1.0}
 SET = [f"--set={k}={json.dumps(v)}" for k, v in SMALL.items()]
 PAGE = (Path(__file__).parents[2] / "docs" / "remote_sensing.md").read_text(encoding="utf-8")
-SECTION = re.findall(r"^## Train on your own data\n(.*?)^##", PAGE, re.MULTILINE | re.DOTALL)[0]
+SECTION = re.findall(r"^## Train on your own data\n(.*?)^### ", PAGE, re.MULTILINE | re.DOTALL)[0]
 SHORT = ["--crop=32", "--batch-size=4", "--score-every=99"]
 
 
@@ -278,11 +278,27 @@ def test_the_commands_of_the_page_run(binary, tmp_path, capsys, monkeypatch):
         save(path, np.asarray(Image.open(path)) // 255)
     Path("cover.txt").write_text("unchanged\nhouses\n")
     zoo.save(zoo.create("vmamba_tiny_s2l5", dims=SMALL["dims"], expand=1.0, mlp_ratio=1.0), "classifier")
+    for path in Path("pairs/A").glob("*.png"):
+        for name in ("field", "town"):
+            Path("scenes", name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, Path("scenes", name))
+    Path("spectra").mkdir()
+    np.save("spectra/scene.npy", np.random.default_rng(0).normal(size=(8, 9, 20)).astype(np.float32))
+    np.save("spectra/scene_gt.npy", np.arange(72).reshape(8, 9) % 3)
+    Path("crops.txt").write_text("wheat\nmaize\n")
+    smaller = {
+        "train-change": [*SET, *SHORT],
+        "train-classifier": ["--set=arch=small", "--set=depth=2", "--size=32", "--batch-size=2"],
+        "train-pixels": ["--set=dim=8", "--batch-size=4"],
+    }
     commands = re.findall(r"^    zoo (.*)$", SECTION, re.MULTILINE)
     for line in commands:
         words = shlex.split(line.replace("vmamba_tiny_s2l5.in1k", "./classifier"))
-        assert run(words + ([*SET, *SHORT, "--steps=1"] if words[0] == "train-change" else [])) == 0, line
+        small = [*smaller[words[0]], "--steps=1"] if words[0] in smaller else []
+        assert run(words + small) == 0, line
     said = capsys.readouterr().out
     assert "try: zoo change ./levir BEFORE AFTER" in said
-    assert [line.split()[0] for line in commands] == ["train-change", "change", *["train-change"] * 2, "validate"]
+    assert "try: zoo map-pixels ./pixels spectra/scene.npy" in said
+    verbs = "train-change change train-change train-change validate train-classifier classify train-pixels map-pixels"
+    assert [line.split()[0] for line in commands] == [*verbs.split(), "validate"]
     assert Path("change.png").stat().st_size > 500

@@ -1,4 +1,4 @@
-"""``zoo train-change``: a change detector on the user's own labelled pairs."""
+"""``zoo train-change`` and ``zoo train-pixels``: change detectors and classifiers of pixels on the user's own data."""
 
 from __future__ import annotations
 
@@ -72,7 +72,6 @@ def train_change(
         zoo train-change changemamba_scd_tiny pairs/ --out cover --labels cover.txt --bands 3,2,1 --value-range 0 3000
     """
     import zoo
-    from zoo.files import read_text
     from zoo.loading import card_of
     from zoo.training import Shuffled, fit
     from zoo_registry import WeightsCard, errors
@@ -91,9 +90,7 @@ def train_change(
     chosen_bands = None if bands is None else numbers(bands)
     if chosen_bands is not None:
         arguments.setdefault("in_chans", len(chosen_bands))
-    names = None if labels is None else read_text(labels).split("\n")
-    if names is not None:
-        names = [line.strip() for line in names if line.strip()]
+    if (names := _names(labels)) is not None:
         if task != "semantic-change-detection":
             raise click.UsageError(f"--labels names land cover, and {name} is for {task}; leave it out")
         arguments.setdefault("semantic_classes", len(names))
@@ -149,3 +146,114 @@ def train_change(
         return
     click.echo(f"{len(rest)} held-out pairs: {training.said(figures)} (weights of step {found.taken_at})")
     click.echo(f"saved to {out}; try: zoo change {training.source(out)} BEFORE AFTER --picture change.png")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("data", type=FOLDER)
+@training.out_folder(file_okay=False)
+@click.option(
+    "--held-out",
+    default=0.75,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of each class's pixels that is not trained on, but measured.",
+)
+@training.start
+@click.option("--labels", type=click.Path(exists=True, dir_okay=False), help="Names of the classes, one a line.")
+@training.loop(steps=1000, rate=1e-3, weight_decay=0.0)
+@training.batch_size(256, "Pixels.", least=2)
+@click.option("--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth of all).")
+@training.run_options("bands=9")
+@training.resume
+@output.as_json
+def train_pixels(
+    name: str,
+    data: Path,
+    out: Path,
+    held_out: float,
+    start: str | None,
+    labels: str | None,
+    batch_size: int,
+    score_every: int | None,
+    seed: int,
+    device: str,
+    choices: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train NAME on the labelled pixels of DATA, a folder with a hyperspectral cube and its labels.
+
+    The best weights on the pixels that are held out are saved with the names of the classes.
+
+    \b
+        zoo train-pixels morpmamba_houston houston/ --out mine --held-out 0.9
+        zoo map-pixels ./mine houston/scene.hdr --map classes.tif
+    """
+    import zoo
+    from zoo.loading import card_of
+    from zoo.training import Shuffled, fit
+    from zoo_registry import WeightsCard, errors
+
+    from .hyperspectral import PixelClassification, cube_files, labelled_scene
+    from .metrics import IGNORE, require_torchmetrics
+    from .pixels import Pixels, pixel_loss
+
+    task = card_of(name).task
+    if task != "pixel-classification":
+        raise click.UsageError(f"{name} is for {task}; expected a model for pixel-classification")
+    require_torchmetrics()
+    cube, truth = labelled_scene(data)
+    found = truth[truth != IGNORE]
+    count, names = (int(found.max()) + 1 if found.size else 0), _names(labels)
+    if len(set(found.tolist())) < 2 or found.min() < 0:
+        raise errors.BadArgument(
+            f"the labels of {data} are {sorted(set((found + 1).tolist()))[:9]}; expected 0 for unlabelled pixels, and "
+            "two classes or more, from 1 on"
+        )
+    if names is not None and len(names) < count:
+        raise errors.BadArgument(f"{labels} has {len(names)} names, and {data} {count} classes; expected one for each")
+    arguments = {"num_classes": count if names is None else len(names)} | output.pairs(choices, "--set")
+    model: Any = training.begun(name, start, seed, **arguments)
+    names = PixelClassification(model, class_names=names).class_names
+    pixels = Pixels(cube, truth, model.bands, model.window)
+    try:
+        kept, rest = zoo.training.held_out(pixels.classes.tolist(), held_out, seed)
+    except ValueError as error:
+        raise errors.BadArgument(f"{data}: {error}") from error
+    order, begun_with = Shuffled(len(kept), batch_size, seed), model.zoo_info.weights
+    chosen = training.settings(options, seed)
+    with (
+        training.processes(device) as place,
+        training.run(out, resume, quiet=as_json, pixels=len(kept), measured=len(rest)) as run,
+    ):
+        model.zoo_info.weights = WeightsCard(tag="own", where=f"trained on {data.name}")
+        model.zoo_info.tag = None
+        fitted = fit(
+            model.to(place.device), lambda index: pixels([kept[i] for i in order(index)]), pixel_loss, chosen, run=run,
+            report=training.reporter(chosen.steps, quiet=as_json),
+            score=lambda model: pixels.score(model, rest, names).compute()["OA"],
+            score_every=score_every or max(chosen.steps // 10, 1),
+        )  # fmt: skip
+        figures = pixels.score(model, rest, names).compute()
+        if place.first:
+            measured = training.measured(figures, dataset=data.name, split="held out", command="train-pixels")
+            licence = None if begun_with is None else begun_with.licence
+            zoo.save(model.cpu(), out, labels=names, licence=licence, metrics=measured)
+    if as_json:
+        output.emit(
+            {"figures": figures, "taken_at": fitted.taken_at, "steps": chosen.steps, "loss": fitted.losses[-1]}
+            | {"pixels": len(kept), "held_out": len(rest), "classes": names, "folder": str(out)}
+        )
+        return
+    click.echo(f"{len(rest)} held-out pixels: {training.said(figures)} (weights of step {fitted.taken_at})")
+    cube_place = cube_files(data)[0]
+    click.echo(f"saved to {out}; try: zoo map-pixels {training.source(out)} {cube_place} --map classes.png")
+
+
+def _names(labels: str | None) -> list[str] | None:
+    """The lines of the file that ``--labels`` names."""
+    from zoo.files import read_text
+
+    return None if labels is None else [line.strip() for line in read_text(labels).splitlines() if line.strip()]

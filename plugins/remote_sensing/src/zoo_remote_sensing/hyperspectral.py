@@ -152,6 +152,20 @@ def cube_files(folder: Path) -> tuple[Path, Path]:
     return cubes[0], labels[0]
 
 
+def labelled_scene(folder: Path) -> tuple[Cube, np.ndarray]:
+    """The cube of a folder and the class of every pixel, (H, W) int64 from 0; 255 where it has no label or no data.
+
+    Raises BadArgument for labels of another size."""
+    place, labels = cube_files(folder)
+    cube, truth = read_cube(place), read_labels(labels)
+    if truth.shape != cube.values.shape[:2]:
+        raise bad_input(
+            f"{labels} has {truth.shape} pixels and {place} {cube.values.shape[:2]}; expected as many", "data"
+        )
+    missing = truth == 0 if cube.valid is None else (truth == 0) | ~cube.valid
+    return cube, np.where(missing, NO_DATA, truth - 1)
+
+
 def principal_components(cube: np.ndarray, count: int, valid: np.ndarray | None = None) -> np.ndarray:
     """Whitened principal components of the pixels: (H, W, bands) to (H, W, count), each of mean 0 and deviation 1.
 

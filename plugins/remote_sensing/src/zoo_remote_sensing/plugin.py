@@ -50,6 +50,7 @@ def zoo_commands() -> Mapping[str, str]:
         "change": "zoo_remote_sensing.commands:change",
         "map-pixels": "zoo_remote_sensing.commands:map_pixels",
         "train-change": "zoo_remote_sensing.commands_training:train_change",
+        "train-pixels": "zoo_remote_sensing.commands_training:train_pixels",
     }
 
 

@@ -12,12 +12,13 @@ import numpy as np
 from torch import nn
 
 from zoo.pipelines import progress_bar
+from zoo.training import held_out as split
 from zoo.validation import Measured
 
 from . import metrics
 from .labelled import Sample, labelled_pairs, truth
 from .pipelines import ChangeDetection, DamageAssessment, SemanticChangeDetection
-from .rasters import NO_DATA, bad_input
+from .rasters import NO_DATA
 
 
 def known(found: dict[str, float]) -> dict[str, float | None]:
@@ -164,26 +165,34 @@ def validate_damage(
     )  # fmt: skip
 
 
-def validate_pixels(model: nn.Module, data: str | Path, *, rows: int = 16, progress: bool = True) -> Measured:
+def validate_pixels(
+    model: nn.Module,
+    data: str | Path,
+    *,
+    rows: int = 16,
+    held_out: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Measured:
     """OA, AA (mean recall of the classes), kappa, F1 and mIoU of the class map of a hyperspectral scene.
 
     DATA is a folder with one cube (.npy, .mat or ENVI) and its labels (a name that ends in _gt or _labels; .npy, .mat
     or a picture): (H, W), 0 for unlabelled, then 1 for the first class. The score covers every labelled pixel, those
-    that the model was trained on included. ``rows``: image rows at a time.
+    that the model was trained on included; with ``held_out`` and ``seed`` as they were given to `zoo train-pixels`,
+    the others alone. ``rows``: image rows at a time.
     """
-    from .hyperspectral import PixelClassification, cube_files, read_labels
+    from .hyperspectral import PixelClassification, labelled_scene
 
     data, began = Path(data), time.perf_counter()
     pipe = PixelClassification(model, rows)
-    cubes, labels = cube_files(data)
-    names = pipe.class_names
-    measure = metrics.Classes(names)
-    found = pipe(cubes).classes
-    truth = read_labels(labels)
-    if truth.shape != found.shape:
-        raise bad_input(f"{labels} has {truth.shape} pixels and {cubes} {found.shape}; expected as many", "data")
-    measure.update(np.where((truth == 0) | (found == NO_DATA), metrics.IGNORE, truth - 1), found)
+    cube, truth = labelled_scene(data)
+    if held_out is not None:
+        labelled = np.flatnonzero(truth != NO_DATA)
+        learnt, _ = split(truth.flat[labelled].tolist(), held_out, seed)
+        truth.flat[labelled[learnt]] = NO_DATA
+    measure = metrics.Classes(pipe.class_names)
+    measure.update(truth, pipe(cube).classes)
     return Measured(
-        model=pipe.name, data=str(data), samples=int((truth > 0).sum()), metrics=known(measure.compute()),
+        model=pipe.name, data=str(data), samples=int((truth != NO_DATA).sum()), metrics=known(measure.compute()),
         seconds=time.perf_counter() - began, per_class=measure.per_class(), notes="samples are labelled pixels",
     )  # fmt: skip
