@@ -1,6 +1,8 @@
 """The Python of the documentation runs as it is printed."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import soundfile
 
 import zoo_audio
+from zoo.cli import run
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"docs": ROOT / "docs" / "audio.md", "README": ROOT / "plugins" / "audio" / "README.md"}
@@ -37,3 +40,28 @@ def test_the_snippets_run(page, tmp_path, monkeypatch):
         assert names["sound"].samples.shape == (2, 200)
     else:
         assert names["stream"].speed.audio > 0.5
+
+
+def test_training_runs_as_printed(tmp_path, monkeypatch, capsys):
+    """The section's commands one after the other, with a model of a moment on the samples, without a GPU."""
+    monkeypatch.chdir(tmp_path)
+    examples = Path(zoo_audio.__file__).parent / "examples"
+    lines = (examples / "transcripts.tsv").read_text().splitlines()
+    rows = [dict(zip(("audio", "text"), line.split("\t"), strict=True)) for line in lines]
+    for row in rows:
+        (tmp_path / row["audio"]).symlink_to(examples / row["audio"])
+    (tmp_path / "talk.wav").symlink_to(examples / "sample_1.wav")
+    Path("recordings.tsv").write_text("\n".join(lines))
+    Path("others.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    page = PAGES["docs"].read_text(encoding="utf-8")
+    (section,) = re.findall(r"\n## Train on your own data\n(.*?)\n## ", page, re.DOTALL)
+    (block,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    sizes = ["dim=16", "n_enc=1", "n_dec=1", "n_mels=20"]
+    for command in block.splitlines():
+        words = shlex.split(command.replace("--device cuda", ""))[1:]
+        if words[0] == "train-speech":
+            words += ["--steps", "1", "--batch-size", "2", *(w for size in sizes for w in ("--set", size))]
+        assert run(words) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "try: zoo transcribe ./asr recording.wav" in said
+    assert "WER" in said

@@ -106,6 +106,8 @@ class SpeechRecognition(Pipeline):
     def _tokenizer(self, given: str | Path | None) -> Tokenizer:
         if given is not None:
             return Tokenizer(given)
+        if (own := self.preprocess.get("tokenizer_json")) is not None:  # of trained weights: its text
+            return Tokenizer.of(own)
         named = self.preprocess.get("tokenizer")
         card = self.info.card if self.info is not None else None
         if named is None or card is None:

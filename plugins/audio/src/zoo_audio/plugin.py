@@ -37,6 +37,7 @@ def zoo_commands() -> Mapping[str, str]:
     return {
         "transcribe": "zoo_audio.commands:transcribe",
         "generate-audio": "zoo_audio.commands:generate_audio",
+        "train-speech": "zoo_audio.train_commands:train_speech",
     }
 
 

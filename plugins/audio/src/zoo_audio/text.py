@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from zoo.files import existing
+from zoo.files import existing, read_text
 from zoo_registry import errors
 
 #: What stands before the first piece of a word.
@@ -17,17 +17,30 @@ class Tokenizer:
     """A ``tokenizer.json`` whose pieces mark the beginnings of words, with ids 0 padding, 1 begin, 2 end."""
 
     def __init__(self, path: str | Path) -> None:
+        self._read(read_text(existing(path, "a tokenizer.json")), str(path))
+
+    @classmethod
+    def of(cls, text: str) -> Tokenizer:
+        """From what a tokenizer.json holds."""
+        found = cls.__new__(cls)
+        found._read(text, "the weights' own tokenizer")
+        return found
+
+    def _read(self, text: str, path: str) -> None:
         from tokenizers import Tokenizer as Fast
 
         try:
-            self._fast = Fast.from_file(str(existing(path, "a tokenizer.json")))
-        except errors.ZooError:
-            raise
-        except Exception as error:  # the library raises bare Exception for a file that it cannot read
-            raise errors.BadFile(f"{path} is no tokenizer.json: {error}", path=str(path)) from error
+            self._fast = Fast.from_str(text)
+        except Exception as error:  # the library raises bare Exception for a text that it cannot read
+            raise errors.BadFile(f"{path} is no tokenizer.json: {error}", path=path) from error
         found = tuple(self._fast.id_to_token(i) for i in range(3))
         if found != SPECIAL:
-            raise errors.BadFile(f"the first three tokens of {path} are {found}; expected {SPECIAL}", path=str(path))
+            raise errors.BadFile(f"the first three tokens of {path} are {found}; expected {SPECIAL}", path=path)
+
+    @property
+    def text(self) -> str:
+        """What a tokenizer.json of it holds."""
+        return self._fast.to_str()
 
     def __len__(self) -> int:
         return self._fast.get_vocab_size()
@@ -46,8 +59,9 @@ class Tokenizer:
         return "".join(self.piece(i) for i in ids).replace(MARK, " ").strip()
 
 
-def train_tokenizer(texts: Iterable[str], size: int, path: str | Path) -> Tokenizer:
-    """Byte-pair encoding of ``size`` pieces, learned from ``texts`` and written to ``path``."""
+def train_tokenizer(texts: Iterable[str], size: int, path: str | Path | None = None) -> Tokenizer:
+    """Byte-pair encoding of ``size`` pieces, learned from ``texts``, and written to ``path`` if there is one. There is
+    a piece for every character that occurs, so a small ``size`` gives characters alone."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -55,8 +69,9 @@ def train_tokenizer(texts: Iterable[str], size: int, path: str | Path) -> Tokeni
     fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement=MARK, prepend_scheme="always")
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
     fast.train_from_iterator((normalise(text) for text in texts), trainer)
-    fast.save(str(path), pretty=False)
-    return Tokenizer(path)
+    if path is not None:
+        fast.save(str(path), pretty=False)
+    return Tokenizer.of(fast.to_str())
 
 
 def normalise(text: str) -> str:

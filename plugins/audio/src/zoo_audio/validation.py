@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
 
-from zoo import errors
-from zoo.files import read_text
 from zoo.pipelines import progress_bar
 from zoo.validation import Measured
 
-from .files import EXTENSIONS
-from .metrics import error_rates
-from .pipelines import SpeechRecognition
+from .manifests import read_manifest
+from .metrics import ErrorRates, error_rates
+from .pipelines import Speech, SpeechRecognition
 
 
 def validate_speech(
@@ -30,9 +29,10 @@ def validate_speech(
 ) -> Measured:
     """Word and character error rate, over all recordings together, after lower case and without punctuation.
 
-    DATA is a folder of audio files, each with its text beside it (a.wav, a.txt), or a file of lines
-    "AUDIO FILE<tab>WHAT IS SAID" (paths relative to it). ``decoding``, ``beam`` and ``tokenizer`` are the pipeline's;
-    ``limit``: at most so many recordings.
+    DATA is a folder of audio files, each with its text beside it (a.wav, a.txt), a folder as LibriSpeech's (flac files
+    and *.trans.txt), a file of lines "AUDIO FILE<tab>WHAT IS SAID" (paths relative to it), a .tsv or .csv file with
+    columns audio and text, or a .jsonl file with such keys (see :mod:`zoo_audio.manifests`). ``decoding``, ``beam`` and
+    ``tokenizer`` are the pipeline's; ``limit``: at most so many recordings.
 
     Raises ``zoo.errors.BadArgument`` for recordings without a text and texts without a recording, ``MissingExtra``
     without jiwer.
@@ -40,12 +40,8 @@ def validate_speech(
     pairs = read_manifest(Path(data))[:limit]
     pipe = SpeechRecognition(model, decoding=decoding, beam=beam, tokenizer=tokenizer)
     began = time.perf_counter()
-    answers = []
     with progress_bar(progress and sys.stderr.isatty(), len(pairs), pipe.name) as advance:
-        for path, _ in pairs:
-            answers.append(pipe(path))
-            advance()
-    rates = error_rates([text for _, text in pairs], [answer.text for answer in answers])
+        rates, answers = measure(pipe, pairs, advance)
     heard = sum(answer.seconds for answer in answers)
     computed = sum(answer.seconds * (answer.real_time_factor or 0.0) for answer in answers)
     return Measured(
@@ -59,32 +55,13 @@ def validate_speech(
     )
 
 
-def read_manifest(path: Path) -> list[tuple[Path, str]]:
-    """(audio file, text) pairs. Raises BadArgument for lines without a tab, files without a text, and none at all."""
-
-    def bad(message: str) -> Exception:
-        return errors.BadArgument(message, argument="data", accepted=[])
-
-    if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.name.lower().endswith(EXTENSIONS) and f.name[0] != ".")
-        lacking = [f.name for f in files if not f.with_suffix(".txt").is_file()]
-        if lacking:
-            raise bad(f"{lacking[0]} in {path} has no text beside it; expected {Path(lacking[0]).stem}.txt")
-        spoken = {f.stem for f in files}
-        lost = sorted(f.name for f in path.glob("*.txt") if f.stem not in spoken and f.name[0] != ".")
-        if files and lost:
-            raise bad(f"{lost[0]} in {path} has no recording beside it; expected one of {', '.join(EXTENSIONS)}")
-        pairs = [(f, read_text(f.with_suffix(".txt")).strip()) for f in files]
-    else:
-        pairs = []
-        for number, line in enumerate(read_text(path).splitlines(), 1):
-            if line.strip():
-                file, tab, text = line.partition("\t")
-                if not tab:
-                    raise bad(f"line {number} of {path} has no tab; expected an audio file, a tab, and what is said")
-                if not (path.parent / file.strip()).is_file():
-                    raise bad(f"line {number} of {path} names {file.strip()!r}; there is no such file in {path.parent}")
-                pairs.append((path.parent / file.strip(), text))
-    if not pairs:
-        raise bad(f"{path} names no audio file; expected one of {', '.join(EXTENSIONS)}")
-    return pairs
+def measure(
+    pipe: SpeechRecognition, pairs: Sequence[tuple[Path, str]], advance: Callable[[], object] = lambda: None
+) -> tuple[ErrorRates, list[Speech]]:
+    """Error rates of the pipeline's answers to (recording, text) pairs, and the answers; ``advance`` is called after
+    each."""
+    answers = []
+    for path, _ in pairs:
+        answers.append(pipe(path))
+        advance()
+    return error_rates([text for _, text in pairs], [answer.text for answer in answers]), answers

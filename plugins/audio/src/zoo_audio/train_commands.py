@@ -1,0 +1,215 @@
+"""``zoo train-speech``: a recogniser on recordings of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zoo.cli import output, training
+from zoo_registry import errors, optional
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .samba_asr import SambaASR
+    from .text import Tokenizer
+
+#: So many of the recordings that are left out are named.
+NAMED = 5
+
+
+@click.command("train-speech")
+@click.argument("name")
+@click.argument("manifest", type=click.Path(exists=True, path_type=Path))
+@training.out
+@click.option("--held-out", default=0.1, show_default=True, type=click.FloatRange(0, 0.9), help="Share to measure on.")
+@click.option("--validation", type=click.Path(exists=True, path_type=Path), help="A list of recordings to measure on.")
+@training.start
+@click.option("--vocabulary", help='"characters" (default), a number of pieces, or a tokenizer.json.')
+@click.option("--ctc-weight", default=1.0, show_default=True, type=click.FloatRange(min=0), help="Of the CTC head.")
+@click.option(
+    "--smoothing", default=0.1, show_default=True, type=click.FloatRange(0, 1), help="Of the decoder's labels."
+)
+@click.option("--augment/--no-augment", default=True, show_default=True, help="SpecAugment.")
+@training.loop(steps=20_000, rate=1e-3, weight_decay=0.01)
+@training.batch_size(16, "Recordings.")
+@click.option("--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth of all).")
+@training.run_options("n_enc=6")
+@training.resume
+@output.as_json
+def train_speech(
+    name: str,
+    manifest: Path,
+    out: Path,
+    held_out: float,
+    validation: Path | None,
+    start: str | None,
+    vocabulary: str | None,
+    ctc_weight: float,
+    smoothing: float,
+    augment: bool,
+    batch_size: int,
+    score_every: int | None,
+    seed: int,
+    device: str,
+    choices: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train the speech recogniser NAME on the recordings in MANIFEST.
+
+    MANIFEST is a folder of recordings with texts beside them (a.wav, a.txt), a folder as LibriSpeech's, a file of lines
+    "AUDIO FILE<tab>TEXT", a .tsv or .csv file with columns audio and text, or a .jsonl file with such keys. The weights
+    with the lowest word error rate on held-out recordings are kept.
+
+    \b
+        zoo train-speech samba_asr_base LibriSpeech/train-clean-100 --validation LibriSpeech/dev-clean \\
+            --vocabulary 1000 --out asr --device cuda
+        zoo train-speech samba_asr_micro commands.tsv --start samba_asr_micro.commands --out mine
+    """
+    import zoo
+    from zoo import training as loop
+    from zoo.pipelines import progress_bar
+
+    from .features import LogMel
+    from .manifests import read_manifest
+    from .pipelines import SpeechRecognition
+    from .recordings import Spoken, survey
+    from .validation import measure
+
+    settings = training.settings(options, seed)
+    if held_out or validation is not None:
+        optional("jiwer", "counting errors of transcripts", "ssm-zoo-audio[metrics]")
+    pairs, held = read_manifest(manifest), [] if validation is None else read_manifest(validation)
+    if validation is None:
+        pairs, held = _split(pairs, held_out, seed)
+    model, tokenizer = _begun(
+        name, start, vocabulary, [text for _, text in pairs], seed, output.pairs(choices, "--set")
+    )
+    with progress_bar(not as_json and sys.stderr.isatty(), len(pairs) + len(held), "headers") as advance:
+        recordings, refused = survey(pairs, model, tokenizer, advance)
+        spoken, _ = survey(held, model, tokenizer, advance)
+    _name(refused)
+    if not recordings:
+        raise errors.BadArgument(f"no recording of {manifest} is left", argument="manifest", accepted=[])
+    if held and not spoken:
+        raise errors.BadArgument("nothing is said in the held-out recordings", argument="held_out", accepted=[])
+    if not as_json:
+        hours = sum(recording.seconds for recording in recordings) / 3600
+        click.echo(f"{len(recordings)} recordings ({hours:.2f} h), {len(held)} held out, {len(tokenizer)} tokens")
+    counts: dict[str, Any] = {"recordings": len(recordings), "held_out": len(held)}
+    with training.processes(device) as place, training.run(out, resume, quiet=as_json, **counts) as run:
+        model = model.to(place.device)
+        _describe(model, tokenizer)
+
+        def rates(network: Any) -> dict[str, float]:
+            found = measure(SpeechRecognition(network), held)[0]
+            return {"WER": found.wer, "CER": found.cer}
+
+        def loss(network: Any, batch: Any) -> Tensor:
+            return network.loss(*batch, ctc_weight=ctc_weight, label_smoothing=smoothing)
+
+        mel = LogMel(model.n_mels, rate=model.sample_rate, scaling=model.scaling)
+        done = loop.fit(
+            model,
+            Spoken(recordings, mel, batch_size, seed, augment),
+            loss,
+            settings,
+            run=run,
+            report=training.reporter(settings.steps, quiet=as_json),
+            score=(lambda network: -rates(network)["WER"]) if held else None,
+            score_every=score_every or max(settings.steps // 10, 1),
+        )
+        if not place.first:
+            return
+        figures, what = rates(model) if held else {}, f"{len(held)} held-out recordings"
+        where = (validation or manifest).name
+        metrics = training.measured(figures, dataset=where, split=what, command="train-speech")
+        zoo.save(model.cpu(), out, metrics=metrics)
+    if as_json:
+        facts = {"left_out": len(refused), "taken_at": done.taken_at, "folder": str(out)}
+        output.emit({"metrics": figures} | counts | facts)
+        return
+    if held:
+        click.echo(f"{what}, weights of step {done.taken_at}: {training.said(figures)}")
+    click.echo(f"saved to {out}; try: zoo transcribe {training.source(out)} recording.wav")
+
+
+def _split(pairs: list[tuple[Path, str]], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """(to train on, held out); at least one of each where a share is asked for."""
+    import numpy as np
+
+    if share and len(pairs) < 2:
+        raise errors.BadArgument(
+            "there is one recording only; give more, or --held-out 0", argument="manifest", accepted=[]
+        )
+    count = 0 if share == 0 else min(max(round(share * len(pairs)), 1), len(pairs) - 1)
+    chosen = set(np.random.default_rng(seed % 2**63).permutation(len(pairs))[:count].tolist())
+    return [p for i, p in enumerate(pairs) if i not in chosen], [p for i, p in enumerate(pairs) if i in chosen]
+
+
+def _begun(
+    name: str, start: str | None, vocabulary: str | None, texts: list[str], seed: int, arguments: dict[str, Any]
+) -> tuple[SambaASR, Tokenizer]:
+    """The model with its first weights, and its tokenizer: of ``start``, or made for ``texts``."""
+    from zoo.loading import card_of
+
+    from .pipelines import SpeechRecognition
+    from .samba_asr import SambaASR
+
+    if (task := card_of(name).task) != "speech-recognition":
+        raise click.UsageError(f"{name} is for {task}; expected a model for speech-recognition")
+    tokenizer = None if start is not None and vocabulary is None else _tokenizer(vocabulary or "characters", texts)
+    if start is None:
+        assert tokenizer is not None
+        arguments = {"vocab_size": len(tokenizer)} | arguments
+    model = training.begun(name, start, seed, **arguments)
+    assert isinstance(model, SambaASR)
+    if start is not None:  # the pipeline says which tokenizer fits, and what is wrong with another
+        return model, SpeechRecognition(model, tokenizer=tokenizer).tokenizer
+    assert tokenizer is not None
+    if model.vocab_size < len(tokenizer):
+        raise click.UsageError(f"--set vocab_size={model.vocab_size}; the vocabulary has {len(tokenizer)} tokens")
+    return model, tokenizer
+
+
+def _tokenizer(vocabulary: str, texts: list[str]) -> Tokenizer:
+    from .text import Tokenizer, train_tokenizer
+
+    if vocabulary == "characters" or vocabulary.isdecimal():
+        size = 1 if vocabulary == "characters" else int(vocabulary)
+        found = train_tokenizer(texts, size)
+        if size > 1 and len(found) > size:
+            raise click.UsageError(
+                f"--vocabulary is {size}; the texts have {len(found) - 3} different characters, give at least "
+                f"{len(found)}"
+            )
+        return found
+    if not Path(vocabulary).is_file():
+        raise click.UsageError(
+            f"--vocabulary is {vocabulary!r}; expected 'characters', a number of pieces, or a tokenizer.json"
+        )
+    return Tokenizer(vocabulary)
+
+
+def _name(refused: list[str]) -> None:
+    """Say which recordings are left out, to people and not to machines."""
+    for sentence in refused[:NAMED]:
+        click.echo(f"left out: {sentence}", err=True)
+    if len(refused) > NAMED:
+        click.echo(f"left out: {len(refused) - NAMED} more", err=True)
+
+
+def _describe(model: SambaASR, tokenizer: Tokenizer) -> None:
+    """Put what a pipeline must know where it looks, and ``zoo.save`` too."""
+    from zoo.building import describe
+    from zoo_registry import WeightsCard
+
+    facts = {"sample_rate": model.sample_rate, "tokenizer_json": tokenizer.text}
+    card = WeightsCard(tag="own", where="this folder", preprocess=facts)
+    describe(model, dataclasses.replace(model.zoo_info, tag=None, weights=card, folder_config={}))  # type: ignore[type-var]
