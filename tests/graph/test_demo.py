@@ -249,10 +249,9 @@ def test_what_was_trained_is_read_alike(tmp_path, broadcast, monkeypatch):
 def test_training_says_what_it_cannot_train(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "g.json").write_text("{}")
-    for name, match in (("graphmamba_pcqm_contact", "scores pairs of nodes"), ("vim_tiny", "reads no graphs")):
-        done = CliRunner().invoke(train_graphs, [name, "g.json", "--out", "out"])
-        assert done.exit_code == 2
-        assert match in done.output
+    done = CliRunner().invoke(train_graphs, ["vim_tiny", "g.json", "--out", "out"])
+    assert done.exit_code == 2
+    assert "reads no graphs" in done.output
     assert not (tmp_path / "out").exists()
 
 

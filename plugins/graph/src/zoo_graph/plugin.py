@@ -33,7 +33,8 @@ def zoo_pipelines() -> Mapping[str, str]:
 @hookimpl
 def zoo_validators() -> Mapping[str, str]:
     tasks = ("node-classification", "node-regression", "graph-classification", "graph-regression")
-    return dict.fromkeys(tasks, "zoo_graph.validation:validate_graphs")
+    links = {"link-prediction": "zoo_graph.validation:validate_links"}
+    return dict.fromkeys(tasks, "zoo_graph.validation:validate_graphs") | links
 
 
 @hookimpl

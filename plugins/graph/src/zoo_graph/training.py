@@ -85,7 +85,7 @@ def fit(
     if not train or not valid:
         raise ValueError(f"there are {len(train)} graphs to train on and {len(valid)} to choose the epoch by")
     if getattr(model, "level", "") == "link":
-        raise ValueError("fit trains node and graph models; a link model's pairs are sampled by its task")
+        raise ValueError("fit trains node and graph models; zoo_graph.links.fit_links those of links")
     more = {**settings_for(model), "encoding": encoding, "encoding_size": int(getattr(model, "pe_dim", 0))}
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay)
