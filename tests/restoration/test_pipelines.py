@@ -12,6 +12,7 @@ from torch import nn
 import zoo
 from zoo import errors
 from zoo.building import describe
+from zoo.cli import run
 from zoo_restoration import metrics, pipelines
 from zoo_restoration.degradations import Degradation, resize_bicubic
 from zoo_restoration.images import from_pixels, read_picture, write_picture
@@ -155,6 +156,23 @@ def test_failures_are_named(tmp_path):
 
 
 # -- measuring
+
+
+def test_files_are_at_fault(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "b.png").mkdir()
+    for name, error in (("a.png", errors.BadFile), ("b.png", errors.BadFile), ("c.png", errors.LocalFileMissing)):
+        with pytest.raises(error, match=name):
+            read_picture(tmp_path / name)
+
+
+def test_where_images_go_is_looked_at_first(tmp_path, capsys):
+    """A wrong ending is no folder's name; what cannot be written is said before anything is read."""
+    (tmp_path / "file").touch()
+    for out, message in (("a.gif", "expected .png"), ("file/a.png", "file is a file"), ("file", "file is a file")):
+        assert run(["restore", "serpent_micro", str(tmp_path / "none.png"), "--out", str(tmp_path / out)]) != 0
+        assert message in capsys.readouterr().err
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
 
 
 def test_validation_degrades_and_compares(folder, restorer):

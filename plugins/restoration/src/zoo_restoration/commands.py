@@ -78,16 +78,22 @@ def _answer(
     as_json: bool,
     **options: Any,
 ) -> int:
+    from PIL import Image
+
     import zoo
+    from zoo.files import check_ending, check_place
     from zoo.pipelines import Failure
 
     from .images import EXTENSIONS
     from .pipelines import Restored
 
+    one_file = out.suffix.lower() in EXTENSIONS
+    if out.suffix.lower() in Image.registered_extensions() and not out.is_dir():
+        check_ending(out, EXTENSIONS)  # the name of a picture is not a folder's
+    check_place(out if one_file else out / "image")
     arguments = output.loading(options) | {"tile": tile, "overlap": overlap, "ensemble": ensemble}
     pipe = zoo.pipeline(name, task, **arguments)
     sources, _ = pipe.expand(list(inputs))
-    one_file = out.suffix.lower() in EXTENSIONS
     if one_file and len(sources) > 1:
         raise click.UsageError(f"--out is {out}, and there are {len(sources)} inputs; give a folder")
     rows, failed = [], False

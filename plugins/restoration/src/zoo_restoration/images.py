@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from zoo.files import whole
+from zoo.files import existing, refused, whole
 from zoo_registry import optional
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
@@ -68,7 +68,8 @@ class Picture:
 def read_picture(source: Any) -> Picture:
     """A file, a ``PIL.Image`` or an array (height, width[, 1 to 4 channels]) of uint8 or uint16.
 
-    Palettes, CMYK and others become RGB. Raises ValueError that names the file and says what is wrong with it.
+    Palettes, CMYK and others become RGB. Raises ValueError that says what is wrong, BadFile where a file is at fault, and
+    LocalFileMissing where there is none.
     """
     if isinstance(source, np.ndarray):
         return from_pixels(source)
@@ -76,7 +77,12 @@ def read_picture(source: Any) -> Picture:
         return _from_pillow(source, "the given image")
     if not isinstance(source, (str, Path)):
         raise ValueError(f"a {type(source).__name__} was given; expected a file, a PIL image or an array")
-    path = Path(source)
+    path = existing(source, "an image")
+    with refused(path):
+        return _from_file(path)
+
+
+def _from_file(path: Path) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are what tiles are for
