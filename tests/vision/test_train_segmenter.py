@@ -17,7 +17,7 @@ from zoo_registry import errors
 from zoo_vision.labelled_scenes import IGNORED, Pair, Values, confusion, pairs, scores, validate_scenes
 from zoo_vision.scenes import SemanticSegmentation
 from zoo_vision.training import segment
-from zoo_vision.training.common import begun_on
+from zoo_vision.training.common import begun_on, preprocess_of
 
 MODEL = "vmamba_micro_upernet"
 TINY = {"dims": 8, "head_channels": 8, "auxiliary_channels": 4}
@@ -198,8 +198,9 @@ def test_any_backbone_and_semantic_fpn(tmp_path, name, settings):
 
 def test_a_classifiers_weights_for_the_backbone():
     settings = {"num_classes": 3, "head_channels": 8, "auxiliary_channels": 4}
-    model, preprocess = begun_on("upernet", "vmamba_micro.digits", 0, in_chans=1, **settings)
-    assert preprocess["mean"] == [0.5]
+    model = begun_on("upernet", "vmamba_micro.digits", 0, in_chans=1, **settings)
+    assert preprocess_of(model)["mean"] == [0.5]
+    assert model.zoo_info.weights.licence == "Apache-2.0"
     digits = zoo.load("vmamba_micro.digits").state_dict()
     own = model.backbone.state_dict()
     assert all(torch.equal(v, digits[k]) for k, v in own.items() if not k.startswith("out_norms"))
@@ -208,6 +209,21 @@ def test_a_classifiers_weights_for_the_backbone():
         begun_on(MODEL, "vmamba_micro.digits", 0, num_classes=3, in_chans=1)
     with pytest.raises(errors.BadArgument, match=r"or --set backbone=vmamba_micro$"):
         begun_on("upernet", "vmamba_micro.digits", 0, backbone="vmamba_tiny", **settings)
+
+
+def test_a_classifier_of_ones_own_for_the_backbone(tmp_path):
+    """Its arguments are not its card's: the backbone is built with them, and the segmentor is saved with them."""
+    classifier = zoo.create("vmamba_tiny", dims=8, depths=[1, 1, 1, 1], num_classes=5, in_chans=1)
+    zoo.save(classifier, tmp_path / "classifier", licence="CC-BY-NC-4.0")
+    data = discs(tmp_path / "data", 3)
+    heads = ["--set", "head_channels=8", "--set", "auxiliary_channels=4"]
+    assert run(["train-segmenter", "upernet", str(data), "--out", str(tmp_path / "out"), "--size", "64", "--steps", "1",
+                "--batch-size", "2", "--start", str(tmp_path / "classifier"), *heads]) == 0  # fmt: skip
+    saved = zoo.load(tmp_path / "out")
+    assert (saved.in_chans, saved.num_classes) == (1, 3)
+    assert saved.zoo_info.weights.licence == "CC-BY-NC-4.0"
+    own, theirs = saved.backbone.state_dict(), classifier.state_dict()
+    assert all((own[k] - v).abs().max() < 0.01 for k, v in theirs.items() if k in own)  # one small step away
 
 
 def test_an_interrupted_run_goes_on(tmp_path):

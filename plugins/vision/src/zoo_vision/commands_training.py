@@ -290,7 +290,7 @@ def train_segmenter(
     from .pipelines import transform_settings
     from .scenes import SemanticSegmentation
     from .training import segment
-    from .training.common import begun_on, check_task, describe, split
+    from .training.common import begun_on, check_task, describe, preprocess_of, split
 
     command = "train-segmenter"
     check_task(name, "semantic-segmentation", command)
@@ -305,7 +305,8 @@ def train_segmenter(
     for pair in other:
         values.read(pair.labels)
     check_sizes(other)
-    model, before = begun_on(name, start, seed, **_with({"num_classes": len(names)}, choices))
+    model = begun_on(name, start, seed, **_with({"num_classes": len(names)}, choices))
+    before = preprocess_of(model)
     settings: dict[str, Any] = {k: v for k, v in transform_settings(model, before).items() if k in ("mean", "std")}
     short_side = size or before.get("short_side", 512)
     settings |= {"short_side": short_side, "long_side": 4 * short_side}
@@ -405,7 +406,7 @@ def train_detector(
     from .objects import ObjectDetection
     from .pipelines import transform_settings
     from .training import detect
-    from .training.common import check_task, describe, split
+    from .training.common import check_task, describe, preprocess_of, split
     from .validation import precisions
 
     command = "train-detector"
@@ -419,10 +420,10 @@ def train_detector(
         path, folder = detect.annotations_of(validation, images)
         source = detect.Annotations(path, folder, every.names)
     masks = not boxes and every.has_masks()
-    model, before = detect.begun_detector(
+    model = detect.begun_detector(
         name, start, seed, boxes=not masks, **_with({"num_classes": len(every.names)}, choices)
     )
-    masks = masks and bool(model.has_masks)
+    before, masks = preprocess_of(model), masks and bool(model.has_masks)
     settings: dict[str, Any] = {k: v for k, v in transform_settings(model, before).items() if k in ("mean", "std")}
     short_side = size or before.get("short_side", 800)
     settings |= {"short_side": short_side, "long_side": short_side * 1333 // 800}

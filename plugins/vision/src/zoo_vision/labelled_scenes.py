@@ -111,7 +111,14 @@ class Values:
         weights = pipe.info.weights if pipe.info is not None else None
         if ignore_zero is None:
             ignore_zero = weights is not None and weights.labels == "ade20k"
-        return cls.counted(int(pipe.model.num_classes), {0, 255} if ignore_zero else {255})  # type: ignore[arg-type]
+        count = getattr(pipe.model, "num_classes", None)
+        if not isinstance(count, int):
+            raise errors.BadArgument(
+                f"{pipe.name} does not say how many classes it has; give it an attribute num_classes",
+                argument="model",
+                accepted=[],
+            )
+        return cls.counted(count, {0, 255} if ignore_zero else {255})
 
     @cached_property
     def _table(self) -> np.ndarray:

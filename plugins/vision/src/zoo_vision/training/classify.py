@@ -117,6 +117,10 @@ class Loss:
 
 
 def freeze(model: nn.Module) -> None:
-    """Leave gradients to the classifier alone."""
+    """Leave gradients to the classifier alone. Raises BadArgument for a model that does not say which part that is."""
+    if not hasattr(model, "get_classifier"):
+        raise errors.BadArgument(
+            f"{type(model).__name__} has no get_classifier(); train it without --freeze", argument="frozen", accepted=[]
+        )
     model.requires_grad_(False)
     model.get_classifier().requires_grad_(True)  # type: ignore[operator]

@@ -145,18 +145,17 @@ class Annotations:
         return bool(with_mask) and all(with_mask)
 
 
-def begun_detector(
-    name: str, start: str | None, seed: int, *, boxes: bool, **arguments: Any
-) -> tuple[nn.Module, dict[str, Any]]:
+def begun_detector(name: str, start: str | None, seed: int, *, boxes: bool, **arguments: Any) -> nn.Module:
     """:func:`~zoo_vision.training.common.begun_on`; ``boxes``: without masks, which the weights may have."""
-    given, preprocess = begun_on(name, start, seed, **arguments)
+    given = begun_on(name, start, seed, **arguments)
     if not (boxes and given.has_masks):
-        return given, preprocess
+        return given
     config = given.zoo_info.config | {"mask_convs": None}  # type: ignore[operator, union-attr]
     model = zoo.create(given.zoo_info.architecture, **config)  # type: ignore[arg-type, union-attr]
     own = model.state_dict()
     model.load_state_dict({k: v for k, v in given.state_dict().items() if k in own})
-    return model, preprocess
+    model.zoo_info.weights = given.zoo_info.weights  # type: ignore[union-attr]
+    return model
 
 
 class Batches:
