@@ -68,7 +68,7 @@ class Picture:
 def read_picture(source: Any) -> Picture:
     """A file, a ``PIL.Image`` or an array (height, width[, 1 to 4 channels]) of uint8 or uint16.
 
-    Palettes, CMYK and others become RGB. Raises ValueError that says what is wrong, BadFile where a file is at fault, and
+    Palettes, CMYK and others become RGB. Raises ValueError that says what is wrong, BadFile where a file is at fault,
     LocalFileMissing where there is none.
     """
     if isinstance(source, np.ndarray):
