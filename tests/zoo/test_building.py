@@ -6,7 +6,7 @@ from torch import nn
 
 import zoo
 from zoo import building, errors
-from zoo_registry import resolve
+from zoo_registry import WeightsCard, resolve
 
 
 def card():
@@ -147,3 +147,27 @@ def test_extra_state():
     state = model.state_dict() | {"_extra_state": 9}
     building.fill(model, state)
     assert model.calls == 9
+
+
+def test_a_trained_model_says_so_and_its_folder_too(toys, tmp_path):
+    model = zoo.create("toy_small", num_classes=2)
+    old = WeightsCard(
+        tag="pile", where="there", licence="MIT", preprocess={"tokenizer": "org/words", "length": 5}, labels="names",
+        companions={"org/words": ("a.json",), "org/other": ("b.json",)}, metrics=(),
+    )  # fmt: skip
+    model.zoo_info.weights, model.zoo_info.tag = old, "pile"
+    model.zoo_info.changes.append("head (num_classes=2): new")
+    building.trained(model, "letters", {"tokenizer": "org/words", "size": (3, 4)}, ["a", "b"])
+    info = model.zoo_info
+    assert (info.name, info.source, info.changes) == ("toy_small", "trained on letters", [])
+    assert (info.weights.licence, info.weights.labels) == ("MIT", None)
+    assert info.weights.preprocess == {"tokenizer": "org/words", "size": [3, 4]}
+    assert info.weights.companions == {"org/words": ("a.json",)}
+    again = zoo.load(zoo.save(model, tmp_path / "out")).zoo_info
+    assert (again.weights.licence, again.weights.preprocess) == ("MIT", info.weights.preprocess)
+    assert again.weights.companions == info.weights.companions
+    assert again.folder_config["labels"] == ["a", "b"]
+
+    building.trained(model, "more letters")  # prepared as before; classes without names
+    assert model.zoo_info.weights.preprocess == info.weights.preprocess
+    assert model.zoo_info.folder_config == {}

@@ -267,6 +267,22 @@ def test_the_options_of_the_loop():
     assert CliRunner().invoke(command, ["--average", "1"]).exit_code == 2
 
 
+def test_what_is_measured(tmp_path):
+    @click.command()
+    @training.measuring(share=0.25)
+    def command(held_out, validation, score_every):
+        click.echo(f"{training.held_out_share(held_out, validation, 0.25)} {validation} {score_every}")
+
+    def said(*arguments: str) -> str:
+        return CliRunner().invoke(command, arguments).output.strip()
+
+    assert said() == "0.25 None None"
+    assert said("--held-out", "0", "--score-every", "3") == "0.0 None 3"
+    assert said("--validation", str(tmp_path)) == f"0.0 {tmp_path} None"
+    assert "give one, a share of the data or other data" in said("--validation", str(tmp_path), "--held-out", "0.5")
+    assert "range" in said("--held-out", "1")
+
+
 def test_what_comes_after_the_training_is_the_first_process_s_to_do(monkeypatch):
     @click.command()
     def command():

@@ -12,8 +12,8 @@ import logging
 import numbers
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zoo_registry import errors
+from zoo_registry import WeightsCard, errors
 
 from .catalog import find, import_object
 from .placement import checked_device, checked_dtype
 
 if TYPE_CHECKING:
-    from zoo_registry import ModelCard, WeightsCard
+    from zoo_registry import ModelCard
 
 logger = logging.getLogger("zoo")
 
@@ -84,6 +84,34 @@ def describe(model: nn.Module, info: ZooInfo) -> None:
     """Attach ``info`` as ``model.zoo_info`` (a plain attribute: it enters no state dict)."""
     info.num_classes = getattr(model, "num_classes", None)
     object.__setattr__(model, "zoo_info", info)
+
+
+def trained(
+    model: nn.Module, where: str, preprocess: Mapping[str, Any] | None = None, labels: Sequence[str] | None = None
+) -> None:
+    """Say in ``model.zoo_info`` that it has weights of its own now, so that pipelines answer as they will with the
+    folder that ``zoo.save`` writes of it.
+
+    where: what it was trained on. preprocess: how its inputs are prepared (None: as before). labels: of its classes
+    (None: those of before do not hold any more). The licence of the weights that it began with goes on, and so do
+    their companions which ``preprocess`` names.
+    """
+    before = model.zoo_info
+    assert isinstance(before, ZooInfo)
+    old = before.weights
+    settings = dict(old.preprocess if preprocess is None and old is not None else preprocess or {})
+    weights = WeightsCard(
+        tag="own",
+        where=f"trained on {where}",
+        licence=None if old is None else old.licence,
+        preprocess={k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()},
+        companions={k: v for k, v in (old.companions if old is not None else {}).items() if k in settings.values()},
+    )
+    own = {} if labels is None else {"labels": list(labels)}
+    source = f"trained on {where}"
+    describe(
+        model, replace(before, tag=None, source=source, changes=[], weights=weights, folder_config=own, folder=None)
+    )
 
 
 def has_new_head(model: nn.Module) -> bool:

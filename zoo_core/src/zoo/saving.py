@@ -195,7 +195,7 @@ def describe_model(
         }
         # Other weights in the same architecture, or an own head: the published figures are not theirs.
         kept = {"preprocess", "companions", "labels", "num_classes"} if info.tag is None else set(facts)
-        if info.weights.tag == "saved":  # whoever saved them said under which licence
+        if info.weights.tag in ("saved", "own"):  # whoever saved them, or trained on them, said under which licence
             kept |= {"licence"}
         if building.has_new_head(model):
             kept &= {"preprocess", "companions", "licence"}

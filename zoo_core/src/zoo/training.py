@@ -124,13 +124,15 @@ class Shuffled:
 
 def held_out(groups: Sequence[Hashable], share: float, seed: int = 0) -> tuple[list[int], list[int]]:
     """Numbers of the samples to train on and of those that are held out, both rising: ``share`` of each group, drawn by
-    ``seed``, at least one of a group of two or more and never all of it.
+    ``seed``, at least one of a group of two or more and never all of it; a share of 0 holds nothing out.
 
     groups: of every sample, as its class; all equal where there are none. Raises ValueError for a share that is not
-    between 0 and 1, and where nothing could be held out.
+    from 0 to below 1, and where nothing could be held out.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"the held-out share is {share}; expected one between 0 and 1, as 0.2")
+    if not 0 <= share < 1:
+        raise ValueError(f"the held-out share is {share}; expected one from 0 to below 1, as 0.2")
+    if share == 0:
+        return list(range(len(groups))), []
     members: dict[Hashable, list[int]] = {}
     for number, group in enumerate(groups):
         members.setdefault(group, []).append(number)
@@ -233,14 +235,14 @@ def fit(
     run: Run | None = None,
     report: Callable[[int, float], None] | None = None,
     score: Callable[[nn.Module], float] | None = None,
-    score_every: int = 0,
+    score_every: int | None = None,
 ) -> Fitted:
     """Train ``model`` in place, on the device where it is; it is in evaluation mode afterwards.
 
     batch(index): any nesting of dicts, lists and tuples of CPU tensors; called on a thread, ahead of its use.
     loss(model, batch): a scalar. report(step, loss): after every step, counted from 0. score(model): larger is better;
-    taken in evaluation mode after every ``score_every`` steps (0: never) and after the last: the model ends with the
-    weights that had the best one, the first of equals. run: keeps the state, and goes on with what it holds.
+    taken in evaluation mode after every ``score_every`` steps (None: ten times in all) and after the last: the model
+    ends with the weights that had the best one, the first of equals. run: keeps the state, and goes on with what it holds.
 
     Raises ValueError when a loss is not finite, and when ``recompute`` is asked of a model that cannot.
     """
@@ -251,6 +253,7 @@ def fit(
         if not hasattr(model, "set_grad_checkpointing"):
             raise ValueError(f"{type(model).__name__} cannot compute activations again; train it without recompute")
         model.set_grad_checkpointing(True)
+    every = score_every or max(settings.steps // 10, 1)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay), lr=settings.rate, betas=settings.betas, fused=_fused(model)
     )
@@ -299,7 +302,7 @@ def fit(
                 averaged.follow(model, step)
             if report is not None:
                 report(step, found.losses[-1])
-            if score is not None and _due(step + 1, score_every, settings.steps):
+            if score is not None and ((step + 1) % every == 0 or step + 1 == settings.steps):
                 candidate = model if averaged is None else averaged.model
                 value_now = _scored(score, candidate)
                 if not found.scores or value_now > max(s for _, s in found.scores):
@@ -372,10 +375,6 @@ def _fused(model: nn.Module) -> bool:
 def _seed(*numbers: int) -> int:
     state = np.random.SeedSequence([n % 2**63 for n in numbers]).generate_state(1, np.uint64)
     return int(state[0])
-
-
-def _due(done: int, every: int, steps: int) -> bool:
-    return every > 0 and (done % every == 0 or done == steps)
 
 
 def _scored(score: Callable[[nn.Module], float], model: nn.Module) -> float:

@@ -209,6 +209,32 @@ def begun(name: str, start: str | None, seed: int, **arguments: Any) -> nn.Modul
     return zoo.load(start, **arguments).float()
 
 
+def measuring(*, share: float = 0.1, of: str = "folder") -> Decorator:
+    """``--held-out``, ``--validation`` and ``--score-every``: what is not trained on, but measured; see
+    :func:`held_out_share`. share: the default; of: what ``--validation`` takes, "folder", "file" or "path"."""
+    place = click.Path(exists=True, file_okay=of != "folder", dir_okay=of != "file", path_type=Path)
+    kind = click.FloatRange(0, 1, max_open=True)
+    options = [
+        click.option("--held-out", type=kind, help=f"Share that is measured, and not trained on (default: {share:g})."),
+        click.option("--validation", type=place, help="Data of the same form to measure on instead."),
+        click.option(
+            "--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth of all)."
+        ),
+    ]
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.reduce(lambda done, option: option(done), reversed(options), command)
+
+    return add
+
+
+def held_out_share(held_out: float | None, validation: object, default: float = 0.1) -> float:
+    """The share to hold out of the data: none where there are others to measure on. Raises UsageError for both."""
+    if held_out is not None and validation:
+        raise click.UsageError("--held-out and --validation: give one, a share of the data or other data")
+    return 0.0 if validation else default if held_out is None else held_out
+
+
 def loop(*, steps: int, rate: float, weight_decay: float = 0.05) -> Decorator:
     """The options of :class:`zoo.training.Settings`, for :func:`settings`; the arguments are their defaults."""
     from_zero = click.FloatRange(min=0)
