@@ -242,7 +242,8 @@ def fit(
     batch(index): any nesting of dicts, lists and tuples of CPU tensors; called on a thread, ahead of its use.
     loss(model, batch): a scalar. report(step, loss): after every step, counted from 0. score(model): larger is better;
     taken in evaluation mode after every ``score_every`` steps (None: ten times in all) and after the last: the model
-    ends with the weights that had the best one, the first of equals. run: keeps the state, and goes on with what it holds.
+    ends with the weights that had the best one, the first of equals. run: keeps the state, and goes on with what it
+    holds.
 
     Raises ValueError when a loss is not finite, and when ``recompute`` is asked of a model that cannot.
     """
