@@ -132,7 +132,7 @@ def test_texts_follow_one_another(tmp_path, tokenizer):
     assert again.tokens.tolist() == [end, *made.encode("one"), end, *made.encode("two é")]
 
 
-def test_held_out_texts_are_whole_and_within_the_share(tmp_path):
+def test_held_out_texts_are_whole_and_within_the_share(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i:03d}" * 9}) + "\n" for i in range(40)))
     one = prepare(tmp_path / "one", [tmp_path / "a.jsonl"], ByteTokenizer(), held_out=0.1, seed=3)
     other = prepare(tmp_path / "other", [tmp_path / "a.jsonl"], ByteTokenizer(), held_out=0.1, seed=4)
@@ -140,6 +140,9 @@ def test_held_out_texts_are_whole_and_within_the_share(tmp_path):
     assert len(one.held.begins) == 4
     assert len(one.train.begins) == 36
     assert np.array_equal(one.held.tokens, again.held.tokens)
+    monkeypatch.setattr(corpus, "HELD_OUT_TEXTS", 3)
+    few = prepare(tmp_path / "few", [tmp_path / "a.jsonl"], ByteTokenizer(), held_out=0.1, seed=3)
+    assert len(few.held.begins) == 3
     assert not np.array_equal(one.held.tokens, other.held.tokens)
 
 

@@ -29,8 +29,8 @@ ENDINGS = (".txt", ".md", ".jsonl")
 #: Characters that are read at a time; a longer text is tokenised in pieces.
 PIECE = 1 << 22
 ABOUT = "about.json"
-#: At most so many bytes are held out: enough to measure by, and little enough to measure often.
-HELD_OUT = 1_000_000
+#: At most so many bytes, and texts, are held out: enough to measure by, and little enough to measure often.
+HELD_OUT, HELD_OUT_TEXTS = 1_000_000, 1000
 
 #: The end of the last line whose follower begins with a letter: where no tokenizer's token lies across.
 _LINES = re.compile(r".*\n(?=\S)", re.DOTALL)
@@ -179,9 +179,10 @@ def prepare(
 ) -> Corpus:  # fmt: skip
     """Tokenise ``files`` into ``folder``, or use what it holds of the same files.
 
-    held_out: a share of the bytes, at most :data:`HELD_OUT` of them, that is not trained on: whole texts, drawn by
-    ``seed``; the end of one where the first that is drawn is longer than that. validation: files of held-out texts
-    instead. Raises BadFile for a file that cannot be read, BadArgument where nothing is left to train on; StoreError.
+    held_out: a share of the bytes, at most :data:`HELD_OUT` in :data:`HELD_OUT_TEXTS`, that is not trained on: whole
+    texts, drawn by ``seed``; the end of one where the first that is drawn is longer than that. validation: files of
+    held-out texts instead. Raises BadFile for a file that cannot be read, BadArgument for files without a text, and
+    StoreError.
     """
     named = [*files, None, *validation]
     facts = [None if f is None else [str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in named]
@@ -224,7 +225,7 @@ def _drawn(sizes: Sequence[int], share: float, seed: int) -> dict[int, int]:
     left = min(int(share * sum(sizes)), HELD_OUT)
     found: dict[int, int] = {}
     for number in np.random.default_rng(seed % 2**63).permutation(len(sizes)).tolist() if left else []:
-        if sizes[number] > left:
+        if sizes[number] > left or len(found) == HELD_OUT_TEXTS:
             return found or {number: sizes[number] - left}
         found[number] = 0
         left -= sizes[number]

@@ -100,8 +100,9 @@ class TextGeneration(Pipeline):
         self.decoder = None if decode_weights is None else model.fast_decoder(decode_weights)
         self.cuda_graphs = cuda_graphs
         self.speculative = draft_of(speculative, model) if isinstance(speculative, str) else speculative
-        named = tokenizer is None or isinstance(tokenizer, str | Path)
-        self.tokenizer: Tokenizer = tokenizer_of(self.preprocess, tokenizer, fetch=self.companion) if named else tokenizer  # type: ignore[arg-type, assignment]
+        if tokenizer is None or isinstance(tokenizer, str | Path):
+            tokenizer = tokenizer_of(self.preprocess, tokenizer, fetch=self.companion)
+        self.tokenizer: Tokenizer = tokenizer
 
     @property
     def start(self) -> list[int]:
