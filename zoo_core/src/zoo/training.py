@@ -14,7 +14,7 @@ another::
 
     fit(model, batch, loss, Settings(steps=2000, rate=1e-3), run=run, report=report)
 
-Several GPUs or processes: the same command under ``torchrun --nproc-per-node N -m zoo.cli ...``, in :func:`processes`.
+Several GPUs or processes: the same command under ``torchrun --nproc-per-node N -m -- zoo.cli ...``, in :func:`processes`.
 """
 
 from __future__ import annotations
@@ -267,9 +267,8 @@ def fit(
     best: dict[str, Tensor] = dict(kept.get("best", {}))
     objective: nn.Module = _Objective(model, loss)
     if world > 1:
-        objective = nn.parallel.DistributedDataParallel(
-            objective, find_unused_parameters=bool(getattr(model, "unused_parameters", ()))
-        )
+        # A batch without objects leaves a detector's mask head out, and a forward its experts: found out each time.
+        objective = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
     autocast = PRECISIONS[settings.precision]
     first = len(found.losses)
     numbers = (n * world + rank for n in range(first * settings.accumulate, settings.steps * settings.accumulate))
