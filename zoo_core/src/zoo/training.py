@@ -14,7 +14,8 @@ another::
 
     fit(model, batch, loss, Settings(steps=2000, rate=1e-3), run=run, report=report)
 
-Several GPUs or processes: the same command under ``torchrun --nproc-per-node N -m -- zoo.cli ...``, in :func:`processes`.
+Several GPUs or processes: the same command under ``torchrun --nproc-per-node N -m -- zoo.cli ...``, in
+:func:`processes`.
 """
 
 from __future__ import annotations
