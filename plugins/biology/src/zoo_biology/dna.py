@@ -132,13 +132,13 @@ class DNAXLSTM(SequenceModel):
                 else (how, {**how, "reverse": True})
             )
             if not self.bidirectional:
-                x = self.run_block(block, x, **one)
+                x = block(x, **one)
             elif self.alternating:
-                x = self.run_block(block, x, **(other if i % 2 == 0 else one))
+                x = block(x, **(other if i % 2 == 0 else one))
             elif self.native and block.is_mlstm:
-                x = self.run_block(block, x, **one, bidirectional=not self.native_causal)
+                x = block(x, **one, bidirectional=not self.native_causal)
             else:
-                x = self.run_block(block, x, **one) + self.run_block(block, x, **other)
+                x = block(x, **one) + block(x, **other)
         return self.finish(x)
 
     def _rotary(self, length: int) -> tuple[Rotary | None, Rotary | None]:

@@ -113,7 +113,7 @@ class ProtXLSTM(SequenceModel):
         x = self.embed(ids, position_ids, sequence_ids)
         rotary = self.rotary(position_ids, sequence_ids)
         for i, block in enumerate(self.blocks):
-            x = self.run_block(block, x, state=None if state is None else state.layers[i], rotary=rotary)
+            x = block(x, state=None if state is None else state.layers[i], rotary=rotary)
         if state is not None:
             state.position += ids.shape[1]
         return self.finish(x)

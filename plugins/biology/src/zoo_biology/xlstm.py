@@ -6,13 +6,13 @@ Schmidinger et al., "Bio-xLSTM", arXiv 2411.04165.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from zoo.layers import GradCheckpointing, Recomputed
 from zoo.layers.linear import Linear
 
 from .mlstm import MLSTM
@@ -21,7 +21,7 @@ from .slstm import SLSTM
 from .state import State
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """``x + mixer(norm(x))``, and behind an sLSTM ``x + ffn(norm(x))``."""
 
     def __init__(self, d_model: int, mixer: MLSTM | SLSTM, ffn: GatedFeedForward | None = None) -> None:
@@ -77,7 +77,7 @@ def blocks_of(
     return nn.ModuleList(block(i) for i in range(num_blocks))
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(GradCheckpointing, nn.Module):
     """What the three networks share: an embedding, blocks, a last norm, a head; ids in, logits out."""
 
     def __init__(
@@ -110,7 +110,6 @@ class SequenceModel(nn.Module):
         )  # fmt: skip
         self.norm = LayerNorm(d_model) if final_norm else None
         self.head = Linear(d_model, vocab_size, bias=False)
-        self.checkpointing = False
         small_init(self.embedding.weight, width)
         small_init(self.head.weight, d_model)
         if tie_weights:
@@ -120,16 +119,6 @@ class SequenceModel(nn.Module):
                     "beside learnt positions"
                 )
             self.head.weight = self.embedding.weight
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
-        self.checkpointing = enable
-
-    def run_block(self, block: nn.Module, x: Tensor, **how: Any) -> Tensor:
-        if self.checkpointing and self.training and how.get("state") is None:
-            call: Callable[..., Tensor] = torch.utils.checkpoint.checkpoint
-            return call(block, x, use_reentrant=False, **how)
-        return block(x, **how)
 
     def finish(self, x: Tensor) -> Tensor:
         return x if self.norm is None else self.norm(x)
@@ -167,7 +156,7 @@ class XLSTMLM(SequenceModel):
         x = self.emb_dropout(self.embedding(ids))
         for i, block in enumerate(self.blocks):
             own = None if state is None else state.layers[i]
-            x = self.run_block(block, x, state=own, lengths=lengths)
+            x = block(x, state=own, lengths=lengths)
         if state is not None:
             state.position += ids.shape[1] if lengths is None else lengths
         return self.finish(x)

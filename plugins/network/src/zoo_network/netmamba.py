@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Linear, Mamba, RMSNorm
+from zoo.layers import GradCheckpointing, Linear, Mamba, Recomputed, RMSNorm
 from zoo.layers.vss import DropPath
 from zoo_kernels import causal_conv1d, selective_scan
 
@@ -40,7 +40,7 @@ class StrideEmbed(nn.Module):
         return F.linear(x.unflatten(1, (-1, self.stride)), self.proj.weight.squeeze(1), self.proj.bias)
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """Add, norm, mixer: ``residual += hidden; hidden = mixer(norm(residual))``; the first block has no residual yet."""
 
     def __init__(self, dim: int, drop_path: float = 0.0, bimamba_type: str = "none") -> None:
@@ -119,7 +119,7 @@ def _blocks(dim: int, depth: int, drop_path: float, bimamba_type: str) -> nn.Mod
     return nn.ModuleList(Block(dim, rates[i], bimamba_type) for i in range(depth))
 
 
-class _Encoder(nn.Module):
+class _Encoder(GradCheckpointing, nn.Module):
     """Strides, positions, the class token at the END (a causal model sees everything there), blocks, last norm."""
 
     def __init__(

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Mamba
+from zoo.layers import GradCheckpointing, Mamba, Recomputed
 from zoo.reference import ReferenceAdapter
 from zoo.rules import Rename, Rules
 
@@ -22,7 +22,7 @@ from .last import Dropout, rows_at
 EPS = 1e-12
 
 
-class Layer(nn.Module):
+class Layer(Recomputed):
     """Mamba, dropout, (residual,) norm, feed-forward. A one-layer model has no residual around its mixer."""
 
     def __init__(self, hidden_size: int, mamba: Mamba, dropout: float, *, residual: bool) -> None:
@@ -47,7 +47,7 @@ class Layer(nn.Module):
         return self.close(mixed, rows_at(x, index))
 
 
-class Mamba4Rec(SequentialRecommender):
+class Mamba4Rec(GradCheckpointing, SequentialRecommender):
     """Embedding, ``num_layers`` x (Mamba, feed-forward), scores against the embedding.
 
     Arguments: ``n_items`` (counting the padding item 0), ``hidden_size`` D, ``num_layers``, ``max_length`` (of the

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Mamba2
+from zoo.layers import GradCheckpointing, Mamba2, Recomputed
 from zoo.layers.linear import Linear, linear
 from zoo.reference import ReferenceAdapter, unwrapped
 from zoo.rules import Rename, Rules
@@ -100,7 +100,7 @@ class TimeAwareSSD(Mamba2):
         return self._finish(y.flatten(-2), z, z, z)
 
 
-class Layer(nn.Module):
+class Layer(Recomputed):
     """Mixer, dropout, (residual,) norm, feed-forward. A one-layer model has no residual around its mixer."""
 
     def __init__(
@@ -128,7 +128,7 @@ class Layer(nn.Module):
         return self.close(self.ssd.at(x, tau, index), rows_at(x, index))
 
 
-class TiM4Rec(SequentialRecommender):
+class TiM4Rec(GradCheckpointing, SequentialRecommender):
     """TiM4Rec; with ``time=False`` the SSD4Rec of its authors' comparison.
 
     Arguments: ``n_items`` (counting the padding item 0), ``hidden_size`` D, ``num_layers``, ``max_length`` L (part of
