@@ -7,12 +7,12 @@ for Deep Architecture", IEEE TNNLS 29(1), 2018, section III.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from zoo.layers import Linear
+from zoo.layers import Linear, Recomputed
 
 
-class BroadLearning(nn.Module):
+class BroadLearning(Recomputed):
     """``[Z, H] W_out + b``: feature nodes ``Z_i = phi(x W_i + b_i)``, enhancement nodes ``H_j = tanh(Z V_j + c_j)``.
 
     Arguments: ``dim_in``, ``dim_out``; ``features`` groups of ``feature_width`` nodes; ``enhancements`` groups of

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.layers import Linear, PathScan
+from zoo.layers import GradCheckpointing, Linear, PathScan, Recomputed
 from zoo_kernels import causal_conv1d
 
 from .broad_learning import BroadLearning
@@ -26,7 +26,7 @@ CONFIDENCES = ("label", "predicted", "entropy")
 DIRECTIONS = [False, True]  # forwards, backwards
 
 
-class BidirectionalScan(nn.Module):
+class BidirectionalScan(Recomputed):
     """``x + W_out ((forwards(u) + backwards(u)) silu(gate))`` with ``u, gate = W_in LayerNorm(x)``.
 
     Each direction has a causal convolution, SiLU and a selective scan of its own. Backwards begins at a dialogue's own
@@ -80,7 +80,7 @@ class Context(nn.Module):
         return self.norm(h)
 
 
-class BroadMamba(nn.Module):
+class BroadMamba(GradCheckpointing, nn.Module):
     """Emotion of every utterance of a dialogue, from features of its words, sound and picture.
 
     Arguments: ``classes``, the emotions' names; ``dims``, the number of features of each modality that the model reads

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import placement
-from zoo.layers import Mamba, RMSNorm
+from zoo.layers import GradCheckpointing, Mamba, Recomputed, RMSNorm
 
 from .mixture_of_mamba import PROJECTIONS, MixtureOfMamba
 from .routing import Routing, route
@@ -28,7 +28,7 @@ def fork(state: State, copies: int = 1) -> State:
     return [{k: v.repeat_interleave(copies, 0) if copies > 1 else v.clone() for k, v in own.items()} for own in state]
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """``x + mixer(norm(x))``."""
 
     def __init__(self, d_model: int, mixer: Mamba, norm_eps: float) -> None:
@@ -107,7 +107,7 @@ class Stack(nn.Module):
         return self.norm_f(x)
 
 
-class MixtureLM(nn.Module):
+class MixtureLM(GradCheckpointing, nn.Module):
     """Embedding, Mixture-of-Mamba blocks, norm, head; every token's modality follows from its id.
 
     Arguments: ``d_model``; ``n_layer`` (Mamba blocks; two stand for one layer of a transformer); ``vocab_sizes``, of

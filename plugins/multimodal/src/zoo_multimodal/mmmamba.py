@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.layers import Linear, RMSNorm
+from zoo.layers import GradCheckpointing, Linear, RMSNorm
 
 from .mmmamba_mixers import LayerState
 from .mmmamba_parts import Run, Stack, VisionEmbeddings, pixel_shuffle
@@ -51,7 +51,7 @@ class State:
         return State(embedding, language, self.position, self.embedding_position, self.logits)
 
 
-class MmMamba(nn.Module):
+class MmMamba(GradCheckpointing, nn.Module):
     """Image tiles and text to the next token's logits.
 
     Arguments: ``vocab_size``; ``d_model`` D; ``embedding`` and ``language``, the arguments of each :class:`Stack`;
@@ -262,10 +262,6 @@ class MmMamba(nn.Module):
         self._check_count(int((~text).sum()) if _concrete(ids) else None, short.shape[0])
         out = x.new_zeros(*ids.shape, self.d_model).masked_scatter(text[..., None], x[~image])
         return out.masked_scatter(~text[..., None], short)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each layer in the backward instead of keeping its activations."""
-        self.embedding.checkpointing = self.language.checkpointing = enable
 
     # -- from a state
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from zoo.layers import Linear, RMSNorm
+from zoo.layers import Linear, Recomputed, RMSNorm
 from zoo.layers.linear import linear
 
 from .mmmamba_mixers import LayerState, Mamba2Attention, Phases, Rotary, SoftmaxAttention
@@ -46,7 +45,7 @@ class FeedForward(nn.Module):
         return self.w2(ACTIVATIONS[self.act](self.w1(x)) * self.w3(x))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Recomputed):
     """``x + attention(RMSNorm(x))``, then ``x + feed_forward(RMSNorm(x))``."""
 
     def __init__(
@@ -135,7 +134,6 @@ class Stack(nn.Module):
         )
         self.rotary = Rotary(d_model // heads, rope_theta, rope_scaling, max_positions)
         self.has_softmax = bool(softmax)
-        self.checkpointing = False
 
     def phases(self, positions: Tensor | None, before: int, length: int, device: torch.device) -> Phases:
         if positions is None:
@@ -160,10 +158,9 @@ class Stack(nn.Module):
             assert isinstance(layer, DecoderLayer)
             if run is not None:
                 x = run(layer, x, phases, padding)
-            elif self.checkpointing and self.training and state is None:
-                x = checkpoint(layer, x, phases, None, 0, padding, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = layer(x, phases, None if state is None else state[i], before, padding)
+                own = None if state is None else state[i]
+                x = layer(x, phases, state=own, before=before, padding=padding)
         return x
 
     def step(self, x: Tensor, state: list[LayerState], before: int) -> Tensor:

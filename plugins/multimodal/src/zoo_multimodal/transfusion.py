@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import placement
-from zoo.layers import Linear
+from zoo.layers import GradCheckpointing, Linear
 
 from .mixture_lm import Stack, State, choose, fork
 from .mixture_of_mamba import PROJECTIONS
@@ -42,7 +42,7 @@ class NoiseLevel(nn.Module):
         return self.fc2(nn.functional.silu(self.fc1(waves)))
 
 
-class TransfusionMamba(nn.Module):
+class TransfusionMamba(GradCheckpointing, nn.Module):
     """Embedded tokens and projected patches through one :class:`~zoo_multimodal.mixture_lm.Stack`, and two heads.
 
     Arguments: ``d_model``, ``n_layer``, ``vocab_size`` V of the text, ``latent_dim`` of a patch, ``timesteps`` of the
