@@ -11,6 +11,8 @@ from click.testing import CliRunner
 
 import zoo
 import zoo.testing
+from zoo.cli import training
+from zoo.runs import Run
 from zoo.training import Settings, fit
 from zoo_language import corpus
 from zoo_language.commands_training import train_language
@@ -275,6 +277,36 @@ def test_it_learns_and_says_what_zoo_validate_says(texts, tmp_path):
     assert again.exit_code == 0, again.output
     assert "apart" in again.output
     assert f'zoo generate {out} "Once"' in again.output
+
+
+def test_an_interrupted_command_goes_on(texts, tmp_path, monkeypatch):
+    """With the tokens that are there, to the weights that an uninterrupted one ends with; nothing else is left."""
+    command = ["mamba2_micro", texts, "--steps", 5, "--length", 16, "--batch-size", 2, "--score-every", 2, *SMALL]
+    assert run(*command, "--out", tmp_path / "whole").exit_code == 0
+    monkeypatch.setattr(Run.__init__, "__kwdefaults__", {"every": 0.0, "on_resume": None})
+    reporter, calls = training.reporter, []
+
+    def interrupting(*given, **how):
+        def report(step, loss):
+            calls.append(step)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            reporter(*given, **how)(step, loss)
+
+        return report
+
+    monkeypatch.setattr(training, "reporter", interrupting)
+    out = tmp_path / "out"
+    stopped = run(*command, "--out", out)
+    assert f"{out} holds the run up to step 3: the same command goes on there" in stopped.output
+    monkeypatch.setattr(corpus, "_write", None)  # nothing is tokenised again
+    again = run(*command, "--out", out)
+    assert again.exit_code == 0, again.output
+    assert "going on after step 3 of an interrupted run" in again.output
+    assert calls == [0, 1, 2, 3, 3, 4]
+    assert sorted(file.name for file in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    ours, whole = zoo.load(out).state_dict(), zoo.load(tmp_path / "whole").state_dict()
+    assert all(torch.equal(value, whole[key]) for key, value in ours.items())
 
 
 def test_a_tokenizer_goes_with_the_weights(texts, tmp_path, tokenizer):
