@@ -18,7 +18,6 @@ from zoo_registry import errors
 from zoo_vision.pipelines import ImageClassification
 from zoo_vision.training import classify
 from zoo_vision.training.augment import jittered, mixed, window
-from zoo_vision.training.common import split
 
 SMALL = {"img_size": 16, "depth": 2, "embed_dim": 16}
 SET = [word for k, v in SMALL.items() for word in ("--set", f"{k}={v}")]
@@ -190,13 +189,6 @@ def test_jitter_and_mixup_do_nothing_when_off():
     assert not torch.equal(jittered(pixels, r, 0.5), pixels)
     x, shares = torch.rand(4, 1, 2, 2), torch.eye(4)
     assert mixed(x, shares, r, 0.0) == (x, shares)
-
-
-def test_nothing_is_held_out_where_nothing_is_asked_for():
-    assert split([0, 0, 1], 0.0, seed=0) == ([0, 1, 2], [])
-    kept, held = split([0] * 20 + [1] * 10, 0.2, seed=1)
-    assert [sum(i < 20 for i in held), sum(i >= 20 for i in held)] == [4, 2]
-    assert sorted(kept + held) == list(range(30))
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
-_MEASURING = (
-    click.option("--held-out", type=click.FloatRange(0, 0.9), help="Share to measure on (default 0.1)."),
-    click.option("--score-every", type=click.IntRange(min=1), help="Steps between two measures (default: a tenth)."),
-)
 _CHANGING = (
     click.option("--flip/--no-flip", default=True, show_default=True, help="Show half of them from right to left."),
     click.option(
@@ -35,13 +31,6 @@ _CHANGING = (
 
 def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
     return lambda command: functools.reduce(lambda done, option: option(done), reversed(options), command)
-
-
-def _share(held_out: float | None, validation: Path | None) -> float:
-    """The share to hold out; none where there is a validation set."""
-    if held_out is not None and validation is not None:
-        raise click.UsageError("--held-out and --validation: give one, a share of the data or other data")
-    return 0.0 if validation is not None else 0.1 if held_out is None else held_out
 
 
 def _with(arguments: dict[str, Any], choices: tuple[str, ...]) -> dict[str, Any]:
@@ -61,7 +50,6 @@ def _finished(
     *,
     data: Path,
     measured_on: Path | None,
-    licence: str | None,
     command: str,
     next_command: str,
     example: str | Path,
@@ -75,7 +63,7 @@ def _finished(
     metrics = training.measured(
         figures, dataset=source.name, split="validation" if measured_on else "held out", command=command
     )
-    zoo.save(model.cpu(), out, labels=labels, licence=licence, metrics=metrics)
+    zoo.save(model.cpu(), out, labels=labels, metrics=metrics)
     if as_json:
         output.emit(dict(facts) | {"metrics": figures, "folder": str(out)})
         return
@@ -88,8 +76,7 @@ def _finished(
 @click.argument("name")
 @click.argument("folder", type=_FOLDER)
 @training.out
-@_options(*_MEASURING)
-@click.option("--validation", type=_FOLDER, help="Measure on this FOLDER/CLASS/PICTURE instead.")
+@training.measuring()
 @training.start
 @click.option("--size", type=click.IntRange(min=1), help="Pixels a side (default: as the weights, or the model's own).")
 @click.option(
@@ -143,16 +130,18 @@ def train_classifier(
         zoo train-classifier vim_tiny flowers/ --out flowers_vim --start vim_tiny.in1k --steps 2000
         zoo train-classifier vmamba_micro scans/ --out scans_vmamba --no-flip --set in_chans=1
     """
+    from zoo.building import trained
     from zoo.training import fit
+    from zoo.training import held_out as apart
 
     from .pipelines import ImageClassification
     from .training import classify
-    from .training.common import accepts, check_files, check_task, describe, split
+    from .training.common import accepts, check_files, check_task
     from .validation import accuracies
 
     command = "train-classifier"
     check_task(name, "image-classification", command)
-    share = _share(held_out, validation)
+    share = training.held_out_share(held_out, validation)
     if frozen and start is None:
         raise click.UsageError("--freeze trains the last layer on what the others know: give their weights as --start")
     classes = classify.classes_in(folder)
@@ -163,10 +152,10 @@ def train_classifier(
     settings = ImageClassification(model).settings
     if size is not None:
         settings["input_size"] = (settings["input_size"][0], size, size)
-    licence = describe(model, classes, settings | {"upright": True}, folder.name)
+    trained(model, folder.name, settings | {"upright": True}, classes)
     pipe = ImageClassification(model)
     every = classify.labelled(folder, classes, pipe.in_chans)
-    kept, held = split([label for _, label in every.samples], share, seed)
+    kept, held = apart([label for _, label in every.samples], share, seed)
     train = every.part(kept)
     test = every.part(held) if validation is None else classify.labelled(validation, classes, pipe.in_chans)
     check_files(Path(file) for file, _ in train.samples + test.samples)
@@ -192,12 +181,12 @@ def train_classifier(
             model.to(place.device), batches, classify.Loss(smoothing, frozen), plan, run=run,
             report=training.reporter(plan.steps, quiet=as_json),
             score=(lambda m: measure(m)["top1"] or 0.0) if len(test) else None,
-            score_every=score_every or max(plan.steps // 10, 1),
+            score_every=score_every,
         )  # fmt: skip
         if place.first:
             facts = {"classes": classes, "pictures": len(train), "measured": len(test), "taken_at": fitted.taken_at}
             _finished(
-                model, out, classes, measure(model), facts, data=folder, measured_on=validation, licence=licence,
+                model, out, classes, measure(model), facts, data=folder, measured_on=validation,
                 command=command, next_command="classify", example=(test.samples or train.samples)[0][0],
                 as_json=as_json,
             )  # fmt: skip
@@ -227,8 +216,7 @@ def _scale(least: float, most: float) -> Callable[..., Any]:
 @click.argument("name")
 @click.argument("folder", type=_FOLDER)
 @training.out
-@_options(*_MEASURING)
-@click.option("--validation", type=_FOLDER, help="Measure on the images and labels of this folder instead.")
+@training.measuring()
 @click.option("--maps", type=_FOLDER, help="Folder of the label maps; FOLDER is then that of the pictures.")
 @click.option(
     "--names",
@@ -284,17 +272,19 @@ def train_segmenter(
         zoo train-segmenter upernet fields/ --out fields_upernet --start vmamba_tiny.in1k
         zoo train-segmenter upernet streets/ --out streets --set backbone=efficientvim_m1 --ignore 0 --ignore 255
     """
+    from zoo.building import trained
     from zoo.training import fit
+    from zoo.training import held_out as apart
 
     from .labelled_scenes import check_sizes, confusion, pairs, read_names, scores
     from .pipelines import transform_settings
     from .scenes import SemanticSegmentation
     from .training import segment
-    from .training.common import begun_on, check_task, describe, preprocess_of, split
+    from .training.common import begun_on, check_task, preprocess_of
 
     command = "train-segmenter"
     check_task(name, "semantic-segmentation", command)
-    share = _share(held_out, validation)
+    share = training.held_out_share(held_out, validation)
     if names_file is None and (folder / "labels.txt").is_file():
         names_file = folder / "labels.txt"
     every = pairs(folder, maps)
@@ -311,9 +301,9 @@ def train_segmenter(
     short_side = size or before.get("short_side", 512)
     settings |= {"short_side": short_side, "long_side": 4 * short_side}
     known = {"label_values": values.classes, "ignored_values": values.ignored}
-    licence = describe(model, names, settings | known, folder.name)
+    trained(model, folder.name, settings | known, names)
     pipe = SemanticSegmentation(model)
-    kept, held = split([0] * len(every), share, seed)
+    kept, held = apart([0] * len(every), share, seed)
     train = [every[i] for i in kept]
     test = [every[i] for i in held] if validation is None else other
     plan = training.settings(options, seed)
@@ -334,12 +324,12 @@ def train_segmenter(
             model.to(place.device), batches, segment.loss, plan, run=run,
             report=training.reporter(plan.steps, quiet=as_json),
             score=(lambda m: measure(m)["mIoU"] or 0.0) if test else None,
-            score_every=score_every or max(plan.steps // 10, 1),
+            score_every=score_every,
         )  # fmt: skip
         if place.first:
             facts = {"classes": names, "pictures": len(train), "measured": len(test), "taken_at": fitted.taken_at}
             _finished(
-                model, out, names, measure(model), facts, data=folder, measured_on=validation, licence=licence,
+                model, out, names, measure(model), facts, data=folder, measured_on=validation,
                 command=command, next_command="segment-images --out classes", example=(test or train)[0].picture,
                 as_json=as_json,
             )  # fmt: skip
@@ -350,12 +340,7 @@ def train_segmenter(
 @click.argument("data", type=click.Path(exists=True, path_type=Path))
 @training.out
 @click.option("--images", type=_FOLDER, help="Folder of the pictures (default: that of DATA).")
-@_options(*_MEASURING)
-@click.option(
-    "--validation",
-    type=click.Path(exists=True, path_type=Path),
-    help="Measure on this DATA instead; its pictures lie beside it, or in --images.",
-)
+@training.measuring(of="path")
 @training.start
 @click.option(
     "--size", type=click.IntRange(min=32), help="Pixels of the shorter side (default: as the weights, or 800)."
@@ -400,18 +385,20 @@ def train_detector(
         zoo train-detector mask_rcnn bees.json --images photos --out bees_mask_rcnn --start vmamba_tiny.in1k
         zoo train-detector retinanet bees/ --out bees_retinanet --set backbone=efficientvim_m1
     """
+    from zoo.building import trained
     from zoo.training import fit
+    from zoo.training import held_out as apart
 
     from .coco import pycocotools
     from .objects import ObjectDetection
     from .pipelines import transform_settings
     from .training import detect
-    from .training.common import check_task, describe, preprocess_of, split
+    from .training.common import check_task, preprocess_of
     from .validation import precisions
 
     command = "train-detector"
     check_task(name, "object-detection", command)
-    share = _share(held_out, validation)
+    share = training.held_out_share(held_out, validation)
     pycocotools("cocoeval")  # or say what lacks, before hours of work
     path, folder = detect.annotations_of(data, images)
     every = detect.Annotations(path, folder)
@@ -427,9 +414,9 @@ def train_detector(
     settings: dict[str, Any] = {k: v for k, v in transform_settings(model, before).items() if k in ("mean", "std")}
     short_side = size or before.get("short_side", 800)
     settings |= {"short_side": short_side, "long_side": short_side * 1333 // 800}
-    licence = describe(model, every.names, settings, data.name)
+    trained(model, data.name, settings, every.names)
     pipe = ObjectDetection(model)
-    kept, held = split([0] * len(every.pictures), share, seed)
+    kept, held = apart([0] * len(every.pictures), share, seed)
     train = [every.pictures[i] for i in kept]
     test = source.pictures if validation is not None else [every.pictures[i] for i in held]
     ids = {index: category for category, index in source.classes.items()}
@@ -459,12 +446,12 @@ def train_detector(
             model.to(place.device), batches, detect.loss, plan, run=run,
             report=training.reporter(plan.steps, quiet=as_json),
             score=(lambda m: measure(m)["box AP"] or 0.0) if test else None,
-            score_every=score_every or max(plan.steps // 10, 1),
+            score_every=score_every,
         )  # fmt: skip
         if place.first:
             facts = {"classes": every.names, "pictures": len(train), "measured": len(test), "masks": masks}
             _finished(
                 model, out, every.names, measure(model), facts | {"taken_at": fitted.taken_at}, data=data,
-                measured_on=validation, licence=licence, command=command, next_command="detect",
+                measured_on=validation, command=command, next_command="detect",
                 example=(test or train)[0].file, as_json=as_json,
             )  # fmt: skip

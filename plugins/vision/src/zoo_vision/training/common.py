@@ -1,21 +1,20 @@
-"""What the trainings of all tasks share: files that open, pictures held out, what the saved folder says."""
+"""What the trainings of all tasks share: the model that they begin with, and files that open."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import zoo
-from zoo import building, catalog
+from zoo import catalog
 from zoo.cli.training import begun
 from zoo.loading import card_of
-from zoo.training import held_out
-from zoo_registry import WeightsCard, errors
+from zoo_registry import errors
 from zoo_vision.validation import upright_size
 
 log = logging.getLogger("zoo")
@@ -83,24 +82,3 @@ def check_files(files: Iterable[Path]) -> None:
         size = upright_size(file)
         if not all(size):
             raise errors.BadFile(f"{file} has {size[0]} x {size[1]} pixels; mend or remove it", path=str(file))
-
-
-def split(groups: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """:func:`zoo.training.held_out`; a ``share`` of 0 holds nothing out."""
-    return held_out(groups, share, seed) if share else (list(range(len(groups))), [])
-
-
-def describe(model: nn.Module, labels: Sequence[str], preprocess: Mapping[str, Any], where: str) -> str | None:
-    """Say in ``model.zoo_info`` what is trained now, and how pictures are prepared, so that pipelines in this process
-    answer as those of the saved folder will. Returns the licence of the weights it began with."""
-    before = model.zoo_info
-    assert isinstance(before, building.ZooInfo)
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in preprocess.items()}
-    info = building.ZooInfo(
-        before.architecture, None, before.config, before.overrides,
-        source=f"trained on {where}", card=before.card,
-        weights=WeightsCard(tag="own", where=f"trained on {where}", preprocess=plain),
-        folder_config={"labels": list(labels)},
-    )  # fmt: skip
-    building.describe(model, info)
-    return before.weights.licence if before.weights is not None else None
