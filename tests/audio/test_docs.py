@@ -55,13 +55,25 @@ def test_training_runs_as_printed(tmp_path, monkeypatch, capsys):
     Path("others.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     page = PAGES["docs"].read_text(encoding="utf-8")
     (section,) = re.findall(r"\n## Train on your own data\n(.*?)\n## ", page, re.DOTALL)
-    (block,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-    sizes = ["dim=16", "n_enc=1", "n_dec=1", "n_mels=20"]
-    for command in block.splitlines():
-        words = shlex.split(command.replace("--device cuda", ""))[1:]
-        if words[0] == "train-speech":
-            words += ["--steps", "1", "--batch-size", "2", *(w for size in sizes for w in ("--set", size))]
+    blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 2
+    for folder in ("piano", "others"):
+        Path(folder).mkdir()
+        (tmp_path / folder / "note.wav").symlink_to(examples / "pluck.wav")
+        (tmp_path / folder / "pluck.wav").symlink_to(examples / "pluck.wav")
+    layer = json.dumps({"mode": "nplr", "d_state": 8, "n_ssm": 1, "dt_transform": "softplus"})
+    sizes = {
+        "train-speech": ["dim=16", "n_enc=1", "n_dec=1", "n_mels=20"],
+        "train-audio": ["d_model=8", "n_layers=1", "sample_rate=8000", f"layer={layer}"],
+    }
+    for command in "".join(blocks).splitlines():
+        shorter = command.replace("--device cuda", "").replace("65536", "256").replace("seconds 2", "seconds .01")
+        words = shlex.split(shorter)[1:]
+        if words[0] in sizes:
+            words += ["--steps", "1", *(w for size in sizes[words[0]] for w in ("--set", size))]
         assert run(words) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert "try: zoo transcribe ./asr recording.wav" in said
     assert "WER" in said
+    assert "bits per sample" in said
+    assert Path("made.wav").is_file()

@@ -29,7 +29,10 @@ def zoo_pipelines() -> Mapping[str, str]:
 
 @hookimpl
 def zoo_validators() -> Mapping[str, str]:
-    return {"speech-recognition": "zoo_audio.validation:validate_speech"}
+    return {
+        "speech-recognition": "zoo_audio.validation:validate_speech",
+        "audio-generation": "zoo_audio.validation:validate_sound",
+    }
 
 
 @hookimpl
@@ -37,6 +40,7 @@ def zoo_commands() -> Mapping[str, str]:
     return {
         "transcribe": "zoo_audio.commands:transcribe",
         "generate-audio": "zoo_audio.commands:generate_audio",
+        "train-audio": "zoo_audio.train_sounds:train_audio",
         "train-speech": "zoo_audio.train_commands:train_speech",
     }
 

@@ -300,6 +300,10 @@ class SambaASR(GradCheckpointing, nn.Module):
         """Time between two outputs of the encoder; features come at 100 a second."""
         return 0.01 * self.front.conv1.stride[0] * self.front.conv2.stride[0]
 
+    def no_weight_decay(self) -> set[str]:
+        """A of every scan, which no weight decay pulls to zero."""
+        return {name for name, _ in self.named_parameters() if name.endswith("A_log")}
+
     def encode(self, features: Tensor, frames: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(batch, frames, n_mels) to (batch, positions, dim) and how many positions of each row count.
 

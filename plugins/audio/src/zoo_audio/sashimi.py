@@ -353,6 +353,11 @@ class SashimiLM(GradCheckpointing, nn.Module):
         self.model = Sashimi(d_model, **backbone)
         self.decoder = nn.Linear(d_model, vocab_size)
 
+    def no_weight_decay(self) -> set[str]:
+        """The parameters of S4's state matrices and step sizes, as S4 is trained."""
+        ends = ("A_real", "A_imag", ".B", ".P", "inv_dt")
+        return {name for name, _ in self.named_parameters() if name.endswith(ends)}
+
     def forward(self, tokens: Tensor) -> Tensor:
         """(batch, length) int64 to (batch, length, vocab_size)."""
         return self.decoder(self.model(self.encoder(tokens)))

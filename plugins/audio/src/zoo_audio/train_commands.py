@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from .samba_asr import SambaASR
     from .text import Tokenizer
+
+T = TypeVar("T")
 
 #: So many of the recordings that are left out are named.
 NAMED = 5
@@ -87,7 +90,7 @@ def train_speech(
         optional("jiwer", "counting errors of transcripts", "ssm-zoo-audio[metrics]")
     pairs, held = read_manifest(manifest), [] if validation is None else read_manifest(validation)
     if validation is None:
-        pairs, held = _split(pairs, held_out, seed)
+        pairs, held = split(pairs, held_out, seed)
     model, tokenizer = _begun(
         name, start, vocabulary, [text for _, text in pairs], seed, output.pairs(choices, "--set")
     )
@@ -105,7 +108,7 @@ def train_speech(
     counts: dict[str, Any] = {"recordings": len(recordings), "held_out": len(held)}
     with training.processes(device) as place, training.run(out, resume, quiet=as_json, **counts) as run:
         model = model.to(place.device)
-        _describe(model, tokenizer)
+        describe_trained(model, {"sample_rate": model.sample_rate, "tokenizer_json": tokenizer.text})
 
         def rates(network: Any) -> dict[str, float]:
             found = measure(SpeechRecognition(network), held)[0]
@@ -140,17 +143,17 @@ def train_speech(
     click.echo(f"saved to {out}; try: zoo transcribe {training.source(out)} recording.wav")
 
 
-def _split(pairs: list[tuple[Path, str]], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+def split(given: Sequence[T], share: float, seed: int) -> tuple[list[T], list[T]]:
     """(to train on, held out); at least one of each where a share is asked for."""
     import numpy as np
 
-    if share and len(pairs) < 2:
+    if share and len(given) < 2:
         raise errors.BadArgument(
             "there is one recording only; give more, or --held-out 0", argument="manifest", accepted=[]
         )
-    count = 0 if share == 0 else min(max(round(share * len(pairs)), 1), len(pairs) - 1)
-    chosen = set(np.random.default_rng(seed % 2**63).permutation(len(pairs))[:count].tolist())
-    return [p for i, p in enumerate(pairs) if i not in chosen], [p for i, p in enumerate(pairs) if i in chosen]
+    count = 0 if share == 0 else min(max(round(share * len(given)), 1), len(given) - 1)
+    chosen = set(np.random.default_rng(seed % 2**63).permutation(len(given))[:count].tolist())
+    return [p for i, p in enumerate(given) if i not in chosen], [p for i, p in enumerate(given) if i in chosen]
 
 
 def _begun(
@@ -205,11 +208,10 @@ def _name(refused: list[str]) -> None:
         click.echo(f"left out: {len(refused) - NAMED} more", err=True)
 
 
-def _describe(model: SambaASR, tokenizer: Tokenizer) -> None:
-    """Put what a pipeline must know where it looks, and ``zoo.save`` too."""
+def describe_trained(model: Any, facts: dict[str, Any]) -> None:
+    """Put what a pipeline must know (``facts``) where it looks, and ``zoo.save`` too."""
     from zoo.building import describe
     from zoo_registry import WeightsCard
 
-    facts = {"sample_rate": model.sample_rate, "tokenizer_json": tokenizer.text}
     card = WeightsCard(tag="own", where="this folder", preprocess=facts)
-    describe(model, dataclasses.replace(model.zoo_info, tag=None, weights=card, folder_config={}))  # type: ignore[type-var]
+    describe(model, dataclasses.replace(model.zoo_info, tag=None, weights=card, folder_config={}))

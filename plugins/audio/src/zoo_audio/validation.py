@@ -1,4 +1,4 @@
-"""Measuring a speech recogniser on recordings whose words are known."""
+"""Measuring: a speech recogniser on recordings whose words are known, a model of sound on recordings."""
 
 from __future__ import annotations
 
@@ -65,3 +65,30 @@ def measure(
         answers.append(pipe(path))
         advance()
     return error_rates([text for _, text in pairs], [answer.text for answer in answers]), answers
+
+
+def validate_sound(
+    model: nn.Module, data: str | Path, *, length: int | None = None, batch_size: int = 8, limit: int | None = None
+) -> Measured:
+    """Bits a sample: the mean -log2 of the probability that the model gives to each sample after those before it.
+
+    DATA is an audio file, or a folder of them at any depth; they are resampled to the model's rate, as 8-bit mu-law.
+    ``length``: samples of a window, which begins anew with nothing heard (default: those of the weights' training, else
+    the card's); ``limit``: at most so many recordings.
+
+    Raises ``zoo.errors.BadArgument`` for a folder without audio, and for a model that hears no mu-law samples.
+    """
+    from .sounds import bits, default_length, find_audio, read_tokens, sound_model
+
+    began = time.perf_counter()
+    lm = sound_model(model)
+    sounds = [read_tokens(path, lm.sample_rate) for path in find_audio(Path(data))[:limit]]
+    window = default_length(lm) if length is None else length
+    return Measured(
+        model=getattr(getattr(model, "zoo_info", None), "name", type(model).__name__),
+        data=str(data),
+        samples=len(sounds),
+        metrics={"bits per sample": bits(lm, sounds, window, batch_size)},
+        seconds=time.perf_counter() - began,
+        notes=f"{sum(map(len, sounds))} samples, in windows of {window}",
+    )
