@@ -209,6 +209,21 @@ def test_an_interrupted_run_goes_on(tmp_path):
     zoo.testing.check_resume(train, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("umamba_micro", {"A_log", "D"}),
+        ("segmamba_brats", {"A_log", "D", "conv_bias", "dt_bias"}),
+        ("swin_umamba_d", {"A_log", "D", "dt_bias"}),
+        ("vm_unet_isic", {"A_log", "D", "dt_bias"}),
+        ("mambamim_pretrain", {"A_log", "A_b_log", "D", "mask_token", "pos_embed", "0", "1", "2", "3", "4"}),
+    ],
+)
+def test_scans_and_positions_are_not_decayed(name, ends):
+    network = zoo.create(name, device="meta")
+    assert {key.rpartition(".")[2] for key in network.no_weight_decay()} == ends
+
+
 # -- what is cut from scans --------------------------------------------------------------------------------------------
 
 

@@ -71,6 +71,15 @@ class MedicalAdapter(ReferenceAdapter):
         return sum((v.float().pow(2).mean() for k, v in named.items() if k.startswith("out/")), start=Tensor([0.0])[0])
 
 
+class Undecayed:
+    """Networks whose position tables, mask tokens, and A, D and biases of every scan no weight decay pulls to zero."""
+
+    def no_weight_decay(self) -> set[str]:
+        ends = ("A_log", "A_b_log", ".D", "dt_bias", "conv_bias", "pos_embed", "mask_token")
+        named = self.named_parameters()  # type: ignore[attr-defined]
+        return {name for name, _ in named if name.endswith(ends) or "mask_tokens." in name}
+
+
 def take(
     system: str,
     config: Mapping[str, Any],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoo.adapting import InputChannels, NewHead
 from zoo.layers import GradCheckpointing, Mamba, Recomputed
 
-from ._base import check_input
+from ._base import Undecayed, check_input
 from .unetr_blocks import UpBlock, named_conv
 
 CHANNELS = (32, 64, 128, 192, 384)
@@ -294,7 +294,7 @@ def check_encoder(
         raise ValueError(f"img_size is {img_size}; expected a multiple of {STRIDE}")
 
 
-class Hybird(GradCheckpointing, nn.Module):
+class Hybird(Undecayed, GradCheckpointing, nn.Module):
     """MambaMIM's segmentation network (the original's spelling): hybrid encoder, UNETR decoder.
 
     Arguments: ``in_chans``, ``num_classes``, ``img_size`` S (cubes of S^3, a multiple of 16), ``channels`` c0..c4,

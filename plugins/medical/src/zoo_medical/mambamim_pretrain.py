@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo.layers import GradCheckpointing, Recomputed
 
-from ._base import check_input
+from ._base import Undecayed, check_input
 from .mambamim import (
     CHANNELS,
     DEPTHS,
@@ -124,7 +124,7 @@ class SparseEncoder(nn.Module):
         return [x, *reversed(skips)], found
 
 
-class MambaMIM(GradCheckpointing, nn.Module):
+class MambaMIM(Undecayed, GradCheckpointing, nn.Module):
     """Masked pre-training: ``model(volumes)`` is the reconstruction loss on the hidden cells.
 
     Arguments: the encoder's as in :class:`zoo_medical.mambamim.Hybird`; ``decoder_width`` (halved at each level),

@@ -27,7 +27,7 @@ from zoo_kernels import causal_conv1d, selective_scan
 from zoo_kernels import paths as grid_paths
 
 from . import lean
-from ._base import MedicalAdapter, check_input, take
+from ._base import MedicalAdapter, Undecayed, check_input, take
 from .unetr_blocks import BasicBlock, NormName, OutBlock, UpBlock
 
 
@@ -218,7 +218,7 @@ class MambaEncoder(nn.Module):
         return maps
 
 
-class SegMamba(GradCheckpointing, nn.Module):
+class SegMamba(Undecayed, GradCheckpointing, nn.Module):
     """Mamba encoder, convolutional decoder with a residual block on every skip.
 
     Arguments: ``in_chans``, ``num_classes``, ``depths`` (Mamba layers of the four stages), ``feat_size`` (their

@@ -20,7 +20,7 @@ from zoo.layers import GradCheckpointing
 from zoo.layers.vss import PatchExpanding
 from zoo.rules import Rules
 
-from ._base import MedicalAdapter, check_input, take
+from ._base import MedicalAdapter, Undecayed, check_input, take
 from .unetr_blocks import BasicBlock, NormName, OutBlock, UpBlock
 from .vss_unet import VSSLayer, VSSMEncoder, block_path, doubling, init_linear, rules_for, states
 
@@ -33,7 +33,7 @@ def _encoder(
     return VSSMEncoder(in_chans, patch, depths, dims, states(state, dims), rates, **more)
 
 
-class SwinUMamba(GradCheckpointing, nn.Module):
+class SwinUMamba(Undecayed, GradCheckpointing, nn.Module):
     """Strided stem, VMamba encoder, convolutional decoder with a residual block on every skip.
 
     Arguments: ``in_chans``, ``num_classes``, ``feat_size`` (widths of the decoder at strides 1, 2, 4, 8, 16),
@@ -145,7 +145,7 @@ class MambaDecoder(nn.Module):
         return [full, *reversed(outputs)] if every else full
 
 
-class SwinUMambaD(GradCheckpointing, nn.Module):
+class SwinUMambaD(Undecayed, GradCheckpointing, nn.Module):
     """VMamba encoder on the image, and a decoder of VSS blocks ("dagger" in the paper).
 
     Arguments as :class:`SwinUMamba`'s; ``dims`` and ``depths`` of any number of stages; ``patch_size`` and

@@ -19,7 +19,7 @@ from zoo.adapting import InputChannels, NewHead
 from zoo.layers import GradCheckpointing, Mamba, Recomputed
 
 from . import lean
-from ._base import check_input
+from ._base import Undecayed, check_input
 from .unetr_blocks import CONV
 
 #: one number for every axis, or one for each
@@ -257,7 +257,7 @@ class Decoder(nn.Module):
         return outputs[::-1] if every else outputs[0]
 
 
-class UMamba(GradCheckpointing, nn.Module):
+class UMamba(Undecayed, GradCheckpointing, nn.Module):
     """U-Mamba with a Mamba layer at the bottom (``mamba="bot"``) or after the encoder's stages (``mamba="enc"``).
 
     Arguments (nnU-Net plans): ``dims`` 2 or 3; ``features``, ``kernels``, ``strides`` of the stages (a kernel or stride

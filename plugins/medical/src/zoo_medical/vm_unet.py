@@ -19,11 +19,11 @@ from zoo.layers import GradCheckpointing
 from zoo.layers.vss import PatchEmbed, PatchExpanding, PatchMerging
 from zoo.rules import Rules
 
-from ._base import MedicalAdapter, check_input, take
+from ._base import MedicalAdapter, Undecayed, check_input, take
 from .vss_unet import VSSLayer, block_path, doubling, init_linear, rules_for, states
 
 
-class VMUNet(GradCheckpointing, nn.Module):
+class VMUNet(Undecayed, GradCheckpointing, nn.Module):
     """Encoder and decoder of VSS blocks; each decoder level adds its skip *before* it doubles the sides.
 
     Arguments: ``depths``, ``dims`` of the encoder's levels (four in the paper; one number for ``dims`` doubles from
