@@ -341,8 +341,8 @@ class _Draft:
         self.symbols: dict[str, str] = {}
         for tensor, axes in zip(given, examples.axes(plan).values(), strict=True):
             for axis, name in axes.items():
-                if not isinstance(tensor.shape[axis], int):
-                    self.symbols.setdefault(str(tensor.shape[axis]), name)
+                if not (size := str(tensor.shape[axis])).isdigit():  # a SymInt may be a number
+                    self.symbols.setdefault(size, name)
         self.dynamic = tuple(name for name in plan if name in self.symbols.values())
         self.inputs = tuple(self._port(name, t) for name, t in zip(examples.names, given, strict=True))
         last = [nodes[name].meta["val"] for name in self.program.graph_signature.user_outputs]
@@ -384,7 +384,7 @@ class _Draft:
         return Port(name, tuple(self._size(size) for size in tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     def _size(self, size: Any) -> int | str:
-        return size if isinstance(size, int) else self.named(str(size))
+        return int(text) if (text := str(size)).isdigit() else self.named(text)
 
     def named(self, expression: str) -> str:
         """An expression of torch's symbols with our names for them."""
@@ -408,7 +408,7 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Without what torch and onnxscript say about their own insides."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "torch.onnx", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "torch.onnx", "onnx_ir", "torch.export")]
     levels = [one.level for one in loggers]
     try:
         for one in loggers:
@@ -445,9 +445,7 @@ def _write(
             del program
             answer = _onnx_answer(draft, file, runtime)
         else:
-            with _quietly():
-                torch.export.save(draft.program, file, extra_files={"zoo.json": json.dumps(facts)})
-                answer = _program_answer(draft, file)
+            answer = _program_answer(draft, file, facts)
         difference, compared = _compare(draft, answer, kind, tolerance)
         size = sum(part.stat().st_size for part in Path(folder).iterdir())
         data = file.with_name(file.name + ".data")
@@ -506,7 +504,7 @@ def _onnx_program(draft: _Draft, opset: int) -> Any:
 
 def _onnx_answer(draft: _Draft, file: Path, runtime: Any) -> Answer:
     options = runtime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     try:
         session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's kinds are not one family
@@ -523,8 +521,17 @@ def _onnx_answer(draft: _Draft, file: Path, runtime: Any) -> Answer:
     return answer
 
 
-def _program_answer(draft: _Draft, file: Path) -> Answer:
-    module = torch.export.load(file).module()
+def _program_answer(draft: _Draft, file: Path, facts: Mapping[str, Any]) -> Answer:
+    try:
+        with _quietly():
+            torch.export.save(draft.program, file, extra_files={"zoo.json": json.dumps(facts)})
+            module = torch.export.load(file).module()
+    except OSError:
+        raise
+    except Exception as error:  # of torch's serialisation, whose kinds are not one family
+        raise errors.NotExportable(
+            f"{draft.name} cannot be written by torch.export.save: {_first_line(error)}", format="pt2"
+        ) from error
 
     def answer(given: Mapping[str, Tensor]) -> list[Tensor]:
         return list(outputs(draft.examples.call(module, given)).values())

@@ -8,6 +8,7 @@ Differs: a token in no mask is an error (there: uninitialised memory), and there
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ class MixtureOfMamba(Mamba):
             if self.split:
                 raise ValueError("modality is missing; expected masks, a number for each token, or a routing")
             return None
-        return route(modality, self.n_modalities, u.shape[:-1].numel()) if self.split else None
+        return route(modality, self.n_modalities, math.prod(u.shape[:-1])) if self.split else None
 
     def _project(self, name: str, x: Tensor, routing: Routing | None) -> Tensor:
         layer = getattr(self, name)
