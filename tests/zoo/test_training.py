@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 import zoo.testing
 from zoo.cli import training
 from zoo.training import Place, Settings, Shuffled, fit, held_out, parameter_groups
-from zoo_registry import errors
+from zoo_registry import errors, manager
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(1))
 Y = X @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.3
@@ -317,3 +318,20 @@ def test_a_short_name_begins_with_its_own_weights(tmp_path):
     zoo.save(zoo.create("vim_tiny", depth=1, embed_dim=16), tmp_path / "saved")
     tuned = training.begun("vim_tiny", str(tmp_path / "saved"), 0)
     assert tuned.zoo_info.architecture == "vim_tiny_patch16_224"
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def test_the_page_s_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for snippet in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(snippet, names)
+    assert zoo.pipeline("./mine")(torch.ones(1, 32, 32)).label in ("dark", "bright")
+    assert not (tmp_path / "mine.run").exists()
+
+
+def test_the_page_names_every_command_that_trains():
+    known = {name for name in manager().commands() if name.startswith(("train", "pretrain"))}
+    assert set(re.findall(r"`(?:zoo )?((?:pre)?train(?:-[a-z]+)?)`", PAGE)) == known

@@ -61,13 +61,14 @@ class Run:
 
     def __init__(
         self,
-        path: Path | None = None,
+        path: str | Path | None = None,
         about: Mapping[str, Any] | None = None,
         *,
         every: float = 60.0,
         on_resume: Callable[[int], None] | None = None,
     ) -> None:
-        self.path, self.every, self.on_resume = path, every, on_resume
+        self.path = None if path is None else Path(path)
+        self.every, self.on_resume = every, on_resume
         self.about: dict[str, Any] = json.loads(json.dumps(dict(about or {}), default=str))
         self.begun = 0  #: steps that were done when the run was taken up
         self.kept = 0  #: steps that the file holds
