@@ -187,7 +187,7 @@ def test_it_begins_with_a_masked_autoencoder(classes, tmp_path, capsys):
     pretrained, out = tmp_path / "pretrained", tmp_path / "out"
     torch.manual_seed(3)
     autoencoder = zoo.create("pointmamba_pretrain", embed_dim=24, depth=1, num_groups=8, group_size=8, decoder_depth=1)
-    zoo.save(autoencoder, pretrained)
+    zoo.save(autoencoder, pretrained, licence="mit")
     words = ["pointmamba_modelnet", classes, "--out", out, "--start", pretrained, "--set=num_groups=8"]
     words += ["--set=group_size=8", "--batch-size=8"]
     train(capsys, *words, "--steps=1", "--rate=1e-12")
@@ -195,18 +195,14 @@ def test_it_begins_with_a_masked_autoencoder(classes, tmp_path, capsys):
     assert all(
         torch.allclose(own[k], v, atol=1e-6) for k, v in trunk.items() if v.is_floating_point() and "running" not in k
     )
+    assert zoo.load(out).zoo_info.weights.licence == "mit"  # of the weights that it began with
     words[0] = "pcm_micro"
     assert "name a pointmamba" in train(capsys, *words[:6], "--steps=1", status=2)
-    train(
-        capsys,
-        "pointmamba_modelnet",
-        classes,
-        "--out",
-        tmp_path / "more",
-        "--start",
-        out,
-        "--steps=1",
-        "--batch-size=8",
+    words = ["pointmamba_modelnet", classes, "--out", tmp_path / "more", "--start", out, "--steps=1", "--batch-size=8"]
+    found = train(capsys, *words, "--held-out=0")  # its own weights, and all clouds to learn from
+    assert (found["clouds"], found["held_out"], found["figures"]) == (30, 0, {})
+    assert "--held-out and --validation: give one" in train(
+        capsys, *words, "--held-out=0.1", f"--validation={classes}", status=2
     )
 
 
@@ -309,6 +305,8 @@ def test_what_is_refused(classes, parts, tmp_path, capsys):
     assert "the smaller one first" in refused("pcm_micro", classes, "--scale", "2", "1")
     assert "reads a normal" in refused("pcm_micro", classes, "--features=normal", status=5)
     assert "sub-folder lamp, which is no class" in refused("pcm_micro", classes, f"--validation={parts}")
+    (tmp_path / "whole" / "Train").mkdir(parents=True)
+    assert "which is no class; give" in refused("pcm_micro", tmp_path / "whole")
     lone = tmp_path / "lone"
     for name in "ab":
         (lone / name).mkdir(parents=True)

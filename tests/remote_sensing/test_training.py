@@ -96,6 +96,8 @@ def test_it_learns_where_something_changed(binary, tmp_path, capsys):
     )  # fmt: skip
     assert (again["pairs"], again["held_out"]) == (6, 2)
     assert again["figures"]["F1"] > 0.8  # it began with what it knew
+    words = ["changemamba_micro", binary, "--out", tmp_path / "all", *SET, *SHORT, "--steps=1", "--held-out=0"]
+    assert train(capsys, *words)["figures"] == {}
 
 
 def test_land_cover_of_both_dates_in_colours(tmp_path, capsys):
@@ -251,6 +253,8 @@ def test_what_is_refused(binary, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("a\nb\n")
     assert "--labels names land cover" in refused("changemamba_micro", binary, "--labels", tmp_path / "names.txt")
     assert "has no folder T1 or A or im1" in refused("changemamba_micro", tmp_path)
+    (tmp_path / "whole" / "val").mkdir(parents=True)
+    assert "give its part" in refused("changemamba_micro", tmp_path / "whole")
     lone = tmp_path / "lone"
     for name in ("A", "B", "label"):
         save(lone / name / "0.png", np.zeros((40, 40) if name == "label" else (40, 40, 3)))

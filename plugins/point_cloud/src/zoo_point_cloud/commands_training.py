@@ -17,21 +17,15 @@ if TYPE_CHECKING:
 AXES = ("x", "y", "z")
 #: What is trained where no weights of the model say how its clouds are prepared.
 SETTINGS = {"points": 1024, "normalize": "unit_sphere"}
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+#: Of the clouds, held out.
+SHARE = 0.2
 
 
 @click.command()
 @click.argument("name")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @training.out_folder(file_okay=False)
-@click.option(
-    "--held-out",
-    default=0.2,
-    show_default=True,
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Share of the clouds that is not trained on, but measured.",
-)
-@click.option("--validation", type=FOLDER, help="A folder like FOLDER to measure on, in place of --held-out.")
+@training.measuring(share=SHARE)
 @training.start
 @click.option("--points", type=click.IntRange(min=1), help="Points of each sample (default: the model's).")
 @click.option("--voxel", type=click.FloatRange(min=0, min_open=True), help="Scenes, thinned to a point a cube so wide.")
@@ -49,7 +43,6 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--invalid", default="error", show_default=True, type=click.Choice(["error", "drop"]))
 @training.loop(steps=10_000, rate=5e-4)
 @training.batch_size(32, "Clouds.", least=2)
-@click.option("--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth of all).")
 @training.run_options("embed_dim=96")
 @training.resume
 @output.as_json
@@ -57,7 +50,7 @@ def train_points(
     name: str,
     folder: Path,
     out: Path,
-    held_out: float,
+    held_out: float | None,
     validation: Path | None,
     start: str | None,
     points: int | None,
@@ -91,9 +84,9 @@ def train_points(
         zoo train-points pcm_s3dis tiles/ --out ground --voxel 0.5 --features height --ignore 0 --ignore 1
     """
     import zoo
+    from zoo.building import trained
     from zoo.files import read_text
     from zoo.training import Shuffled, fit
-    from zoo_registry import WeightsCard
 
     from .datasets import Reading, read_classes, read_points
     from .pcm import PCM, PCMSegmentation
@@ -113,7 +106,7 @@ def train_points(
             f"--label-names and --ignore are for labels of points; {name} takes a folder for each class"
         )
     settings = _settings(name, start, points, voxel, features, up)
-    scene = bool(settings.get("voxel"))
+    share, scene = training.held_out_share(held_out, validation, SHARE), bool(settings.get("voxel"))
     if scene and points is None:
         points = shape.test_crop or 24_576
     if start is not None and not classifies and shapes_of(shape) and not _is_pretrained(start):
@@ -127,7 +120,7 @@ def train_points(
         jitter,
         int(settings.get("gravity", 2)),
     )
-    reading = Reading(held_out, validation, seed, invalid, least_points(shape), not as_json and sys.stderr.isatty())
+    reading = Reading(share, validation, seed, invalid, least_points(shape), not as_json and sys.stderr.isatty())
     if classifies:
         data = read_classes(folder, settings, points, moves, reading)
     else:
@@ -159,17 +152,11 @@ def train_points(
         ) as run,
     ):
         model = _begun(name, start, seed, arguments)
-        model.zoo_info.weights = WeightsCard(
-            tag="own",
-            where=f"trained on {folder.name}",
-            trained_on=f"{len(data.train)} clouds of {folder.name}",
-            preprocess=data.settings,
-        )
-        model.zoo_info.tag = None
+        trained(model, folder.name, data.settings, data.names)
         found = fit(
             model.to(place.device), batch, cross_entropy(smoothing), chosen, run=run,
-            report=training.reporter(chosen.steps, quiet=as_json), score=score,
-            score_every=score_every or max(chosen.steps // 10, 1),
+            report=training.reporter(chosen.steps, quiet=as_json), score=score if data.rest else None,
+            score_every=score_every,
         )  # fmt: skip
         figures = data.scores(model)
         if place.first:
@@ -183,7 +170,8 @@ def train_points(
             | {"clouds": len(data.train), "held_out": len(data.rest), "classes": data.names, "folder": str(out)}
         )
         return
-    click.echo(f"{len(data.rest)} held-out clouds: {training.said(figures)} (weights of step {found.taken_at})")
+    if figures:
+        click.echo(f"{len(data.rest)} held-out clouds: {training.said(figures)} (weights of step {found.taken_at})")
     then = "predict {} CLOUD" if classifies else "label-points {} CLOUD --out labelled"
     click.echo(f"saved to {out}; try: zoo {then.format(training.source(out))}")
 
@@ -260,4 +248,5 @@ def _begun(name: str, start: str | None, seed: int, arguments: dict[str, Any]) -
         start_from(model, pretrained)
     except ValueError as error:
         raise errors.BadArgument(f"--start {start}: {error}") from error
+    model.zoo_info.weights = pretrained.zoo_info.weights  # whose licence goes on
     return model

@@ -24,7 +24,7 @@ from .validation import points_pipes, score_classes, score_points
 
 @dataclass(frozen=True)
 class Reading:
-    """How folders are read: the held-out ``share`` by ``seed`` or a ``validation`` folder of its own; ``invalid``
+    """How folders are read: the held-out ``share`` by ``seed``, or a ``validation`` folder of its own; ``invalid``
     points; ``least`` points that the model takes; whether a bar shows how far it is (``progress``)."""
 
     share: float = 0.2
@@ -36,8 +36,6 @@ class Reading:
 
     def parted(self, groups: Sequence[Any], folder: Path) -> tuple[list[int], list[int]]:
         """Numbers to train on and to hold out. Raises BadArgument where there are too few."""
-        if self.validation is not None:
-            return list(range(len(groups))), []
         try:
             return held_out(groups, self.share, self.seed)
         except ValueError as error:
@@ -67,7 +65,9 @@ class Data:
     kinds: list[str] = field(default_factory=list)
 
     def scores(self, model: Any) -> dict[str, float]:
-        """The figures of the held-out clouds, as ``zoo validate`` takes them."""
+        """The figures of the held-out clouds, as ``zoo validate`` takes them; none where there are none."""
+        if not self.rest:
+            return {}
         clouds, truth, kinds = zip(*self.rest, strict=True)
         if isinstance(truth[0], int):
             return accuracies(score_classes(CloudClassification(model), clouds, truth))

@@ -15,6 +15,8 @@ from .files import EXTENSIONS, Cloud, read_cloud, read_labelled
 
 #: The class of points that nothing is learnt from and nothing is measured on.
 NONE = -1
+#: Names of sub-folders that are parts of a data set and no classes.
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 def wrong(message: str, argument: str = "data") -> errors.BadArgument:
@@ -52,6 +54,8 @@ def class_folders(folder: Path, names: Sequence[str] | None = None) -> tuple[lis
     found = sub_folders(folder)
     if not found:
         raise wrong(f"{folder} has no sub-folders; expected one for each class, {folder}/CLASS/CLOUD")
+    if parts := [name for name in found if name.casefold() in PARTS]:
+        raise wrong(f"{folder} has the sub-folder {parts[0]}, which is no class; give {folder / parts[0]}")
     known = list(names or found)
     if unknown := [name for name in found if name not in known]:
         raise wrong(f"{folder} has the sub-folder {unknown[0]}, which is no class; expected {', '.join(known[:9])}")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+#: Of the pairs, held out.
+SHARE = 0.2
 #: The figure that the kept weights have the best of, by kind of model.
 BEST = {"binary": "F1", "semantic": "SeK", "damage": "F1"}
 
@@ -24,14 +26,7 @@ BEST = {"binary": "F1", "semantic": "SeK", "damage": "F1"}
 @click.argument("name")
 @click.argument("folder", type=FOLDER)
 @training.out_folder(file_okay=False)
-@click.option(
-    "--held-out",
-    default=0.2,
-    show_default=True,
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Share of the pairs that is not trained on, but measured.",
-)
-@click.option("--validation", type=FOLDER, help="A folder like FOLDER to measure on, in place of --held-out.")
+@training.measuring(share=SHARE)
 @training.start
 @click.option("--crop", default=256, show_default=True, type=click.IntRange(min=32), help="Pixels a side.")
 @click.option("--bands", help="Bands that the model reads, as 3,2,1; the first three otherwise.")
@@ -39,7 +34,6 @@ BEST = {"binary": "F1", "semantic": "SeK", "damage": "F1"}
 @click.option("--labels", type=click.Path(exists=True, dir_okay=False), help="Names of the classes, one a line.")
 @training.loop(steps=20_000, rate=1e-4, weight_decay=5e-4)
 @training.batch_size(16, "Crops.", least=2)
-@click.option("--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth of all).")
 @training.run_options("decoder_dim=64")
 @training.resume
 @output.as_json
@@ -47,7 +41,7 @@ def train_change(
     name: str,
     folder: Path,
     out: Path,
-    held_out: float,
+    held_out: float | None,
     validation: Path | None,
     start: str | None,
     crop: int,
@@ -72,9 +66,10 @@ def train_change(
         zoo train-change changemamba_scd_tiny pairs/ --out cover --labels cover.txt --bands 3,2,1 --value-range 0 3000
     """
     import zoo
+    from zoo.building import trained
     from zoo.loading import card_of
     from zoo.training import Shuffled, fit
-    from zoo_registry import WeightsCard, errors
+    from zoo_registry import errors
 
     from .labelled import labelled_pairs
     from .metrics import require_torchmetrics
@@ -85,6 +80,7 @@ def train_change(
     task = card_of(name).task
     if task not in CHANGE_TASKS:
         raise click.UsageError(f"{name} is for {task}; expected a model for {', '.join(CHANGE_TASKS)}")
+    share = training.held_out_share(held_out, validation, SHARE)
     require_torchmetrics()
     arguments = output.pairs(choices, "--set")
     chosen_bands = None if bands is None else numbers(bands)
@@ -96,25 +92,24 @@ def train_change(
         arguments.setdefault("semantic_classes", len(names))
     model: Any = begun(name, start, seed, **arguments)
     pipe = ChangeDetection(model, bands=chosen_bands, value_range=value_range, class_names=names)
-    begun_with = model.zoo_info.weights
     settings = {"mean": pipe.mean.flatten().tolist(), "std": pipe.std.flatten().tolist()}
     settings |= {k: list(pipe.reading[k]) for k in ("bands", "value_range") if pipe.reading[k] is not None}
-    layers = pipe.layers
+    class_names = pipe.layers.get("after", pipe.layers["changed"])
     pairs = labelled_pairs(folder, pipe.kind)
-    if validation is not None:
-        train, rest = pairs, labelled_pairs(validation, pipe.kind)
-    else:
-        try:
-            kept, others = zoo.training.held_out([0] * len(pairs), held_out, seed)
-        except ValueError as error:
-            raise errors.BadArgument(f"{folder}: {error}, or another folder to measure on (--validation)") from error
-        train, rest = [pairs[i] for i in kept], [pairs[i] for i in others]
+    try:
+        kept, others = zoo.training.held_out([0] * len(pairs), share, seed)
+    except ValueError as error:
+        raise errors.BadArgument(f"{folder}: {error}, or another folder to measure on (--validation)") from error
+    train, rest = [pairs[i] for i in kept], [pairs[i] for i in others]
+    rest = rest if validation is None else labelled_pairs(validation, pipe.kind)
     bar = not as_json and sys.stderr.isatty()
     check_samples(pipe, train, crop, progress=bar)
     check_samples(pipe, rest, 1, progress=bar)
     crops, order = Crops(pipe, train, crop), Shuffled(len(train), batch_size, seed)
 
     def scores(model: nn.Module) -> dict[str, float]:
+        if not rest:
+            return {}
         found = known(SCORES[pipe.kind](ChangeDetection(model, class_names=names), rest).compute())
         return {name: value for name, value in found.items() if value is not None}
 
@@ -123,28 +118,27 @@ def train_change(
         training.processes(device) as place,
         training.run(out, resume, quiet=as_json, pairs=len(train), measured=len(rest)) as run,
     ):
-        model.zoo_info.weights = WeightsCard(tag="own", where=f"trained on {folder.name}", preprocess=settings)
-        model.zoo_info.tag = None
+        trained(model, folder.name, settings, class_names)
         found = fit(
             model.to(place.device), lambda index: crops(order(index), order.random(index)), loss_of(model), chosen,
             run=run, report=training.reporter(chosen.steps, quiet=as_json),
-            score=lambda model: scores(model).get(BEST[pipe.kind], 0.0),
-            score_every=score_every or max(chosen.steps // 10, 1),
+            score=(lambda model: scores(model).get(BEST[pipe.kind], 0.0)) if rest else None,
+            score_every=score_every,
         )  # fmt: skip
         figures = scores(model)
         if place.first:
             measured = training.measured(
                 figures, dataset=(validation or folder).name, split="held out", command="train-change"
             )
-            licence = None if begun_with is None else begun_with.licence
-            zoo.save(model.cpu(), out, labels=layers.get("after", layers["changed"]), licence=licence, metrics=measured)
+            zoo.save(model.cpu(), out, labels=class_names, metrics=measured)
     if as_json:
         output.emit(
             {"figures": figures, "taken_at": found.taken_at, "steps": chosen.steps, "loss": found.losses[-1]}
             | {"pairs": len(train), "held_out": len(rest), "folder": str(out)}
         )
         return
-    click.echo(f"{len(rest)} held-out pairs: {training.said(figures)} (weights of step {found.taken_at})")
+    if figures:
+        click.echo(f"{len(rest)} held-out pairs: {training.said(figures)} (weights of step {found.taken_at})")
     click.echo(f"saved to {out}; try: zoo change {training.source(out)} BEFORE AFTER --picture change.png")
 
 
@@ -192,9 +186,10 @@ def train_pixels(
         zoo map-pixels ./mine houston/scene.hdr --map classes.tif
     """
     import zoo
+    from zoo.building import trained
     from zoo.loading import card_of
     from zoo.training import Shuffled, fit
-    from zoo_registry import WeightsCard, errors
+    from zoo_registry import errors
 
     from .hyperspectral import PixelClassification, cube_files, labelled_scene
     from .metrics import IGNORE, require_torchmetrics
@@ -222,25 +217,23 @@ def train_pixels(
         kept, rest = zoo.training.held_out(pixels.classes.tolist(), held_out, seed)
     except ValueError as error:
         raise errors.BadArgument(f"{data}: {error}") from error
-    order, begun_with = Shuffled(len(kept), batch_size, seed), model.zoo_info.weights
+    order = Shuffled(len(kept), batch_size, seed)
     chosen = training.settings(options, seed)
     with (
         training.processes(device) as place,
         training.run(out, resume, quiet=as_json, pixels=len(kept), measured=len(rest)) as run,
     ):
-        model.zoo_info.weights = WeightsCard(tag="own", where=f"trained on {data.name}")
-        model.zoo_info.tag = None
+        trained(model, data.name, {}, names)
         fitted = fit(
             model.to(place.device), lambda index: pixels([kept[i] for i in order(index)]), pixel_loss, chosen, run=run,
             report=training.reporter(chosen.steps, quiet=as_json),
             score=lambda model: pixels.score(model, rest, names).compute()["OA"],
-            score_every=score_every or max(chosen.steps // 10, 1),
+            score_every=score_every,
         )  # fmt: skip
         figures = pixels.score(model, rest, names).compute()
         if place.first:
             measured = training.measured(figures, dataset=data.name, split="held out", command="train-pixels")
-            licence = None if begun_with is None else begun_with.licence
-            zoo.save(model.cpu(), out, labels=names, licence=licence, metrics=measured)
+            zoo.save(model.cpu(), out, labels=names, metrics=measured)
     if as_json:
         output.emit(
             {"figures": figures, "taken_at": fitted.taken_at, "steps": chosen.steps, "loss": fitted.losses[-1]}

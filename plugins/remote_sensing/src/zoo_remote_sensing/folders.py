@@ -18,7 +18,8 @@ def find_folder(data: Path, names: Sequence[str], *, needed: bool = True) -> Pat
             return data / name
     if not needed:
         return None
-    raise bad_input(f"{data} has no folder {' or '.join(names)}", "data")
+    part = next((f"; give its part {data / name}" for name in ("train", "val", "test") if (data / name).is_dir()), "")
+    raise bad_input(f"{data} has no folder {' or '.join(names)}{part}", "data")
 
 
 def files_of(folder: Path) -> dict[str, Path]:
