@@ -89,6 +89,19 @@ def test_a_file_of_arrays_comes_back(tmp_path):
     np.testing.assert_allclose(read.signal, one.signal, rtol=1e-9)
 
 
+@pytest.mark.parametrize(("scale", "unit"), [(1e6, "V"), (1.0, "uV"), (1e3, "V")])
+def test_values_in_another_unit_than_was_said(scale, unit, tmp_path):
+    """A million times too large they would be noise to every model, a million times too small nothing."""
+    one = recording()
+    np.savez(tmp_path / "a.npz", signal=one.signal * scale, sfreq=100.0, channels=np.array(one.channels, dtype="S"))
+    with pytest.raises(ValueError, match=f"V large if they are {unit}, which no EEG is; say their unit"):
+        read_recording(tmp_path / "a.npz", unit=unit)
+    right = {1e6: "uV", 1.0: "V", 1e3: "mV"}[scale]
+    back = read_recording(tmp_path / "a.npz", unit=right)
+    np.testing.assert_allclose(back.signal, one.signal)
+    assert back.channels == one.channels  # names kept as bytes too
+
+
 def test_files_that_are_no_recordings_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match="expected one of"):
@@ -199,6 +212,14 @@ class TestWithMNE:
         read = read_recording(write_recording(one, tmp_path / f"a.{ending}"))
         assert (read.sfreq, read.channels) == (100.0, one.channels)
         np.testing.assert_allclose(read.signal, one.signal, atol=5e-9)
+
+    @pytest.mark.parametrize("ending", [".edf", ".bdf"])
+    def test_a_file_that_was_cut_short_says_so(self, tmp_path, ending):
+        pytest.importorskip("edfio")
+        path = write_recording(recording(), tmp_path / f"a{ending}")
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.warns(UserWarning, match=r"ends after 3 of the 4 s that its header says"):
+            assert read_recording(path).seconds == 3
 
     def test_a_damaged_file_says_so(self, tmp_path):
         (tmp_path / "a.edf").write_bytes(b"0       nothing that a recording has")

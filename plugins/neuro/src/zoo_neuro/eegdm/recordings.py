@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,9 @@ ARRAYS = (".npz", ".npy")
 MNE_FILES = (".edf", ".bdf", ".gdf", ".fif", ".fif.gz", ".vhdr", ".set", ".cnt", ".eeg")
 RECORDINGS = (*MNE_FILES, *ARRAYS)
 _UNITS = {"V": 1.0, "mV": 1e-3, "uV": 1e-6, "µV": 1e-6, "μV": 1e-6}  # both micro signs are met
+#: Volts that half of a recording's samples lie away from their channel's middle: EEG has tens of microvolts. What lies
+#: outside was given in another unit.
+_EEG = (1e-9, 1e-2)
 
 
 @dataclass
@@ -65,7 +69,8 @@ def read_recording(
 
     .npz: ``signal`` (channels, samples), ``sfreq``, ``channels``, optionally ``unit``; .npy: the signal alone.
     ``sfreq`` (Hz), ``unit`` ("V", "mV", "uV"; V unless given) and ``channels`` say what such files leave out. Other
-    files are read by MNE, which knows their unit. Raises ValueError for what cannot be read as EEG.
+    files are read by MNE, which knows their unit; a file that ends before its header says so gives a warning. Raises
+    ValueError for what cannot be read as EEG, and for values that no EEG has in their unit.
     """
     path = Path(path)
     if not path.name.lower().endswith(RECORDINGS):
@@ -82,7 +87,24 @@ def read_recording(
     except Exception as error:  # MNE raises every kind for broken files, plain Exception among them
         said = str(error).strip(" \n\"'") or "its header makes no sense"
         raise errors.BadFile(f"{path} cannot be read as a recording of EEG: {said}", path=str(path)) from error
-    return Recording(raw.get_data(), float(raw.info["sfreq"]), list(raw.ch_names), str(path))
+    recording = Recording(raw.get_data(), float(raw.info["sfreq"]), list(raw.ch_names), str(path))
+    promised = _promised_seconds(path)
+    if recording.seconds < promised - 1e-6:
+        warnings.warn(
+            f"{path} ends after {recording.seconds:g} of the {promised:g} s that its header says; it may have been cut "
+            "short",
+            stacklevel=2,
+        )
+    return recording
+
+
+def _promised_seconds(path: Path) -> float:
+    """The length that the header of an EDF or BDF file says, 0 where it says none (-1 records: still recording)."""
+    if path.suffix.lower() not in (".edf", ".bdf"):
+        return 0.0
+    with path.open("rb") as file:
+        header = file.read(252)
+    return max(float(header[236:244]), 0.0) * float(header[244:252])
 
 
 def _from_arrays(path: Path, sfreq: float | None, unit: str | None, channels: list[str] | None) -> Recording:
@@ -93,7 +115,9 @@ def _from_arrays(path: Path, sfreq: float | None, unit: str | None, channels: li
         if held[name].dtype.kind not in "fiu" or (name == "sfreq" and held[name].size != 1):
             raise ValueError(f"{path}: {name} has shape {held[name].shape} of {held[name].dtype}; expected numbers")
     rate = held["sfreq"].item() if "sfreq" in held else sfreq
-    named = [str(c) for c in held["channels"]] if "channels" in held else channels
+    named = channels
+    if "channels" in held:
+        named = [c.decode() if isinstance(c, bytes) else str(c) for c in held["channels"].reshape(-1).tolist()]
     if rate is None or named is None:
         lacks = [n for n, v in (("sfreq", rate), ("channels", named)) if v is None]
         give = " and ".join(f"{n}=" for n in lacks)
@@ -103,7 +127,15 @@ def _from_arrays(path: Path, sfreq: float | None, unit: str | None, channels: li
     measured = str(held["unit"]) if "unit" in held else unit or "V"
     if measured not in _UNITS:
         raise ValueError(f"the unit is {measured!r}; expected V, mV or uV")
-    return Recording(np.asarray(held["signal"], np.float64) * _UNITS[measured], rate, named, str(path))
+    recording = Recording(np.asarray(held["signal"], np.float64) * _UNITS[measured], rate, named, str(path))
+    some = recording.signal[:, :: 1 + recording.signal.shape[1] // 100_000]
+    size = float(np.median(np.abs(some - np.median(some, axis=1, keepdims=True))))
+    if size and not _EEG[0] <= size <= _EEG[1]:
+        raise ValueError(
+            f"{path}: its values are {size:.2g} V large if they are {measured}, which no EEG is; say their unit: "
+            "unit=uV (-o unit=uV), or keep it in the .npz as 'unit'"
+        )
+    return recording
 
 
 def read_events(path: str | Path) -> list[Event]:
