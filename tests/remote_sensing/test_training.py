@@ -79,7 +79,7 @@ def validated(capsys, model, data):
 def test_it_learns_where_something_changed(binary, tmp_path, capsys):
     out = tmp_path / "out"
     found = train(
-        capsys, "changemamba_micro", binary, "--out", out, *SET, *SHORT, "--steps=30", "--rate=5e-3",
+        capsys, "changemamba_micro", binary, "--out", out, *SET, *SHORT, "--steps=20", "--rate=8e-3",
         f"--validation={binary}",
     )  # fmt: skip
     assert found["figures"]["F1"] > 0.9
@@ -112,7 +112,7 @@ def test_land_cover_of_both_dates_in_colours(tmp_path, capsys):
             save(data / name / f"{i}.png", palette[where * number])
             save(tmp_path / "own" / name.replace("label", "GT_T") / f"{i}.png", where * (number % 3))
             save(tmp_path / "own" / name.replace("label", "T") / f"{i}.png", before if number == 1 else after)
-    out, words = tmp_path / "out", ["--steps=2", f"--validation={data}", *SET, *SHORT]
+    out, words = tmp_path / "out", ["--steps=1", f"--validation={data}", *SET, *SHORT]
     found = train(capsys, "changemamba_scd_tiny", data, "--out", out, *words)
     assert {"SeK", "F_scd", "F1"} <= set(found["figures"])
     assert validated(capsys, out, data) == pytest.approx(found["figures"], abs=1e-12)
