@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers import Linear, Mamba
+from zoo.layers import GradCheckpointing, Linear, Mamba, Recomputed
 
 from .graph_mamba import GatedGCN
 from .heads import FeatureEncoder, Head, check_graph, check_kind, check_sizes
@@ -23,7 +23,7 @@ from .segments import degree, graph_of, lexsort, segment_mean, starts
 from .tokens import tokenise
 
 
-class BidirectionalMamba(nn.Module):
+class BidirectionalMamba(Recomputed):
     """``x + W_out (forwards(LN x) + backwards(LN x))``: two Mamba mixers with parameters of their own.
 
     forward: (batch, length, D); path and the two resets as in :func:`zoo_kernels.selective_scan`.
@@ -53,7 +53,7 @@ class BidirectionalMamba(nn.Module):
         return x[:, -1] + self.out(there + back)
 
 
-class GMN(nn.Module):
+class GMN(GradCheckpointing, nn.Module):
     """Graph Mamba Network.
 
     Arguments: features, ``out_dim``, ``level``, ``kind`` and ``pooling`` as :class:`zoo_graph.models.GraphMamba`;

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zoo.layers import Linear, Mamba
+from zoo.layers import Linear, Mamba, Recomputed
 from zoo_kernels import causal_conv1d, selective_scan
 
 from .local_models import GAT, GINE, GENConv, GraphAttention, distance_gate, squared_distance
@@ -99,7 +99,7 @@ class OrderedMamba(Mamba):
         return self.out_proj(y.mean(0))
 
 
-class GatedGCN(nn.Module):
+class GatedGCN(Recomputed):
     """Message passing with gates on edges and a residual: new node and edge features (arXiv 1711.07553).
 
     ``e_ij = D x_i + E x_j + C e``, ``x_i' = x_i + relu(BN(A x_i + sum_j s(e_ij) B x_j / (sum_j s(e_ij) + 1e-6)))``,
@@ -149,7 +149,7 @@ class GraphNorm(nn.Module):
         return self.weight * out / (variance + self.eps).sqrt() + self.bias
 
 
-class GPSLayer(nn.Module):
+class GPSLayer(Recomputed):
     """One layer: message passing and a scan side by side, then a feed-forward.
 
     Arguments (the original's): ``dim_h`` D, ``local_gnn_type`` ("CustomGatedGCN", "GINE", "GENConv", "GAT" or "None"),

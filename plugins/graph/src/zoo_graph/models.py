@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from zoo.layers import GradCheckpointing
+
 from .graph_mamba import GPSLayers
 from .heads import FeatureEncoder, Head, check_graph, check_kind, check_sizes
 from .segments import graph_of
 
 
-class GraphMamba(nn.Module):
+class GraphMamba(GradCheckpointing, nn.Module):
     """Graph-Mamba: node and edge encoders, ``layers`` GPS layers of width ``dim_h``, a head.
 
     Arguments: ``node_dim`` features a node (or ``node_categories``, a vocabulary a column of integers), ``edge_dim`` or
