@@ -24,9 +24,9 @@ FORMATS = ("onnx", "pt2")
 
 
 def models() -> dict[str, str]:
-    """system -> its first model."""
+    """system -> its first model, of those that have its name if there are any."""
     found: dict[str, str] = {}
-    for entry in query("*"):
+    for entry in sorted(query("*"), key=lambda entry: not entry.card.name.startswith(entry.card.system)):
         found.setdefault(entry.card.system, entry.card.name)
     return dict(sorted(found.items()))
 

@@ -9,7 +9,9 @@ forced::
     ZOO_KERNELS=reference python ...            # for the process
 
 A forced back end that cannot serve a call raises :class:`BackendError` with the reason. ``export`` is the operator
-written as ordinary torch operators without a loop over time; it is taken inside ``torch.onnx.export`` and when forced.
+written as ordinary torch operators; it is taken inside ``torch.onnx.export`` and when forced. A tracer writes
+recurrences as loops (:mod:`zoo_kernels._loop`); outside of one the scans have a form without a loop, others their
+definition.
 The setting is process-wide, as torch's own ``torch.backends`` flags are.
 """
 

@@ -18,20 +18,29 @@ def traced() -> bool:
 
 
 def loop(
-    step: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[tuple[Tensor, ...], Tensor]],
+    step: Callable[..., tuple[tuple[Tensor, ...], Tensor]],
     state: Sequence[Tensor],
     rows: Sequence[Tensor],
+    constants: Sequence[Tensor] = (),
     *,
     axis: int,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """``state, y_t = step(state, rows_t)`` along ``axis`` of every tensor of ``rows``, of one step or more.
+    """``state, y_t = step(state, rows_t, constants)`` along ``axis`` of every tensor of ``rows``, of one step or more.
 
-    Returns the last state and y, its steps along ``axis``. ``step`` must not return a tensor that it was given, nor one
-    twice, and the state keeps its shapes and dtypes.
+    Returns the last state and y, its steps along ``axis``. ``step`` sees no other tensor. It must not return one that
+    it was given, nor one twice, and the state keeps its shapes and dtypes.
     """
-    from torch._higher_order_ops.scan import scan
+    # The operator itself: the function around it compiles, which takes long and leaves its own guards in a program.
+    from torch._higher_order_ops.scan import scan_op
 
-    # Contiguous: the operator asks the state for the same strides after each step.
-    start = tuple(part.contiguous().clone() for part in state)
-    last, y = scan(step, start, tuple(row.movedim(axis, 0) for row in rows), dim=0)
-    return tuple(last), y.movedim(0, axis)
+    count, length = len(state), len(rows)
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        new, y = step(tensors[:count], tensors[count : count + length], tensors[count + length :])
+        return [*new, y]
+
+    # Contiguous: the operator asks the state for the same strides after each step. Copies: what a tracer has not made
+    # itself it does not take.
+    start = [part.contiguous().clone() for part in state]
+    found = scan_op(flat, start, [row.movedim(axis, 0) for row in rows], tuple(one.clone() for one in constants))
+    return tuple(found[:count]), found[count].movedim(0, axis)

@@ -17,7 +17,7 @@ def linear_attention_export(v, decay, k, q, state, resets, order, strict) -> tup
     if resets is not None:
         rows.append(gather_rows(resets, order))
 
-    def step(state, now):
+    def step(state, now, _):
         (h,) = state
         v, decay, k, q, *drop = now
         if drop:

@@ -58,7 +58,7 @@ def _times_complex(x: Tensor, y: Tensor) -> Tensor:
 def _looped(h: Tensor, decay: Tensor, start: Tensor | None, times: Times) -> tuple[Tensor, Tensor]:
     """All states (batch, steps, channels), and the last."""
 
-    def step(state, now):
+    def step(state, now, _):
         (before,), (x, a) = state, now
         after = times(before, a) + x
         return (after,), after.clone()

@@ -62,13 +62,12 @@ def _per_channel(x: Tensor, channels: int, axis: int) -> Tensor:
 def _looped(x, d, b, c, A, drop, walked, start) -> tuple[Tensor, Tensor]:
     """y (batch, K, steps, channels) and the last state, one step after the other."""
     batch, K, _, channels = x.shape
-    A = A.clone()  # what a step reads from outside must be a tensor of the trace
     parts = [x, d, b, c] if drop is None else [x, d, b, c, drop.expand(batch, K, -1)]
     if walked is not None:
         parts.append(walked[:, None].expand(batch, K, -1))
 
-    def step(state, now):
-        (h,) = state
+    def step(state, now, constants):
+        (h,), (A,) = state, constants
         x, d, b, c, *rest = now
         before, b, c = h, _per_channel(b, channels, 2), _per_channel(c, channels, 2)
         if drop is not None:
@@ -80,7 +79,7 @@ def _looped(x, d, b, c, A, drop, walked, start) -> tuple[Tensor, Tensor]:
         return (h,), y
 
     first = x.new_zeros(batch, K, channels, A.shape[2]) if start is None else start
-    (last,), y = loop(step, [first], parts, axis=2)
+    (last,), y = loop(step, [first], parts, [A], axis=2)
     return y, last
 
 

@@ -16,7 +16,6 @@ def slstm_export(gates, recurrent, bias, state, resets, order) -> tuple[Tensor, 
     batch, length, _, heads, headdim = gates.shape
     work = torch.promote_types(gates.dtype, torch.float32)
     inputs = gather_rows(gates, order).to(work)
-    R = recurrent.to(work, copy=True)  # what a step reads from outside must be a tensor of the trace
     if bias is not None:
         inputs = inputs + bias.to(work).transpose(0, 1)
     rows = [inputs]
@@ -25,18 +24,18 @@ def slstm_export(gates, recurrent, bias, state, resets, order) -> tuple[Tensor, 
     if order is not None:
         rows.append((order >= 0).expand(batch, -1))
 
-    def step(state, now):
+    def step(state, now, constants):
         raw, *flags = now
         before = state
         if resets is not None:
             before = tuple(torch.where(flags[0][:, None, None], torch.zeros_like(s), s) for s in state)
-        _, new = advance(raw, before, R)
+        _, new = advance(raw, before, *constants)
         if order is not None:
             new = tuple(torch.where(flags[-1][:, None, None], a, b) for a, b in zip(new, before, strict=True))
         return new, new[0].clone()
 
     first = [inputs.new_zeros(batch, heads, headdim)] * 4 if state is None else state.to(work).unbind(0)
-    last, y = loop(step, first, rows, axis=1)
+    last, y = loop(step, first, rows, [recurrent.to(work)], axis=1)
     if order is not None:
         y = y.masked_fill((order < 0)[..., None, None], 0)
     return scatter_rows(y, order, length).to(gates.dtype), torch.stack(last)
