@@ -200,6 +200,7 @@ def test_arrays_that_are_none(tmp_path):
         ("R,G,B,X [m],Y [m],Z [m]\n255,0,51,1,2,3\n", [1, 2, 3], [1, 0, 0.2], None),
         ("x y z nx ny nz\n1 2 3 0 0 1\n", [1, 2, 3], None, [0, 0, 1]),  # nothing is negative
         ("//X Y Z R G B Nx Ny Nz scalar_Intensity\n1 2 3 255 0 0 0 0 1 8\n", [1, 2, 3], [1, 0, 0], [0, 0, 1]),
+        ("//X Y Z R G B Rf Gf Bf\n1 2 3 51 0 0 1 0 0\n", [1, 2, 3], [0.2, 0, 0], None),  # colours twice: the first
         ('"x","y","z"\n"1","2","3"\n', [1, 2, 3], None, None),
         ("# metres, of a chair\n1 2 3\n", [1, 2, 3], None, None),
         ("chair number three\n1 2 3 7\n", [1, 2, 3], None, None),
@@ -219,6 +220,7 @@ def test_columns_of_text_are_what_the_file_calls_them(tmp_path, content, points,
     ("content", "message"),
     [
         ("easting,northing,height\n1,2,3\n", "heading 'easting,northing,height' and the 3 numbers of line 2"),
+        ("Points:0,Points:1,Points:2\n1,2,3\n", "heading 'Points:0,Points:1,Points:2' and the 3"),
         ("x,y,z,label\n1,2,3\n", "heading 'x,y,z,label' and the 3 numbers"),
         ("0x10 2 3\n4 5 6\n", "line 1 is '0x10 2 3'; expected numbers"),  # no heading: a point would be lost
         ("1.234,5;2;3\n4;5;6\n", "line 1 is '1.234,5;2;3'"),

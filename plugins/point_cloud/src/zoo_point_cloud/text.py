@@ -62,7 +62,7 @@ def read_rows(path: Path) -> tuple[list[str], np.ndarray]:
             else:
                 width, first = len(row), first or last
                 numbers.extend(row)
-    table = np.frombuffer(numbers, dtype=np.float64).reshape(-1, width or 3)
+    table = np.array(numbers, dtype=np.float64).reshape(-1, width or 3)
     if count is not None and count != len(table):
         raise ValueError(f"{path} says that it has {count} points and has {len(table)}; it may have been cut short")
     return _names(path, heading, remark, first, width), table
@@ -98,10 +98,11 @@ def _names(path: Path, heading: str, remark: str, first: int, width: int) -> lis
     """The columns' names out of a heading or a comment above the rows, units in brackets left out."""
     for line, must in ((heading, True), (remark.lstrip("#/ "), False)):
         found = [_NAME.match(word.lower()) for word in _words(line) if word[0] not in "[("]
-        names = list(by_usual_names({m[0]: None for m in found if m}))
-        if len(names) == len(found) == width and {"x", "y", "z"} <= set(names):
+        names = [m[0] for m in found if m]
+        placed = {"x", "y", "z"} <= set(by_usual_names(dict.fromkeys(names)))
+        if placed and len(set(names)) == len(found) == width:
             return names
-        if must and width and ({"x", "y", "z"} <= set(names) or len(found) == width):
+        if must and width and (placed or len(found) == width):
             raise ValueError(
                 f"{path}: the heading {line[:60]!r} and the {width} numbers of line {first} do not fit; expected a "
                 "name for each column, x, y and z among them, or no heading"
