@@ -228,7 +228,7 @@ def test_what_is_wrong_is_said_before_the_training(tmp_path, capsys):
     (data.parent / "1.wav").write_bytes(b"RIFF")
     assert "1.wav cannot be read as audio" in refused()
     (data.parent / "one.tsv").write_text("0.wav\tone two\n")
-    assert "one recording only" in refused(manifest=data.parent / "one.tsv")
+    assert "none can be held out" in refused(manifest=data.parent / "one.tsv")
     (data.parent / "one.tsv").write_text("0.wav\t...\n")
     said = refused("--held-out", "0", "--vocabulary", str(_tokenizer(tmp_path)), manifest=data.parent / "one.tsv")
     assert "nothing is said in its text '...'" in said

@@ -124,4 +124,4 @@ def test_what_is_wrong_is_said_before_the_training(tmp_path, capsys):
     (data / "nothing.wav").write_bytes(b"RIFF")
     assert "nothing.wav cannot be read as audio" in refused()
     (data / "nothing.wav").unlink()
-    assert "one recording only" in refused(folder=data / "0.wav")
+    assert "none can be held out" in refused(folder=data / "0.wav")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
     from .samba_asr import SambaASR
     from .text import Tokenizer
 
-T = TypeVar("T")
-
 #: So many of the recordings that are left out are named.
 NAMED = 5
 
@@ -29,8 +25,7 @@ NAMED = 5
 @click.argument("name")
 @click.argument("manifest", type=click.Path(exists=True, path_type=Path))
 @training.out
-@click.option("--held-out", default=0.1, show_default=True, type=click.FloatRange(0, 0.9), help="Share to measure on.")
-@click.option("--validation", type=click.Path(exists=True, path_type=Path), help="A list of recordings to measure on.")
+@training.measuring(of="path")
 @training.start
 @click.option("--vocabulary", help='"characters" (default), a number of pieces, or a tokenizer.json.')
 @click.option("--ctc-weight", default=1.0, show_default=True, type=click.FloatRange(min=0), help="Of the CTC head.")
@@ -40,7 +35,6 @@ NAMED = 5
 @click.option("--augment/--no-augment", default=True, show_default=True, help="SpecAugment.")
 @training.loop(steps=20_000, rate=1e-3, weight_decay=0.01)
 @training.batch_size(16, "Recordings.")
-@click.option("--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth of all).")
 @training.run_options("n_enc=6")
 @training.resume
 @output.as_json
@@ -48,7 +42,7 @@ def train_speech(
     name: str,
     manifest: Path,
     out: Path,
-    held_out: float,
+    held_out: float | None,
     validation: Path | None,
     start: str | None,
     vocabulary: str | None,
@@ -77,6 +71,7 @@ def train_speech(
     """
     import zoo
     from zoo import training as loop
+    from zoo.building import trained
     from zoo.pipelines import progress_bar
 
     from .features import LogMel
@@ -86,11 +81,13 @@ def train_speech(
     from .validation import measure
 
     settings = training.settings(options, seed)
-    if held_out or validation is not None:
+    share = training.held_out_share(held_out, validation)
+    if share or validation is not None:
         optional("jiwer", "counting errors of transcripts", "ssm-zoo-audio[metrics]")
     pairs, held = read_manifest(manifest), [] if validation is None else read_manifest(validation)
     if validation is None:
-        pairs, held = split(pairs, held_out, seed)
+        kept, rest = loop.held_out([None] * len(pairs), share, seed)
+        pairs, held = [pairs[i] for i in kept], [pairs[i] for i in rest]
     model, tokenizer = _begun(
         name, start, vocabulary, [text for _, text in pairs], seed, output.pairs(choices, "--set")
     )
@@ -102,13 +99,14 @@ def train_speech(
         raise errors.BadArgument(f"no recording of {manifest} is left", argument="manifest", accepted=[])
     if held and not spoken:
         raise errors.BadArgument("nothing is said in the held-out recordings", argument="held_out", accepted=[])
-    if not as_json:
-        hours = sum(recording.seconds for recording in recordings) / 3600
-        click.echo(f"{len(recordings)} recordings ({hours:.2f} h), {len(held)} held out, {len(tokenizer)} tokens")
     counts: dict[str, Any] = {"recordings": len(recordings), "held_out": len(held)}
     with training.processes(device) as place, training.run(out, resume, quiet=as_json, **counts) as run:
         model = model.to(place.device)
-        describe_trained(model, {"sample_rate": model.sample_rate, "tokenizer_json": tokenizer.text})
+        facts = {"sample_rate": model.sample_rate, "tokenizer_json": tokenizer.text}
+        trained(model, manifest.name, facts)
+        if not as_json:
+            hours = sum(recording.seconds for recording in recordings) / 3600
+            click.echo(f"{len(recordings)} recordings ({hours:.2f} h), {len(held)} held out, {len(tokenizer)} tokens")
 
         def rates(network: Any) -> dict[str, float]:
             found = measure(SpeechRecognition(network), held)[0]
@@ -135,25 +133,12 @@ def train_speech(
         metrics = training.measured(figures, dataset=where, split=what, command="train-speech")
         zoo.save(model.cpu(), out, metrics=metrics)
     if as_json:
-        facts = {"left_out": len(refused), "taken_at": done.taken_at, "folder": str(out)}
-        output.emit({"metrics": figures} | counts | facts)
+        more = {"left_out": len(refused), "taken_at": done.taken_at, "folder": str(out)}
+        output.emit({"metrics": figures} | counts | more)
         return
     if held:
         click.echo(f"{what}, weights of step {done.taken_at}: {training.said(figures)}")
     click.echo(f"saved to {out}; try: zoo transcribe {training.source(out)} recording.wav")
-
-
-def split(given: Sequence[T], share: float, seed: int) -> tuple[list[T], list[T]]:
-    """(to train on, held out); at least one of each where a share is asked for."""
-    import numpy as np
-
-    if share and len(given) < 2:
-        raise errors.BadArgument(
-            "there is one recording only; give more, or --held-out 0", argument="manifest", accepted=[]
-        )
-    count = 0 if share == 0 else min(max(round(share * len(given)), 1), len(given) - 1)
-    chosen = set(np.random.default_rng(seed % 2**63).permutation(len(given))[:count].tolist())
-    return [p for i, p in enumerate(given) if i not in chosen], [p for i, p in enumerate(given) if i in chosen]
 
 
 def _begun(
@@ -206,12 +191,3 @@ def _name(refused: list[str]) -> None:
         click.echo(f"left out: {sentence}", err=True)
     if len(refused) > NAMED:
         click.echo(f"left out: {len(refused) - NAMED} more", err=True)
-
-
-def describe_trained(model: Any, facts: dict[str, Any]) -> None:
-    """Put what a pipeline must know (``facts``) where it looks, and ``zoo.save`` too."""
-    from zoo.building import describe
-    from zoo_registry import WeightsCard
-
-    card = WeightsCard(tag="own", where="this folder", preprocess=facts)
-    describe(model, dataclasses.replace(model.zoo_info, tag=None, weights=card, folder_config={}))

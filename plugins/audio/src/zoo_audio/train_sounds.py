@@ -15,13 +15,11 @@ from zoo.cli import output, training
 @click.argument("name")
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
 @training.out
-@click.option("--held-out", default=0.1, show_default=True, type=click.FloatRange(0, 0.9), help="Share to measure on.")
-@click.option("--validation", type=click.Path(exists=True, path_type=Path), help="Recordings to measure on.")
+@training.measuring(of="path")
 @training.start
 @click.option("--length", type=click.IntRange(min=2), help="Samples of a window (default: the model's, as 16000).")
 @training.loop(steps=20_000, rate=4e-3, weight_decay=0.0)
 @training.batch_size(8, "Windows.")
-@click.option("--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth of all).")
 @training.run_options("sample_rate=8000")
 @training.resume
 @output.as_json
@@ -29,7 +27,7 @@ def train_audio(
     name: str,
     folder: Path,
     out: Path,
-    held_out: float,
+    held_out: float | None,
     validation: Path | None,
     start: str | None,
     length: int | None,
@@ -52,18 +50,20 @@ def train_audio(
     """
     import zoo
     from zoo import training as loop
+    from zoo.building import trained
     from zoo.loading import card_of
     from zoo.pipelines import progress_bar
 
     from .sounds import Sounds, bits, default_length, find_audio, likelihood, read_tokens, sound_model
-    from .train_commands import describe_trained, split
 
     settings = training.settings(options, seed)
     if (task := card_of(name).task) != "audio-generation":
         raise click.UsageError(f"{name} is for {task}; expected a model for audio-generation, as sashimi_sc09")
+    share = training.held_out_share(held_out, validation)
     files, held_files = find_audio(folder), [] if validation is None else find_audio(validation)
     if validation is None:
-        files, held_files = split(files, held_out, seed)
+        kept, rest = loop.held_out([None] * len(files), share, seed)
+        files, held_files = [files[i] for i in kept], [files[i] for i in rest]
     model = sound_model(training.begun(name, start, seed, **output.pairs(choices, "--set")))
     window = length or default_length(model)
     with progress_bar(not as_json and sys.stderr.isatty(), len(files) + len(held_files), "reading") as advance:
@@ -75,13 +75,13 @@ def train_audio(
 
         sounds, held = [read(path) for path in files], [read(path) for path in held_files]
     counts: dict[str, Any] = {"recordings": len(sounds), "held_out": len(held), "samples": sum(map(len, sounds))}
-    if not as_json:
-        seconds = counts["samples"] / model.sample_rate
-        click.echo(f"{len(sounds)} recordings ({seconds:.1f} s), {len(held)} held out, windows of {window} samples")
     with training.processes(device) as place, training.run(out, resume, quiet=as_json, **counts) as run:
         model = model.to(place.device)
         facts = {"sample_rate": model.sample_rate, "bits": 8, "encoding": "mu-law", "length": window}
-        describe_trained(model, facts)
+        trained(model, folder.name, facts)
+        if not as_json:
+            seconds = counts["samples"] / model.sample_rate
+            click.echo(f"{len(sounds)} recordings ({seconds:.1f} s), {len(held)} held out, windows of {window} samples")
         done = loop.fit(
             model,
             Sounds(sounds, window, batch_size, seed),

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +24,13 @@ from torch import Tensor
 from zoo import errors
 from zoo.files import read_json
 from zoo.pipelines import progress_bar
-from zoo.training import Shuffled
+from zoo.training import Shuffled, held_out
 
 from .augmentation import augmented
 from .pipelines import VolumePipeline
 from .scans import Scan, read_scan
 from .validation import find_cases, read_labels
 
-T = TypeVar("T")
 Case = tuple[Any, Path]  #: image file, or a tuple of channel files; label file
 
 #: Voxels of each label of a scan that are remembered, for patches that hold it and for the window of intensities.
@@ -122,14 +121,15 @@ def labelled(
     *,
     quiet: bool = False,
 ) -> Labelled:
-    """Look through a folder. Held out are the cases of ``validation``, or a ``share`` of the folder's chosen by
+    """Look through a folder. Held out are the cases of ``validation``, or a ``share`` of the folder's drawn by
     ``seed``. ``channels_of``: numbers of channels that cases like this one may have.
 
     Raises BadArgument where there is nothing to learn or to measure, BadFile for files that do not fit.
     """
     train, held = find_cases(folder), [] if validation is None else find_cases(validation)
     if validation is None:
-        train, held = split(train, share, seed)
+        kept, rest = held_out([None] * len(train), share, seed)
+        train, held = [train[i] for i in kept], [train[i] for i in rest]
     said = describe(folder)
     names, channels = said.labels, channels_of(train[0])
     with reading(len(train) + len(held), quiet) as advance:
@@ -214,18 +214,6 @@ def _turned_spacing(scan: Scan, orientation: str | None) -> tuple[float, ...]:
     for axis, (place, _) in enumerate(turn):
         found[int(place)] = scan.spacing[axis]
     return tuple(found)
-
-
-def split(cases: Sequence[T], share: float, seed: int) -> tuple[list[T], list[T]]:
-    """(to train on, held out), both in the order of the folder; at least one of each where a share is asked for."""
-    count = 0 if share == 0 else min(max(round(share * len(cases)), 1), len(cases) - 1)
-    if share and len(cases) < 2:
-        raise errors.BadArgument(
-            "there is one case only; give more, or --held-out 0 to train on it without measuring",
-            argument="folder", accepted=[],
-        )  # fmt: skip
-    chosen = set(np.random.default_rng(seed % 2**63).permutation(len(cases))[:count].tolist())
-    return [c for i, c in enumerate(cases) if i not in chosen], [c for i, c in enumerate(cases) if i in chosen]
 
 
 def _classes(found: Survey) -> int:

@@ -149,15 +149,6 @@ def planned(name: str, start: str | None, given: dict[str, Any], patch: list[int
 # -- scans as the network reads them ---------------------------------------------------------------------------------
 
 
-def put_facts(model: nn.Module, facts: dict[str, Any]) -> None:
-    """Say how scans come to the network where pipelines, and ``zoo.save``, look for it."""
-    from zoo.building import describe
-    from zoo_registry import WeightsCard
-
-    card = WeightsCard(tag="own", where="this folder", preprocess=facts)
-    describe(model, dataclasses.replace(model.zoo_info, tag=None, weights=card, folder_config={}))  # type: ignore[type-var]
-
-
 @contextlib.contextmanager
 def prepared(
     pipe: VolumePipeline, cases: Sequence[Any], classes: int, folder: Path, seed: int, place: Place

@@ -17,13 +17,12 @@ from .commands import intensities
 @click.argument("name")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @training.out
-@click.option("--held-out", default=0.1, show_default=True, type=click.FloatRange(0, 0.9), help="Share to measure on.")
+@training.measuring()
 @training.start
 @click.option("--spacing", nargs=3, type=float, help="Millimetres of a voxel (default: the published weights').")
 @click.option("--normalisation", help='"z-score" for MR, or LOW,HIGH (default: the published weights\', of CT).')
 @training.loop(steps=20_000, rate=1e-4)
 @training.batch_size(2, "Cubes.")
-@click.option("--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth of all).")
 @training.run_options("img_size=64")
 @training.resume
 @output.as_json
@@ -31,7 +30,8 @@ def pretrain_volumes(
     name: str,
     folder: Path,
     out: Path,
-    held_out: float,
+    held_out: float | None,
+    validation: Path | None,
     start: str | None,
     spacing: tuple[float, float, float] | None,
     normalisation: str | None,
@@ -56,12 +56,13 @@ def pretrain_volumes(
 
     import zoo
     from zoo import training as loop
+    from zoo.building import trained
     from zoo.loading import card_of
 
-    from .cases import Cubes, reading, split
-    from .plans import prepared, put_facts
+    from .cases import Cubes, reading
+    from .plans import prepared
     from .rebuilding import VolumeRebuilding
-    from .scans import NIFTI, read_scan
+    from .scans import read_scan
 
     settings = training.settings(options, seed)
     if (task := card_of(name).task) != "masked-pretraining":
@@ -70,13 +71,13 @@ def pretrain_volumes(
     network = zoo.create(name, device="meta", **arguments) if start is None else zoo.load(start, **arguments)
     values = None if normalisation is None else intensities(normalisation)
     asked = VolumeRebuilding(network, spacing=spacing, normalisation=values)
-    scans = sorted(f for f in folder.rglob("*") if f.name.lower().endswith(NIFTI) and f.name[0] != ".")
-    if not scans:
-        raise errors.BadArgument(f"{folder} holds no .nii or .nii.gz file", argument="folder", accepted=list(NIFTI))
-    cases, held = split(scans, held_out, seed)
+    cases, held = find_scans(folder), [] if validation is None else find_scans(validation)
+    kept_out = loop.held_out([None] * len(cases), training.held_out_share(held_out, validation), seed)
+    if validation is None:
+        cases, held = ([cases[i] for i in part] for part in kept_out)
     longest = 1.0
-    with reading(len(scans), as_json) as advance:
-        for scan in scans:
+    with reading(len(cases) + len(held), as_json) as advance:
+        for scan in (*cases, *held):
             voxel = (asked.read(scan) if spacing is None else read_scan(scan, [1])).spacing
             longest = max(longest, max(voxel) / min(voxel))
             advance()
@@ -87,13 +88,13 @@ def pretrain_volumes(
     }
     if longest > asked.anisotropy:  # whoever gave --spacing knows of the distance of slices
         facts["anisotropy"] = round(longest + 0.01, 2)
-    if not as_json:
-        click.echo(f"{len(cases)} scans to train on, {len(held)} held out")
-        click.echo(", ".join(f"{k} {v}" for k, v in facts.items()))
     counts: dict[str, Any] = {"scans": len(cases), "held_out": len(held)}
     with training.processes(device) as place, training.run(out, resume, quiet=as_json, **counts) as run:
         model = training.begun(name, start, seed, **arguments).to(place.device)
-        put_facts(model, facts)
+        trained(model, folder.name, facts)
+        if not as_json:
+            click.echo(f"{len(cases)} scans to train on, {len(held)} held out")
+            click.echo(", ".join(f"{k} {v}" for k, v in facts.items()))
 
         def rebuilt(network: Any) -> float:
             pipe = VolumeRebuilding(network)
@@ -115,7 +116,9 @@ def pretrain_volumes(
         if not place.first:
             return
         figures, what = {"loss": rebuilt(model)} if held else {}, f"{len(held)} held-out scans"
-        metrics = training.measured(figures, dataset=folder.name, split=what, command="pretrain-volumes")
+        metrics = training.measured(
+            figures, dataset=(validation or folder).name, split=what, command="pretrain-volumes"
+        )
         zoo.save(model.cpu(), out, metrics=metrics)
     if as_json:
         facts = counts | {"taken_at": done.taken_at, "preprocess": facts, "folder": str(out)}
@@ -125,3 +128,13 @@ def pretrain_volumes(
         click.echo(f"{what}, weights of step {done.taken_at}: {training.said(figures)}")
     next_step = f"zoo train-volumes mambamim_hybird FOLDER --start {training.source(out)} --out tuned"
     click.echo(f"saved to {out}; try: {next_step}")
+
+
+def find_scans(folder: Path) -> list[Path]:
+    """The NIfTI files of a folder, at any depth. Raises BadArgument where there is none."""
+    from .scans import NIFTI
+
+    found = sorted(f for f in folder.rglob("*") if f.name.lower().endswith(NIFTI) and f.name[0] != ".")
+    if not found:
+        raise errors.BadArgument(f"{folder} holds no .nii or .nii.gz file", argument="folder", accepted=list(NIFTI))
+    return found

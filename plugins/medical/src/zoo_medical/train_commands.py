@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 @click.argument("name")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @training.out
-@click.option("--held-out", default=0.2, show_default=True, type=click.FloatRange(0, 0.9), help="Share to measure on.")
-@click.option(
-    "--validation", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Cases to measure on."
-)
+@training.measuring(share=0.2)
 @training.start
 @grid_options
 @click.option("--fit/--no-fit", default=None, help="Resize slices and pictures to the window of a 2D network.")
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
 @click.option("--flips/--no-flips", default=None, help="Default: flips, unless labels are called left or right.")
 @training.loop(steps=10_000, rate=5e-4, weight_decay=0.01)
 @training.batch_size(2, "Patches.")
-@click.option("--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth of all).")
 @training.run_options("features=[16,32,64,128]")
 @training.resume
 @output.as_json
@@ -38,7 +34,7 @@ def train_volumes(
     name: str,
     folder: Path,
     out: Path,
-    held_out: float,
+    held_out: float | None,
     validation: Path | None,
     start: str | None,
     patch: list[int] | None,
@@ -70,42 +66,44 @@ def train_volumes(
     """
     import zoo
     from zoo import training as loop
+    from zoo.building import trained
 
     from .cases import Patches, labelled
     from .pipelines import MedicalSegmentation
-    from .plans import planned, prepared, put_facts
+    from .plans import planned, prepared
     from .validation import measure
 
     settings = training.settings(options, seed)
     plan = planned(name, start, output.pairs(choices, "--set"), patch)
     asked = plan.asked(spacing, normalisation, crop, fit)
     grid = MedicalSegmentation(plan.network, **asked)  # which refuses what does not fit
-    data = labelled(folder, validation, held_out, seed, plan.channels_of, grid.orientation, quiet=as_json)
+    share = training.held_out_share(held_out, validation, 0.2)
+    data = labelled(folder, validation, share, seed, plan.channels_of, grid.orientation, quiet=as_json)
     if data.found.flat and spacing is not None:
         raise click.UsageError("--spacing is for scans; these are pictures")
     facts = plan.facts(grid, data.found, asked, data.channels)
     arguments = plan.arguments(len(data.names), data.found.channels)
     if flips is None:
         flips = not any(side in label.lower() for label in data.names for side in ("left", "right"))
-    if not as_json:
-        click.echo(f"{len(data.train)} cases to train on, {len(data.held)} held out; labels: {', '.join(data.names)}")
-        click.echo(", ".join(f"{k} {v}" for k, v in facts.items()))
-        click.echo(f"patches are {'flipped along every axis' if flips and augment else 'not flipped'}")
     counts: dict[str, Any] = {"cases": len(data.train), "held_out": len(data.held)}
     with training.processes(device) as place, training.run(out, resume, quiet=as_json, **counts) as run:
         model = plan.begun(seed, arguments).to(place.device)
-        put_facts(model, facts)
-
-        def pipe(network: nn.Module) -> MedicalSegmentation:
-            return MedicalSegmentation(network, label_set=data.names)
+        trained(model, folder.name, facts, data.names)
+        if not as_json:
+            click.echo(
+                f"{len(data.train)} cases to train on, {len(data.held)} held out; labels: {', '.join(data.names)}"
+            )
+            click.echo(", ".join(f"{k} {v}" for k, v in facts.items()))
+            click.echo(f"patches are {'flipped along every axis' if flips and augment else 'not flipped'}")
 
         def score(network: nn.Module) -> float:
-            return measure(pipe(network), data.held, distances=False)[0]["mean_dice"] or 0.0
+            return measure(MedicalSegmentation(network), data.held, distances=False)[0]["mean_dice"] or 0.0
 
-        with prepared(pipe(model), data.train, len(data.names), out / "prepared", seed, place) as kept:
+        grid = MedicalSegmentation(model)
+        with prepared(grid, data.train, len(data.names), out / "prepared", seed, place) as kept:
             done = loop.fit(
                 model,
-                Patches(kept, len(data.train), pipe(model).patch, batch_size, seed, augment, flips),
+                Patches(kept, len(data.train), grid.patch, batch_size, seed, augment, flips),
                 objective,
                 settings,
                 run=run,
@@ -116,11 +114,11 @@ def train_volumes(
         if not place.first:
             return
         plain_output(model)
-        figures, per_class = measure(pipe(model), data.held) if data.held else ({}, {})
+        figures, per_class = measure(grid, data.held) if data.held else ({}, {})
         known = {k: v for k, v in figures.items() if v is not None}
         what, where = f"{len(data.held)} held-out cases", (validation or folder).name
         metrics = training.measured(known, dataset=where, split=what, command="train-volumes")
-        zoo.save(model.cpu(), out, labels=data.names, metrics=metrics)
+        zoo.save(model.cpu(), out, metrics=metrics)
     if as_json:
         facts = counts | {"taken_at": done.taken_at, "preprocess": facts, "folder": str(out)}
         output.emit({"metrics": figures, "per_class": per_class} | facts)

@@ -87,7 +87,7 @@ def measure(
 
     ``distances``: Hausdorff distances, too, which take long. ``advance`` is called after each case.
     """
-    classes, names = classes_of(pipe.model), pipe.label_set or pipe.labels() or []
+    classes, names = classes_of(pipe.model), pipe.labels() or []
     rows: list[list[dict[str, float]]] = []
     flat = False
     for images, truth in cases:
