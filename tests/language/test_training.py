@@ -325,6 +325,12 @@ def test_a_tokenizer_goes_with_the_weights(texts, tmp_path, tokenizer):
     assert pipe.tokenizer.end_of_text == made.end_of_text
     assert pipe("the quick").tokens == 3
     assert len((moved / "README.md").read_text()) < 6000  # the tokenizer is not spread out there
+    again = run(
+        "mamba2_micro", texts, "--out", tmp_path / "e", "--tokenizer", tokenizer, "--end-of-text", "e", "--steps", 1,
+        "--length", 16, *SMALL,
+    )  # fmt: skip
+    assert again.exit_code == 0, again.output
+    assert zoo.pipeline(tmp_path / "e").tokenizer.end_of_text == made.encode("e")[0]
     text = prose(4)
     whole = score(loaded, [made.end_of_text, *made.encode(text)], text_bytes=len(text))
     (tmp_path / "t.txt").write_text(text)
@@ -350,13 +356,15 @@ def test_models_that_read_their_text_again_are_measured_by_windows(texts, tmp_pa
         (["birdie_hawk"], "birdie_hawk names no tokenizer; give --tokenizer"),
         (["vim_tiny"], "vim_tiny is for image-classification"),
         (["mamba2_micro", "--tokenizer", "nothing.json"], "there is no file 'nothing.json'"),
+        (["mamba2_micro", "--end-of-text", "x"], "give it with --tokenizer"),
+        (["mamba2_micro", "--tokenizer", "TOKENIZER", "--end-of-text", "</s>"], "has no token '</s>'"),
         (["mamba2_micro", "--length", 100_000], "a window of 100000 needs 100001"),
         (["mamba2_micro", "--tokenizer", "bytes", "--set", "vocab_size=200"], "the tokenizer has 256 tokens and"),
     ],
 )
-def test_what_is_refused(texts, tmp_path, arguments, message):
+def test_what_is_refused(texts, tmp_path, tokenizer, arguments, message):
     (tmp_path / "more.txt").write_text("x")
-    arguments = [tmp_path if a == "." else a for a in arguments]
+    arguments = [{".": tmp_path, "TOKENIZER": tokenizer}.get(a, a) for a in arguments]
     found = run(*arguments, texts, "--out", tmp_path / "out", "--steps", 1)
     assert found.exit_code != 0
     assert message in " ".join((found.output + str(found.exception)).split())

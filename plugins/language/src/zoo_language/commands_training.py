@@ -32,6 +32,7 @@ BETAS = (0.9, 0.95)
 @click.option("--validation", multiple=True, type=_TEXTS, help="Measure on these texts instead; repeatable.")
 @training.start
 @click.option("--tokenizer", help="A tokenizer.json or its folder, or 'bytes' (default: that of the weights).")
+@click.option("--end-of-text", help="The token of --tokenizer between texts (default: <|endoftext|>, if it has it).")
 @click.option("--length", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens of a window.")
 @training.loop(steps=2000, rate=1e-3, weight_decay=0.1)
 @training.batch_size(8, "Windows.")
@@ -47,6 +48,7 @@ def train_language(
     validation: tuple[Path, ...],
     start: str | None,
     tokenizer: str | None,
+    end_of_text: str | None,
     length: int,
     batch_size: int,
     seed: int,
@@ -80,9 +82,11 @@ def train_language(
 
     if held_out is not None and validation:
         raise click.UsageError("--held-out and --validation: give one, a share of the texts or other texts")
+    if end_of_text is not None and tokenizer in (None, "bytes"):
+        raise click.UsageError("--end-of-text names a token of a tokenizer.json: give it with --tokenizer")
     share = 0.0 if validation else 0.05 if held_out is None else held_out
     files, others = files_in(texts), files_in(validation)
-    model, coding, said = _begun(name, start, seed, tokenizer, output.pairs(choices, "--set"))
+    model, coding, said = _begun(name, start, seed, tokenizer, end_of_text, output.pairs(choices, "--set"))
     check_causal(model, min(length, 2048), name)
     carry = streams(model)
     how: dict[str, Any] = {"window": 2048 if carry else length, "carry": carry}  # what zoo validate does by itself
@@ -133,7 +137,7 @@ def train_language(
 
 
 def _begun(
-    name: str, start: str | None, seed: int, given: str | None, arguments: dict[str, Any]
+    name: str, start: str | None, seed: int, given: str | None, end: str | None, arguments: dict[str, Any]
 ) -> tuple[CausalLM, OwnTokenizer, dict[str, Any]]:
     """The model, its tokenizer, and what the saved weights say of it; a new model has as many ids as the tokenizer that
     is given."""
@@ -162,7 +166,7 @@ def _begun(
         coding = tokenizer_of(said)
     else:
         place = Path(given)
-        coding = ByteTokenizer() if given == "bytes" else HubTokenizer(place / FILE if place.is_dir() else place)
+        coding = ByteTokenizer() if given == "bytes" else HubTokenizer(place / FILE if place.is_dir() else place, end)
         said = settings_of(coding)
         if model is None and "vocab_size" in inspect.signature(import_object(card.builder)).parameters:
             arguments = {"vocab_size": coding.size} | arguments

@@ -36,11 +36,11 @@ class ByteTokenizer:
 class HubTokenizer:
     """A ``tokenizer.json`` (the ``tokenizers`` library).
 
-    ``end_of_text``: the id that ends a text; None: that of "<|endoftext|>", where there is such a token. Raises
-    BadFile, a ValueError, for a file that is none.
+    ``end_of_text``: the token that ends a text, or its id; None: "<|endoftext|>", where there is such a token. Raises
+    BadFile, a ValueError, for a file that is none, and BadArgument for a token that it does not have.
     """
 
-    def __init__(self, path: str | Path, end_of_text: int | None = None) -> None:
+    def __init__(self, path: str | Path, end_of_text: int | str | None = None) -> None:
         from tokenizers import Tokenizer as Fast
 
         path = existing(path, "a tokenizer.json")
@@ -48,7 +48,10 @@ class HubTokenizer:
             self._fast = Fast.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for a file that it cannot read
             raise errors.BadFile(f"{path} is no tokenizer.json: {error}", path=str(path)) from error
-        self.end_of_text = self._fast.token_to_id("<|endoftext|>") if end_of_text is None else end_of_text
+        end = "<|endoftext|>" if end_of_text is None else end_of_text
+        self.end_of_text: int | None = self._fast.token_to_id(end) if isinstance(end, str) else end
+        if end_of_text is not None and self.end_of_text is None:
+            raise errors.BadArgument(f"{path} has no token {end!r}", argument="end_of_text", accepted=[])
 
     @classmethod
     def of(cls, text: str, end_of_text: int | None = None) -> HubTokenizer:
