@@ -139,8 +139,8 @@ def test_batches_hold_what_the_picture_shows(tmp_path):
 def test_it_learns_and_the_saved_folder_says_the_same(tmp_path, capsys):
     """From a detector of six other classes; ids from 0, an empty picture, a crowd, a box that reaches beyond."""
     data, held = squares(tmp_path / "data", 12), squares(tmp_path / "held", 6, seed=1)
-    words = ("--start", f"{MODEL}.shapes", "--validation", str(held), "--scale", "1", "1.2", "--score-every", "20")
-    given = ["train-detector", MODEL, str(data), "--out", str(tmp_path / "out"), "--size", "64", "--steps", "40"]
+    words = ("--start", f"{MODEL}.shapes", "--validation", str(held), "--scale", "1", "1.2", "--score-every", "14")
+    given = ["train-detector", MODEL, str(data), "--out", str(tmp_path / "out"), "--size", "64", "--steps", "28"]
     assert run([*given, "--rate", "4e-3", "--batch-size", "4", *words, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["classes"] == ["red", "blue"]

@@ -6,7 +6,12 @@ torchvision's (``transforms.v2.functional``).
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +20,23 @@ from torchvision.transforms.v2 import functional
 
 ASPECTS = (3 / 4, 4 / 3)
 TRIES = 10
+
+Item = TypeVar("Item")
+Sample = TypeVar("Sample")
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, 16), thread_name_prefix="picture")
+
+
+def samples(
+    make: Callable[[Item, np.random.Generator], Sample], items: Iterable[Item], random: np.random.Generator
+) -> list[Sample]:
+    """``make`` of every item, with random numbers of its own that follow from ``random``, on threads: most of the time
+    goes into reading files."""
+    given = list(items)
+    return list(_threads().map(make, given, random.spawn(len(given))))
 
 
 def window(random: np.random.Generator, width: int, height: int, least: float) -> tuple[int, int, int, int]:

@@ -16,7 +16,7 @@ from zoo_registry import errors
 from zoo_vision.pipelines import ImageClassification
 from zoo_vision.validation import LabelledPictures, class_folders
 
-from .augment import jittered, mixed, window
+from .augment import jittered, mixed, samples, window
 
 #: names of sub-folders that are parts of a data set and no classes
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -89,7 +89,7 @@ class Batches:
 
     def __call__(self, index: int) -> tuple[Tensor, Tensor]:
         random, numbers = self.order.random(index), self.order(index)
-        x = torch.stack([self._picture(i, random) for i in numbers])
+        x = torch.stack(samples(self._picture, numbers, random))
         labels = torch.tensor([self.data.samples[i][1] for i in numbers])
         return mixed(x, F.one_hot(labels, self.classes).float(), random, self.mixup)
 

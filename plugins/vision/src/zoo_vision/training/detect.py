@@ -21,7 +21,7 @@ from zoo_vision.objects import ObjectDetection
 from zoo_vision.segmentation import resize
 from zoo_vision.validation import upright_size
 
-from .augment import jittered
+from .augment import jittered, samples
 from .common import begun_on
 
 #: sides of batches are multiples of this, as in inference
@@ -185,15 +185,15 @@ class Batches:
 
     def __call__(self, index: int) -> tuple[Tensor, list[dict[str, Tensor]], list[tuple[int, int]]]:
         random = self.order.random(index)
-        samples = [self._sample(self.pictures[i], random) for i in self.order(index)]
-        sizes = [(x.shape[1], x.shape[2]) for x, _ in samples]
+        made = samples(self._sample, (self.pictures[i] for i in self.order(index)), random)
+        sizes = [(x.shape[1], x.shape[2]) for x, _ in made]
         height, width = (-(-max(sides) // MULTIPLE) * MULTIPLE for sides in zip(*sizes, strict=True))
         beyond = [(0, width - w, 0, height - h) for h, w in sizes]
-        targets = [target for _, target in samples]
+        targets = [target for _, target in made]
         if self.masks:
             for target, pad in zip(targets, beyond, strict=True):
                 target["masks"] = F.pad(target["masks"], pad)
-        return torch.stack([F.pad(x, pad) for (x, _), pad in zip(samples, beyond, strict=True)]), targets, sizes
+        return torch.stack([F.pad(x, pad) for (x, _), pad in zip(made, beyond, strict=True)]), targets, sizes
 
     def _sample(self, picture: Annotated, random: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         image = self.pipe.read(picture.file)

@@ -16,7 +16,7 @@ from zoo_vision.labelled_scenes import IGNORED, Pair, Values
 from zoo_vision.scenes import SemanticSegmentation
 from zoo_vision.segmentation import resize
 
-from .augment import jittered
+from .augment import jittered, samples
 
 #: a crop is drawn anew, at most so often, while one class covers more of it than this share
 TRIES, LARGEST = 10, 0.75
@@ -74,7 +74,8 @@ class Batches:
 
     def __call__(self, index: int) -> tuple[Tensor, Tensor]:
         random = self.order.random(index)
-        pictures, classes = zip(*(self._sample(self.data[i], random) for i in self.order(index)), strict=True)
+        made = samples(self._sample, (self.data[i] for i in self.order(index)), random)
+        pictures, classes = zip(*made, strict=True)
         return torch.stack(pictures), torch.stack(classes)
 
     def _sample(self, pair: Pair, random: np.random.Generator) -> tuple[Tensor, Tensor]:
