@@ -181,6 +181,10 @@ def test_scenes_in_pieces(tmp_path, capsys):
     settings = model.zoo_info.weights.preprocess
     assert settings == {"voxel": 0.3, "normalize": "floor", "features": ["height"], "label_values": [2, 6]}
     assert validated(capsys, out, data)["metrics"]["mIoU"] > 0.6
+    words = ["pcm_micro_parts", data, "--out", tmp_path / "more", "--start", out, "--steps=1", "--batch-size=2"]
+    assert train(capsys, *words, "--rate=1e-9", "--held-out=0.3")["figures"]["mIoU"] > 0.6  # it goes on from there,
+    assert zoo.load(tmp_path / "more").test_crop == 256  # in pieces of the same size
+    assert "--features chooses" in train(capsys, *words, "--features=xyz", status=2)
 
 
 def test_it_begins_with_a_masked_autoencoder(classes, tmp_path, capsys):
@@ -300,6 +304,7 @@ def test_what_is_refused(classes, parts, tmp_path, capsys):
     assert "--label-names and --ignore" in refused("pcm_micro", classes, "--ignore=3")
     assert "reads the points alone" in refused("pointmamba_modelnet", classes, "--features=height")
     assert "expected some of xyz" in refused("pcm_micro", classes, "--features=colour")
+    assert "they follow from the data" in refused("pcm_micro", classes, "--set=num_classes=3")
     assert "needs at least 64" in refused("pointmamba_modelnet", classes, "--points=32")
     assert "has no sub-folders" in refused("pcm_micro", classes / "ball")
     assert "the smaller one first" in refused("pcm_micro", classes, "--scale", "2", "1")

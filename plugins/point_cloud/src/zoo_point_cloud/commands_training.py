@@ -94,7 +94,9 @@ def train_points(
     from .pointmamba import PointMamba, PointMambaSegmentation
     from .training import Moves, cross_entropy
 
-    arguments = _trunk(name, start) | output.pairs(choices, "--set")
+    arguments = _taken(name, start) | (own := output.pairs(choices, "--set"))
+    if "num_classes" in own or "shapes" in own:
+        raise click.UsageError("--set num_classes and shapes: they follow from the data; leave them out")
     shape: Any = zoo.create(name, device="meta", **arguments)
     if not isinstance(shape, (PCM, PointMamba, PCMSegmentation, PointMambaSegmentation)):
         raise click.UsageError(f"{name} is a {type(shape).__name__}; expected a model of PCM or PointMamba")
@@ -106,6 +108,13 @@ def train_points(
             f"--label-names and --ignore are for labels of points; {name} takes a folder for each class"
         )
     settings = _settings(name, start, points, voxel, features, up)
+    if isinstance(shape, (PCM, PCMSegmentation)):
+        channels = _channels(settings) + 3 * shape.encoder.combine_pos
+        if arguments.setdefault("in_chans", channels) != channels:
+            raise click.UsageError(
+                f"a point has {channels} numbers ({', '.join(settings.get('features', ())) or 'x, y, z'}), and the model "
+                f"takes {arguments['in_chans']}: --features chooses them"
+            )
     share, scene = training.held_out_share(held_out, validation, SHARE), bool(settings.get("voxel"))
     if scene and points is None:
         points = shape.test_crop or 24_576
@@ -132,8 +141,6 @@ def train_points(
     arguments["num_classes"] = len(data.names)
     if not classifies and shapes_of(shape):
         arguments["shapes"] = len(data.kinds)
-    if isinstance(shape, (PCM, PCMSegmentation)):
-        arguments.setdefault("in_chans", _channels(settings) + 3 * shape.encoder.combine_pos)
     if scene:
         arguments["test_crop"] = points  # scenes are cut as they were trained on
     order = Shuffled(len(data.train), batch_size, seed)
@@ -223,12 +230,16 @@ def _is_pretrained(start: str) -> bool:
     return card_of(start).task == "point-cloud-pretraining"
 
 
-def _trunk(name: str, start: str | None) -> dict[str, Any]:
-    """The arguments of a masked autoencoder that decide which trunk fits. Raises BadArgument where NAME has none."""
+def _taken(name: str, start: str | None) -> dict[str, Any]:
+    """The model arguments that the weights to begin with decide: all of a model of its own, of a masked autoencoder
+    those that its trunk fits. Raises BadArgument where NAME has no such trunk."""
     from zoo.loading import card_of, locate
 
-    if start is None or not _is_pretrained(start):
+    if start is None:
         return {}
+    if not _is_pretrained(start):  # another model's are refused when they are loaded
+        given = locate(start)
+        return dict(given.config) if given.card.name == card_of(name).name else {}
     if card_of(name).system != "pointmamba":
         raise errors.BadArgument(f"--start {start} is a PointMamba, and {name} is to be trained; name a pointmamba_*")
     return {k: v for k, v in locate(start).config.items() if k in ("embed_dim", "depth", "rms_norm")}

@@ -209,7 +209,7 @@ def train_pixels(
         )
     if names is not None and len(names) < count:
         raise errors.BadArgument(f"{labels} has {len(names)} names, and {data} {count} classes; expected one for each")
-    arguments = {"num_classes": count if names is None else len(names)} | output.pairs(choices, "--set")
+    arguments = output.pairs(choices, "--set") | {"num_classes": count if names is None else len(names)}
     model: Any = training.begun(name, start, seed, **arguments)
     names = PixelClassification(model, class_names=names).class_names
     pixels = Pixels(cube, truth, model.bands, model.window)
