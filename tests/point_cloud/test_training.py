@@ -184,7 +184,7 @@ def test_scenes_in_pieces(tmp_path, capsys):
     words = ["pcm_micro_parts", data, "--out", tmp_path / "more", "--start", out, "--steps=1", "--batch-size=2"]
     assert train(capsys, *words, "--rate=1e-9", "--held-out=0.3")["figures"]["mIoU"] > 0.6  # it goes on from there,
     assert zoo.load(tmp_path / "more").test_crop == 256  # in pieces of the same size
-    assert "--features chooses" in train(capsys, *words, "--features=xyz", status=2)
+    assert "the model takes 1: --features" in train(capsys, *words, "--features=xyz", status=2)
 
 
 def test_it_begins_with_a_masked_autoencoder(classes, tmp_path, capsys):

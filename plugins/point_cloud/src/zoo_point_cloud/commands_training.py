@@ -111,9 +111,10 @@ def train_points(
     if isinstance(shape, (PCM, PCMSegmentation)):
         channels = _channels(settings) + 3 * shape.encoder.combine_pos
         if arguments.setdefault("in_chans", channels) != channels:
+            read = ", ".join(settings.get("features", ())) or "x, y, z"
             raise click.UsageError(
-                f"a point has {channels} numbers ({', '.join(settings.get('features', ())) or 'x, y, z'}), and the model "
-                f"takes {arguments['in_chans']}: --features chooses them"
+                f"a point has {channels} numbers ({read}), and the model takes {arguments['in_chans']}: --features "
+                "chooses them"
             )
     share, scene = training.held_out_share(held_out, validation, SHARE), bool(settings.get("voxel"))
     if scene and points is None:
