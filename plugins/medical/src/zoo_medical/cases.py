@@ -87,7 +87,7 @@ class Survey:
     flat: bool  #: of pictures
     spacings: list[tuple[float, ...]]  #: mm of the network's axes; of pictures none
     labels: list[set[int]]  #: values that each case holds
-    window: tuple[float, float] | None  #: 0.5 and 99.5 percentiles of the intensities that have a label
+    window: tuple[float, float]  #: 0.5 and 99.5 percentiles of the intensities that have a label
 
     @property
     def spacing(self) -> list[float]:
@@ -160,7 +160,7 @@ def survey(
 
     Raises BadFile where an image and its labels do not fit, or one case has other channels than the rest.
     """
-    found = Survey(0, False, [], [], None)
+    found = Survey(0, False, [], [], (0.0, 0.0))
     values: list[np.ndarray] = []
     for number, (images, truth) in enumerate(cases):
         scan = read_scan(images, channels)

@@ -61,9 +61,9 @@ class Plan:
 
     def facts(self, pipe: Any, found: Survey, asked: dict[str, Any], channels: list[str] | None) -> dict[str, Any]:
         """What a pipeline must know to read scans as training does."""
-        window = [round(v, 4) for v in found.window] if found.window is not None else None
-        of_ct = channels is not None and all(c.upper() == "CT" for c in channels) and window is not None
-        normalisation: Any = asked.get("normalisation") or (window if of_ct else "z-score")
+        low, high = (round(v, 4) for v in found.window)
+        of_ct = channels is not None and all(c.upper() == "CT" for c in channels) and low < high
+        normalisation: Any = asked.get("normalisation") or ([low, high] if of_ct else "z-score")
         facts: dict[str, Any] = {
             "orientation": pipe.orientation,
             "normalisation": normalisation if isinstance(normalisation, str) else list(normalisation),
