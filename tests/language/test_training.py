@@ -257,7 +257,7 @@ def test_a_run_goes_on(tmp_path, texts):
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_it_learns_and_says_what_zoo_validate_says(texts, tmp_path):
+def test_it_learns_and_says_what_zoo_validate_says(texts, tmp_path, monkeypatch):
     others = tmp_path / "others"
     others.mkdir()
     for i in range(2):
@@ -273,7 +273,8 @@ def test_it_learns_and_says_what_zoo_validate_says(texts, tmp_path):
     assert measured.metrics == pytest.approx(said["metrics"], rel=1e-6)
     assert measured.samples == said["measured"]
     assert set(zoo.pipeline(out, max_new_tokens=60)("seven red ").text.split()) & set(WORDS)
-    again = run(*command, "--start", out, "--held-out", 0.3)
+    monkeypatch.chdir(texts)
+    again = run("mamba2_micro", ".", *command[2:], "--start", out, "--held-out", 0.3)
     assert again.exit_code == 0, again.output
     assert "apart" in again.output
     assert f'zoo generate {out} "Once"' in again.output

@@ -79,4 +79,6 @@ def test_figures():
     assert rows == [
         {"name": "accuracy", "value": 0.5, "dataset": "d", "split": "test", "source": "measured by zoo train-x"}
     ]
+    here = training.measured({"accuracy": 0.5}, dataset=Path(".").name, split="test", command="train-x")
+    assert here[0]["dataset"] == "."  # zoo.save refuses figures of nothing, and that after all of the training
     assert training.said({"a": 0.5, "b": 1.0}) == "a 0.5000, b 1.0000"

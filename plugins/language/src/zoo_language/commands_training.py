@@ -87,12 +87,12 @@ def train_language(
     share = 0.0 if validation else 0.05 if held_out is None else held_out
     files, others = files_in(texts), files_in(validation)
     model, coding, said = _begun(name, start, seed, tokenizer, end_of_text, output.pairs(choices, "--set"))
-    check_causal(model, min(length, 2048), name)
     carry = streams(model)
     how: dict[str, Any] = {"window": 2048 if carry else length, "carry": carry}  # what zoo validate does by itself
     settings = dataclasses.replace(training.settings(options, seed), betas=BETAS)
 
     with training.processes(device) as place:
+        check_causal(model.to(place.device), min(length, 2048), name)
         if place.first:
             prepare(out / TOKENS, files, coding, held_out=share, validation=others, seed=seed)
         if place.world > 1:
@@ -106,7 +106,7 @@ def train_language(
                 click.echo(f"{len(train.begins)} texts, {len(train)} tokens; {measured} to measure on")
                 click.echo(f"windows of {length} tokens, texts in one are read {apart}")
             fitted = fit(
-                model.to(place.device),
+                model,
                 Windows(train, length, batch_size, seed),
                 lambda m, batch: next_token_loss(m, batch, recompute=settings.recompute),  # type: ignore[arg-type]
                 settings,

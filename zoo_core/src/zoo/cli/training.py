@@ -289,8 +289,9 @@ def processes(device: str) -> Iterator[Place]:
 
 
 def measured(found: Mapping[str, float], *, dataset: str, split: str, command: str) -> list[dict[str, Any]]:
-    """Figures as ``zoo.save(metrics=)`` takes them; ``command``: who measured."""
-    facts = {"dataset": dataset, "split": split, "source": f"measured by zoo {command}"}
+    """Figures as ``zoo.save(metrics=)`` takes them; ``command``: who measured. ``dataset``: the name of a file or
+    folder, which "." does not have."""
+    facts = {"dataset": dataset or ".", "split": split, "source": f"measured by zoo {command}"}
     return [{"name": name, "value": value} | facts for name, value in found.items()]
 
 
