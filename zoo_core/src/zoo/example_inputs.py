@@ -202,7 +202,7 @@ def _sides(spec: Mapping[str, Any], shape: Sequence[int]) -> list[int]:
 
 
 def _parameters(model: nn.Module, count: int) -> list[str]:
-    """The names of the first ``count`` arguments of ``forward``; "input.0", ... where it does not name them."""
+    """The names of the first ``count`` arguments of ``forward``; "input_0", ... where it does not name them."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     found = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
-    return found[:count] if len(found) >= count else [f"input.{i}" for i in range(count)]
+    return found[:count] if len(found) >= count else [f"input_{i}" for i in range(count)]

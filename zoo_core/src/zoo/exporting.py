@@ -7,13 +7,14 @@ The file is loaded again in its runtime and compared with the model before it ta
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -310,13 +311,18 @@ def _check_answers(model: nn.Module, examples: Inputs, kind: str) -> None:
 class _Flat(nn.Module):
     """``model`` with outputs that every format has: one tensor, or a dict of tensors by their names."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | dict[str, Tensor]:
-        found = outputs(self.model(*args, **kwargs))
-        return found["output"] if list(found) == ["output"] else found
+        def forward(*args: Tensor, **kwargs: Tensor) -> Tensor | dict[str, Tensor]:
+            found = outputs(model(*args, **kwargs))
+            return found["output"] if list(found) == ["output"] else found
+
+        # torch.export calls arguments, and what it asserts about their sizes, by the names of a signature.
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
+        self.forward = forward
 
 
 def outputs(value: Any) -> dict[str, Tensor]:
@@ -352,7 +358,7 @@ class _Draft:
         plainly = zoo_kernels.backend("export") if self.operators == "plain" else zoo_kernels.backend("auto")
         try:
             with _quietly(), plainly:
-                return self.traced(_Flat(self.model), example, plan)
+                return self.traced(_Flat(self.model, self.examples.names), example, plan)
         except Exception as error:  # torch, and any layer that meets a tensor without values
             raise errors.NotExportable(
                 f"{self.name} cannot be traced by torch.export: {_first_line(error)}", format=None
@@ -364,10 +370,7 @@ class _Draft:
             name: dict.fromkeys(axes, torch.export.Dim.AUTO) or None for name, axes in self.examples.axes(plan).items()
         }
         by_position, by_name = self.examples.arguments(shapes)
-        wanted: Any = by_position or by_name
-        if isinstance(module, _Flat):  # whose signature has no names
-            wanted = {"args": by_position} if by_position else {"kwargs": by_name}
-        return torch.export.export(module, args, kwargs, dynamic_shapes=wanted, strict=False)
+        return torch.export.export(module, args, kwargs, dynamic_shapes=by_position or by_name, strict=False)
 
     def _check_program(self) -> None:
         targets = [n.target for n in self.program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]

@@ -38,7 +38,7 @@ class Dropout(nn.Dropout):
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:
     """x (batch, length, ...) at one row of each sequence, index (batch,) int64: (batch, ...)."""
-    return x[torch.arange(len(x), device=x.device), index]
+    return x[torch.arange(x.shape[0], device=x.device), index]  # not len, which a tracer takes for a constant
 
 
 def ssd_at(

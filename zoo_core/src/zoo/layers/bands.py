@@ -153,7 +153,8 @@ def conv_chain(
     themselves are known): a hook on one of them sees whole maps.
     """
     known = [m for m in (act, before, after) if isinstance(m, nn.Module)]
-    if x.dim() == 4 and x.shape[:3].numel() >= 2 * BAND and plain(conv, x) and settled(conv, *known, *watched):
+    large = not torch.compiler.is_compiling() and x.dim() == 4 and x.shape[:3].numel() >= 2 * BAND
+    if large and plain(conv, x) and settled(conv, *known, *watched):
         return by_bands(conv, x, before=before, act=act, after=after)[0]  # type: ignore[arg-type]
     y = conv(x if before is None else before(x))
     y = y if act is None else act(y)
