@@ -13,7 +13,7 @@ import zoo.testing
 from zoo.cli import run
 from zoo.training import Settings, Shuffled, fit
 from zoo_point_cloud.datasets import Reading, read_classes
-from zoo_point_cloud.files import Cloud
+from zoo_point_cloud.files import Cloud, read_labelled
 from zoo_point_cloud.labelled import Classes
 from zoo_point_cloud.measures import PointMeasure, accuracies, confusion
 from zoo_point_cloud.training import Moves, Samples, cross_entropy
@@ -138,6 +138,11 @@ def test_it_learns_parts(parts, tmp_path, capsys):
     pipe = zoo.pipeline(str(out))
     result = pipe(np.load(parts / "lamp" / "0.npy")[:, :3])
     assert set(result.counts) == {"foot", "pole"}
+    back = read_labelled(result.save_labels(tmp_path / "lamp.ply"))  # with the labels of the files it learnt from
+    assert np.array_equal(back.labels, np.array([4, 7])[result.labels])
+    other = zoo.pipeline(zoo.load(out, num_classes=3))(result.cloud)
+    assert set(read_labelled(other.save_labels(tmp_path / "other.ply")).labels) <= {0, 1, 2}  # a head of its own
+    assert b"comment label 7 pole" in (tmp_path / "lamp.ply").read_bytes()
 
 
 def test_kinds_of_objects_are_told_to_the_models_that_ask(parts, tmp_path, capsys):

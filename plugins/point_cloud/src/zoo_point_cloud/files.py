@@ -345,21 +345,29 @@ _READERS: dict[str, Callable[[Path, bool], Cloud]] = {
 
 
 def write_labels(
-    path: str | Path, cloud: Cloud, labels: np.ndarray, colors: np.ndarray, names: Sequence[str] = ()
+    path: str | Path,
+    cloud: Cloud,
+    labels: np.ndarray,
+    colors: np.ndarray,
+    names: Sequence[str] | Mapping[int, str] = (),
 ) -> Path:
     """The cloud with a label (N,) and a colour (N, 3) uint8 for every point, as ``.ply``, ``.las`` or ``.laz``; where
-    the input lay. ``names`` of the labels go into comments of a ply (what is not ASCII escaped, as Python writes it), a
-    text area of a las. Raises ValueError for another ending, StoreError where nothing can be written."""
+    the input lay. ``names`` of labels 0, 1 ..., or by label, go into comments of a ply (what is not ASCII escaped, as
+    Python writes it), a text area of a las. Raises ValueError for another ending, StoreError where nothing can be
+    written."""
     path = Path(path)
     writer = {".ply": _write_ply, ".las": _write_las, ".laz": _write_las}.get(path.suffix.lower())
     if writer is None:
         raise ValueError(f"{path}: labels are written as .ply, .las or .laz, not as {path.suffix!r}")
+    named = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
     with whole(path) as work:
-        writer(work, cloud.world(), labels, colors, names)
+        writer(work, cloud.world(), labels, colors, named)
     return path
 
 
-def _write_ply(path: Path, points: np.ndarray, labels: np.ndarray, colors: np.ndarray, names: Sequence[str]) -> None:
+def _write_ply(
+    path: Path, points: np.ndarray, labels: np.ndarray, colors: np.ndarray, names: Mapping[int, str]
+) -> None:
     from plyfile import PlyData, PlyElement
 
     real = "f8" if points.dtype == np.float64 else "f4"
@@ -367,18 +375,20 @@ def _write_ply(path: Path, points: np.ndarray, labels: np.ndarray, colors: np.nd
     vertex = np.empty(len(points), dtype=kinds)
     for (name, _), column in zip(kinds, [*points.T, *colors.T, labels], strict=True):
         vertex[name] = column
-    comments = [f"label {i} {name}".encode("ascii", "backslashreplace").decode() for i, name in enumerate(names)]
+    comments = [f"label {i} {name}".encode("ascii", "backslashreplace").decode() for i, name in names.items()]
     PlyData([PlyElement.describe(vertex, "vertex")], comments=comments).write(str(path))
 
 
-def _write_las(path: Path, points: np.ndarray, labels: np.ndarray, colors: np.ndarray, names: Sequence[str]) -> None:
+def _write_las(
+    path: Path, points: np.ndarray, labels: np.ndarray, colors: np.ndarray, names: Mapping[int, str]
+) -> None:
     """LAS 1.4, point format 7: 16-bit colours, and the labels as the extra dimension ``label`` (the format's own
     classification has a fixed list of meanings), their names in a text area descriptor."""
     laspy = _laspy(path)
     header = laspy.LasHeader(version="1.4", point_format=7)
     header.add_extra_dim(laspy.ExtraBytesParams(name="label", type=np.int32, description="class of the point"))
     if names:
-        text = "\n".join(f"label {i} {name}" for i, name in enumerate(names))
+        text = "\n".join(f"label {i} {name}" for i, name in names.items())
         header.vlrs.append(laspy.VLR("LASF_Spec", 3, "names of the labels", text.encode()))
     low, high = points.min(axis=0).astype(np.float64), points.max(axis=0).astype(np.float64)
     # Coordinates are 32-bit integers: the finest power of ten with room for the whole cloud.

@@ -232,6 +232,7 @@ class PointLabels(Result):
     names: list[str] = field(repr=False)
     labels: np.ndarray = field(repr=False)
     cloud: Cloud = field(repr=False)
+    values: list[int] = field(default_factory=list, repr=False)  #: of the classes in the files that were trained on
 
     def summary(self) -> str:
         total = max(1, len(self.labels))
@@ -246,8 +247,11 @@ class PointLabels(Result):
         return palette(len(self.names))[self.labels]
 
     def save_labels(self, path: str | Path) -> Path:
-        """The cloud with labels (property or extra dimension ``label``) and their colours, as .ply, .las or .laz."""
-        return write_labels(path, self.cloud, self.labels, self.colors(), self.names)
+        """The cloud with labels (property or extra dimension ``label``) and their colours, as .ply, .las or .laz.
+        Labels are numbers of classes; of models that were trained here, those of the files they were trained on."""
+        values = np.asarray(self.values or range(len(self.names)))
+        named = dict(zip(values.tolist(), self.names, strict=True))
+        return write_labels(path, self.cloud, values[self.labels], self.colors(), named)
 
     def picture(self) -> Any:
         shades = palette(len(self.names))
@@ -397,6 +401,7 @@ class CloudSegmentation(CloudPipeline):
             nearest = cKDTree(cloud.points[kept]).query(cloud.points)[1]
             labels, sure = labels[nearest], sure[nearest]
         names = [self._name(i) for i in range(output.shape[0])]
+        values = list(self.settings.get("label_values", ()))
         found, counts = np.unique(labels, return_counts=True)
         order = np.argsort(-counts, kind="stable")
         return PointLabels(
@@ -405,6 +410,7 @@ class CloudSegmentation(CloudPipeline):
             names=names,
             labels=labels,
             cloud=cloud,
+            values=values if len(values) == len(names) else [],  # else the head is another
         )
 
 
