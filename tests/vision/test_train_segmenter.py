@@ -14,7 +14,7 @@ from zoo import catalog
 from zoo.cli import run
 from zoo.training import Settings, fit
 from zoo_registry import errors
-from zoo_vision.labelled_scenes import IGNORED, Pair, Values, confusion, pairs, scores, validate_scenes
+from zoo_vision.labelled_scenes import IGNORED, Pair, Values, check_sizes, confusion, pairs, scores, validate_scenes
 from zoo_vision.scenes import SemanticSegmentation
 from zoo_vision.training import segment
 from zoo_vision.training.common import begun_on, preprocess_of
@@ -306,6 +306,24 @@ def test_masks_of_0_and_255_are_two_classes_if_nothing_is_ignored(tmp_path, caps
     assert "(--ignore says which values do not count, --ignore -1: all do)" in capsys.readouterr().err
     assert trained(data, tmp_path / "out", "--ignore", "-1") == 0
     assert zoo.pipeline(tmp_path / "out").names == ["0", "255"]
+
+
+def test_turned_pictures_have_upright_label_maps(tmp_path, demo):
+    data = discs(tmp_path / "data", 1)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    (data / "images" / "0.png").unlink()
+    Image.new("RGB", (50, 40)).save(data / "images" / "0.jpg", exif=turned)
+    Image.new("L", (40, 50)).save(data / "labels" / "0.png")
+    assert check_sizes(pairs(data)) == {0: 1}
+    assert zoo.validate(demo, data).samples == 1
+    x, classes = segment.Batches(pairs(data), Values((0, 1)), SemanticSegmentation(demo), batch_size=1, scales=(1, 1))(
+        0
+    )
+    assert x.shape[2:] == classes.shape[1:]
+    Image.new("L", (50, 40)).save(data / "labels" / "0.png")
+    with pytest.raises(errors.BadFile, match=r"0\.jpg has 40 x 50 pixels \(upright\), its label map .* 50 x 40"):
+        check_sizes(pairs(data))
 
 
 def test_a_map_of_another_size_is_named_before_training(tmp_path, capsys):
