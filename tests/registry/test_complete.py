@@ -53,10 +53,11 @@ BUILTINS = {
     "BadFile": ValueError,
     "FormatTooNew": ValueError,
     "BadArgument": (TypeError, ValueError),
+    "NotExportable": RuntimeError,
     "KeysDoNotMatch": KeyError,
 }
 #: Raised by the library above this one; their behaviour is tested there.
-RAISED_ABOVE = {"UnsafeFile", "FormatTooNew", "BadArgument", "BadFile"}
+RAISED_ABOVE = {"UnsafeFile", "FormatTooNew", "BadArgument", "BadFile", "NotExportable"}
 
 classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__]
 exceptions = [c for c in classes if issubclass(c, errors.ZooError) and c is not errors.ZooError]

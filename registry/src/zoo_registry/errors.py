@@ -242,6 +242,8 @@ class BadArgument(ZooError, TypeError, ValueError):
 class NotExportable(ZooError, RuntimeError):
     """A model cannot be written in a format, or the file answers differently. ``format``, maybe ``difference``."""
 
+    exit_code = 2
+
 
 class KeysDoNotMatch(ZooError, KeyError):
     """A state dict does not fit a model. Nothing was changed in the model.
