@@ -241,7 +241,7 @@ def test_families_are_measured_as_they_are_scored(tmp_path):
     ("arguments", "message"),
     [
         (["dna_xlstm_micro", "--series"], "--series and --vocabulary are for molecules; dna_xlstm_micro reads DNA"),
-        (["dna_xlstm_micro", "--held-out", 0.1, "--validation", "."], "give one, a share of the samples"),
+        (["dna_xlstm_micro", "--held-out", 0.1, "--validation", "."], "give one, a share of the data or other data"),
         (["chem_xlstm_1_6m"], "holds none of the files that this model is trained on: .smi"),
         (["vim_tiny_patch16_224"], "no Bio-xLSTM"),
     ],

@@ -353,7 +353,7 @@ def test_models_that_read_their_text_again_are_measured_by_windows(texts, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mamba2_micro", "--held-out", 0.1, "--validation", "."], "give one, a share of the texts or other texts"),
+        (["mamba2_micro", "--held-out", 0.1, "--validation", "."], "give one, a share of the data or other data"),
         (["birdie_hawk"], "birdie_hawk names no tokenizer; give --tokenizer"),
         (["vim_tiny"], "vim_tiny is for image-classification"),
         (["mamba2_micro", "--tokenizer", "nothing.json"], "there is no file 'nothing.json'"),

@@ -14,6 +14,8 @@ from zoo.cli import output, training
 _FILES = click.Path(exists=True, path_type=Path)
 #: Of AdamW, as the originals train.
 BETAS = (0.9, 0.95)
+#: Of the samples, held out.
+SHARE = 0.05
 #: Letters at a time, where neither the weights nor the user say so.
 LENGTHS = {"DNA": 1024, "molecules": 100, "proteins": 2048}
 #: What is done with the trained model.
@@ -24,9 +26,7 @@ NEXT = {"DNA": "score-dna {} MORE.fa", "molecules": "generate-molecules {}", "pr
 @click.argument("name")
 @click.argument("files", nargs=-1, required=True, type=_FILES)
 @training.out
-@click.option("--held-out", type=click.FloatRange(0, 0.9), help="Share to measure on (default 0.05; at most 1000).")
-@click.option("--score-every", type=click.IntRange(min=1), help="Steps between two measures (default: a tenth).")
-@click.option("--validation", multiple=True, type=_FILES, help="Measure on these files instead; repeatable.")
+@training.measuring(share=SHARE, of="path")
 @training.start
 @click.option("--length", type=click.IntRange(min=2), help="Letters at a time (default: those of the weights).")
 @click.option("--vocabulary", type=_FILES, help="SMILES: the init_arguments.json beside an original's model.pt.")
@@ -42,7 +42,7 @@ def train_sequences(
     out: Path,
     held_out: float | None,
     score_every: int | None,
-    validation: tuple[Path, ...],
+    validation: Path | None,
     start: str | None,
     length: int | None,
     vocabulary: Path | None,
@@ -68,8 +68,8 @@ def train_sequences(
         zoo train-sequences prot_xlstm_micro families/ --out mine --start prot_xlstm_micro.families --rate 3e-4
     """
     import zoo
+    from zoo.building import trained
     from zoo.training import fit
-    from zoo_registry import WeightsCard
 
     from . import training_files as read
     from .dna import DNAXLSTM
@@ -78,9 +78,8 @@ def train_sequences(
     from .training import batches, loss
     from .xlstm import XLSTMLM
 
-    if held_out is not None and validation:
-        raise click.UsageError("--held-out and --validation: give one, a share of the samples or other files")
-    share = 0.0 if validation else 0.05 if held_out is None else held_out
+    share = training.held_out_share(held_out, validation, SHARE)
+    others = [] if validation is None else [validation]
     arguments = output.pairs(choices, "--set")
     model = training.begun(name, start, seed, **arguments)
     weights = model.zoo_info.weights
@@ -90,16 +89,16 @@ def train_sequences(
         raise click.UsageError(f"--series and --vocabulary are for molecules; {name} reads {kind}")
     length = length or said.get("window", said.get("context", LENGTHS[kind]))
     if kind == "DNA":
-        data: Any = read.read_bases(model, files, validation, share, length, seed)  # type: ignore[arg-type]
+        data: Any = read.read_bases(model, files, others, share, length, seed)  # type: ignore[arg-type]
     elif kind == "proteins":
-        data = read.read_families(model, files, validation, share, length, seed)  # type: ignore[arg-type]
+        data = read.read_families(model, files, others, share, length, seed)  # type: ignore[arg-type]
     elif isinstance(model, XLSTMLM):
         words = None if vocabulary is None else Vocabulary.read(vocabulary)
         if start is not None and words is None:
             from .molecules import MoleculeScoring
 
             words = MoleculeScoring(model).vocabulary
-        data = read.read_molecules(words, files, validation, share, length, seed, series=series)
+        data = read.read_molecules(words, files, others, share, length, seed, series=series)
         if start is None:  # as many labels as there are
             model = training.begun(name, None, seed, **{"vocab_size": len(data.vocabulary)} | arguments)
     else:
@@ -115,19 +114,16 @@ def train_sequences(
             model.to(place.device), batches(data, batch_size, seed), loss, settings, run=run,
             report=training.reporter(settings.steps, quiet=as_json),
             score=(lambda m: -data.nats(m)[0]) if data.held else None,
-            score_every=score_every or max(settings.steps // 10, 1),
+            score_every=score_every,
         )  # fmt: skip
         nats, letters = data.nats(model) if data.held else (math.nan, 0)
         found = {"perplexity": math.exp(nats), "nats": nats} if letters else {}
-        if not place.first:
-            return
-        split = "validation" if validation else "held out"
-        source = (validation or files)[0].name
-        metrics = training.measured(found, dataset=source, split=split, command="train-sequences")
-        facts = read.settings_of(data)
-        model.zoo_info.weights = WeightsCard(tag="own", where=f"trained on {files[0].name}", preprocess=facts)
-        model.zoo_info.tag = None
-        zoo.save(model.cpu(), out, metrics=metrics)
+        if place.first:
+            source = files[0] if validation is None else validation
+            split = "held out" if validation is None else "validation"
+            metrics = training.measured(found, dataset=source.name, split=split, command="train-sequences")
+            trained(model, ", ".join(file.name for file in files), read.settings_of(data))
+            zoo.save(model.cpu(), out, metrics=metrics)
     if as_json:
         counts = {"samples": len(data), "measured": len(data.held), "letters": letters, "taken_at": fitted.taken_at}
         output.emit(counts | {"metrics": found, "folder": str(out)})

@@ -190,10 +190,8 @@ def _save(
 ) -> None:  # fmt: skip
     """Write the model, with what a pipeline must know to read graphs as training did."""
     import zoo
-    from zoo_registry import WeightsCard
+    from zoo.building import trained
 
-    facts = {"directed": directed} | ({"encoding": encoding} if encoding is not None else {})
-    model.zoo_info.weights = WeightsCard(tag="own", where=f"trained on {data.name}", preprocess=facts)
-    model.zoo_info.tag = None
+    trained(model, data.name, {"directed": directed} | ({"encoding": encoding} if encoding is not None else {}))
     metrics = training.measured(found, dataset=data.name, split=split, command="train-graphs")
     zoo.save(model.cpu(), out, labels=labels, metrics=metrics)

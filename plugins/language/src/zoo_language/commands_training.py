@@ -21,15 +21,15 @@ TOKENS = "training.tokens"
 FILE = "tokenizer.json"
 #: Of AdamW, as in the Mamba paper (arXiv 2312.00752, appendix E.2).
 BETAS = (0.9, 0.95)
+#: Of the bytes, held out.
+SHARE = 0.05
 
 
 @click.command()
 @click.argument("name")
 @click.argument("texts", nargs=-1, required=True, type=_TEXTS)
 @training.out
-@click.option("--held-out", type=click.FloatRange(0, 0.9), help="Share to measure on (default 0.05; at most 1 MB).")
-@click.option("--score-every", type=click.IntRange(min=1), help="Steps between two measures (default: a tenth).")
-@click.option("--validation", multiple=True, type=_TEXTS, help="Measure on these texts instead; repeatable.")
+@training.measuring(share=SHARE, of="path")
 @training.start
 @click.option("--tokenizer", help="A tokenizer.json or its folder, or 'bytes' (default: that of the weights).")
 @click.option("--end-of-text", help="The token of --tokenizer between texts (default: <|endoftext|>, if it has it).")
@@ -45,7 +45,7 @@ def train_language(
     out: Path,
     held_out: float | None,
     score_every: int | None,
-    validation: tuple[Path, ...],
+    validation: Path | None,
     start: str | None,
     tokenizer: str | None,
     end_of_text: str | None,
@@ -73,19 +73,17 @@ def train_language(
     import torch.distributed
 
     import zoo
+    from zoo.building import trained
     from zoo.training import fit
-    from zoo_registry import WeightsCard
 
     from .corpus import Corpus, files_in, prepare
     from .training import Windows, check_causal, held_out_score, next_token_loss, streams, takes_resets
     from .validation import figures
 
-    if held_out is not None and validation:
-        raise click.UsageError("--held-out and --validation: give one, a share of the texts or other texts")
+    share = training.held_out_share(held_out, validation, SHARE)
     if end_of_text is not None and tokenizer in (None, "bytes"):
         raise click.UsageError("--end-of-text names a token of a tokenizer.json: give it with --tokenizer")
-    share = 0.0 if validation else 0.05 if held_out is None else held_out
-    files, others = files_in(texts), files_in(validation)
+    files, others = files_in(texts), files_in([] if validation is None else [validation])
     model, coding, said = _begun(name, start, seed, tokenizer, end_of_text, output.pairs(choices, "--set"))
     carry = streams(model)
     how: dict[str, Any] = {"window": 2048 if carry else length, "carry": carry}  # what zoo validate does by itself
@@ -113,19 +111,16 @@ def train_language(
                 run=run,
                 report=training.reporter(settings.steps, quiet=as_json),
                 score=None if held is None else lambda m: -held_out_score(m, held, **how).bits_per_byte,
-                score_every=score_every or max(settings.steps // 10, 1),
+                score_every=score_every,
             )
             found = {} if held is None else figures(held_out_score(model, held, **how))
-            if not place.first:
-                return
-            source = (validation or texts)[0].name
-            split = "validation" if validation else "held out"
-            metrics = training.measured(found, dataset=source, split=split, command="train-language")
-            where = f"trained on {', '.join(text.name for text in texts)}"
-            model.zoo_info.weights = WeightsCard(tag="own", where=where, preprocess=said)
-            model.zoo_info.tag = None
-            zoo.save(model.cpu(), out, metrics=metrics)
-            corpus.remove()
+            if place.first:
+                source = texts[0] if validation is None else validation
+                split = "held out" if validation is None else "validation"
+                metrics = training.measured(found, dataset=source.name, split=split, command="train-language")
+                trained(model, ", ".join(text.name for text in texts), said)
+                zoo.save(model.cpu(), out, metrics=metrics)
+                corpus.remove()
     if as_json:
         counts = {"texts": len(train.begins), "tokens": len(train), "measured": measured}
         output.emit(counts | {"taken_at": fitted.taken_at, "metrics": found, "folder": str(out)})
