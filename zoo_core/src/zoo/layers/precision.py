@@ -13,6 +13,6 @@ def outside_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
     of whose results powers are taken, and complex numbers have no half precision. The fused operators see to it
     themselves."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # shapes alone have no precision
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False)
