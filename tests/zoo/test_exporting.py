@@ -125,6 +125,17 @@ class Together(nn.Module):
         return items[torch.arange(items.shape[0]), count - 1]
 
 
+class Same(nn.Module):
+    def forward(self, x):
+        return {"x": x + 1}
+
+
+def test_an_output_with_the_name_of_an_input(tmp_path):
+    made = zoo.export(Same(), tmp_path / "m.onnx", inputs=torch.zeros(2, 3))
+    assert [port.name for port in made.outputs] == ["output.x"]
+    assert session(tmp_path / "m.onnx").run(["output.x"], {"x": np.zeros((1, 3), np.float32)})[0].tolist() == [[1] * 3]
+
+
 def test_inputs_by_name_share_a_batch(tmp_path):
     """What torch asserts about two of them is by names that a loaded program has."""
     inputs = {"items": torch.randn(2, 5), "count": torch.tensor([3, 5])}

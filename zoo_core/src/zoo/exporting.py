@@ -316,7 +316,7 @@ class _Flat(nn.Module):
         self.model = model
 
         def forward(*args: Tensor, **kwargs: Tensor) -> Tensor | dict[str, Tensor]:
-            found = outputs(model(*args, **kwargs))
+            found = outputs(model(*args, **kwargs), names)
             return found["output"] if list(found) == ["output"] else found
 
         # torch.export calls arguments, and what it asserts about their sizes, by the names of a signature.
@@ -325,11 +325,12 @@ class _Flat(nn.Module):
         self.forward = forward
 
 
-def outputs(value: Any) -> dict[str, Tensor]:
-    """The tensors in what a model returned, by names that fit a file."""
+def outputs(value: Any, taken: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors in what a model returned, by names that fit a file, of which its inputs have ``taken`` some."""
     from .testing.cases import tensors
 
-    return {f"output.{name}" if name[:1].isdigit() else name: tensor for name, tensor in tensors(value).items()}
+    found = tensors(value)
+    return {f"output.{name}" if name[:1].isdigit() or name in taken else name: found[name] for name in found}
 
 
 class _Draft:
@@ -339,7 +340,7 @@ class _Draft:
         self.model, self.examples, self.operators = model, examples, operators
         self.name = _name(model)
         self.example = example = examples.traced(plan)
-        self.output_names = list(outputs(examples.call(model, example)))
+        self.output_names = list(outputs(examples.call(model, example), examples.names))
         self.program = self._trace(example, plan)
         self._check_program()
         nodes = {node.name: node for node in self.program.graph.nodes}
