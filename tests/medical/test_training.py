@@ -20,7 +20,7 @@ from zoo_medical.cases import Cubes, Patches, describe, labelled, on_grid, prepa
 from zoo_medical.losses import ProbabilityLoss
 from zoo_medical.phantoms import phantom
 from zoo_medical.pipelines import MedicalSegmentation
-from zoo_medical.train_commands import objective
+from zoo_medical.commands_training import objective
 from zoo_medical.validation import find_cases
 from zoo_registry import errors
 

@@ -40,8 +40,8 @@ def zoo_commands() -> Mapping[str, str]:
     return {
         "transcribe": "zoo_audio.commands:transcribe",
         "generate-audio": "zoo_audio.commands:generate_audio",
-        "train-audio": "zoo_audio.train_sounds:train_audio",
-        "train-speech": "zoo_audio.train_commands:train_speech",
+        "train-audio": "zoo_audio.commands_sounds:train_audio",
+        "train-speech": "zoo_audio.commands_training:train_speech",
     }
 
 

@@ -42,8 +42,8 @@ def zoo_validators() -> Mapping[str, str]:
 def zoo_commands() -> Mapping[str, str]:
     return {
         "segment-volume": "zoo_medical.commands:segment_volume",
-        "pretrain-volumes": "zoo_medical.pretrain_commands:pretrain_volumes",
-        "train-volumes": "zoo_medical.train_commands:train_volumes",
+        "pretrain-volumes": "zoo_medical.commands_pretraining:pretrain_volumes",
+        "train-volumes": "zoo_medical.commands_training:train_volumes",
     }
 
 

@@ -109,7 +109,7 @@ def train_volumes(
                 run=run,
                 report=training.reporter(settings.steps, quiet=as_json),
                 score=score if data.held else None,
-                score_every=score_every or max(settings.steps // 10, 1),
+                score_every=score_every,
             )
         if not place.first:
             return

@@ -111,7 +111,7 @@ def pretrain_volumes(
                 run=run,
                 report=training.reporter(settings.steps, quiet=as_json),
                 score=(lambda network: -rebuilt(network)) if held else None,
-                score_every=score_every or max(settings.steps // 10, 1),
+                score_every=score_every,
             )
         if not place.first:
             return

@@ -90,7 +90,7 @@ def train_audio(
             run=run,
             report=training.reporter(settings.steps, quiet=as_json),
             score=(lambda network: -bits(network, held, window)) if held else None,
-            score_every=score_every or max(settings.steps // 10, 1),
+            score_every=score_every,
         )
         if not place.first:
             return

@@ -124,7 +124,7 @@ def train_speech(
             run=run,
             report=training.reporter(settings.steps, quiet=as_json),
             score=(lambda network: -rates(network)["WER"]) if held else None,
-            score_every=score_every or max(settings.steps // 10, 1),
+            score_every=score_every,
         )
         if not place.first:
             return
