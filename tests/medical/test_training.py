@@ -17,10 +17,10 @@ from zoo.training import Settings, fit
 from zoo.training import held_out as drawn
 from zoo_medical.augmentation import augmented
 from zoo_medical.cases import Cubes, Patches, describe, labelled, on_grid, prepare, survey
+from zoo_medical.commands_training import objective
 from zoo_medical.losses import ProbabilityLoss
 from zoo_medical.phantoms import phantom
 from zoo_medical.pipelines import MedicalSegmentation
-from zoo_medical.commands_training import objective
 from zoo_medical.validation import find_cases
 from zoo_registry import errors
 
