@@ -248,7 +248,7 @@ def test_what_is_refused(binary, tmp_path, capsys):
     def refused(*words, status=2):
         return train(capsys, *words, "--out", tmp_path / "out", "--steps=1", status=status)
 
-    assert "expected a model for binary-change-detection" in refused("rsmamba_base_uc", binary)
+    assert "trains models for binary-change-detection" in refused("rsmamba_base_uc", binary)
     assert "--crop less" in refused("changemamba_micro", binary, *SET)
     (tmp_path / "names.txt").write_text("a\nb\n")
     assert "--labels names land cover" in refused("changemamba_micro", binary, "--labels", tmp_path / "names.txt")

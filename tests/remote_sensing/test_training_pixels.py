@@ -98,7 +98,7 @@ def test_what_is_refused(scene, tmp_path, capsys):
     def refused(*words):
         return train(capsys, *words, "--out", tmp_path / "out", "--steps=1", status=2)
 
-    assert "expected a model for pixel-classification" in refused("changemamba_micro", scene)
+    assert "trains models for pixel-classification" in refused("changemamba_micro", scene)
     assert "the model needs at least 15 bands" in refused("morpmamba_houston", scene)
     (tmp_path / "names.txt").write_text("one\n")
     assert "has 1 names, and" in refused("morpmamba_houston", scene, *SET, "--labels", tmp_path / "names.txt")

@@ -335,3 +335,18 @@ def test_the_page_s_python_runs(tmp_path, monkeypatch):
 def test_the_page_names_every_command_that_trains():
     known = {name for name in manager().commands() if name.startswith(("train", "pretrain"))}
     assert set(re.findall(r"`(?:zoo )?((?:pre)?train(?:-[a-z]+)?)`", PAGE)) == known
+
+
+def test_a_model_of_another_task_is_refused():
+    @click.command("train-pictures")
+    @click.argument("name")
+    def command(name):
+        click.echo(training.check_task(name, "image-classification", "object-detection"))
+
+    assert CliRunner().invoke(command, ["vim_micro"]).output.strip() == "image-classification"
+    said = CliRunner().invoke(command, ["mamba_130m"])
+    assert said.exit_code == 2
+    assert (
+        "mamba_130m is for text-generation; zoo train-pictures trains models for image-classification and"
+        in said.output
+    )

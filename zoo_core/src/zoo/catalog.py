@@ -37,6 +37,12 @@ def find(name: str | ModelName) -> tuple[ModelCard, WeightsCard | None]:
     return resolved.card, resolved.weights
 
 
+def accepts(name: str | ModelName, argument: str) -> bool:
+    """Whether a model's builder has an argument."""
+    card, _ = find(name)
+    return argument in inspect.signature(import_object(card.builder)).parameters
+
+
 def adapter(system: str) -> ReferenceAdapter:
     """The reference adapter of a system (see :func:`zoo.reference.adapter`)."""
     target = adapter_for(system)

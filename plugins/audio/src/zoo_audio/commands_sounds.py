@@ -51,14 +51,12 @@ def train_audio(
     import zoo
     from zoo import training as loop
     from zoo.building import trained
-    from zoo.loading import card_of
     from zoo.pipelines import progress_bar
 
     from .sounds import Sounds, bits, default_length, find_audio, likelihood, read_tokens, sound_model
 
     settings = training.settings(options, seed)
-    if (task := card_of(name).task) != "audio-generation":
-        raise click.UsageError(f"{name} is for {task}; expected a model for audio-generation, as sashimi_sc09")
+    training.check_task(name, "audio-generation")
     share = training.held_out_share(held_out, validation)
     files, held_files = find_audio(folder), [] if validation is None else find_audio(validation)
     if validation is None:

@@ -145,13 +145,10 @@ def _begun(
     name: str, start: str | None, vocabulary: str | None, texts: list[str], seed: int, arguments: dict[str, Any]
 ) -> tuple[SambaASR, Tokenizer]:
     """The model with its first weights, and its tokenizer: of ``start``, or made for ``texts``."""
-    from zoo.loading import card_of
-
     from .pipelines import SpeechRecognition
     from .samba_asr import SambaASR
 
-    if (task := card_of(name).task) != "speech-recognition":
-        raise click.UsageError(f"{name} is for {task}; expected a model for speech-recognition")
+    training.check_task(name, "speech-recognition")
     tokenizer = None if start is not None and vocabulary is None else _tokenizer(vocabulary or "characters", texts)
     if start is None:
         assert tokenizer is not None

@@ -93,6 +93,7 @@ def train_graphs(
     import torch
 
     import zoo
+    from zoo.catalog import accepts
     from zoo.files import refused
 
     from .encodings import checked_encoding
@@ -154,15 +155,6 @@ def train_graphs(
         return
     click.echo(f"{len(parts[2])} test graphs: {what} {value:.4f}")
     click.echo(f"saved to {out}; try: zoo predict-graphs {training.source(out)} FILE --out answers.csv")
-
-
-def accepts(name: str, argument: str) -> bool:
-    """Whether the builder of NAME has an argument."""
-    import inspect
-
-    from zoo.catalog import find, import_object
-
-    return argument in inspect.signature(import_object(find(name)[0].builder)).parameters
 
 
 def _fit_links(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,14 +135,13 @@ def _begun(
 ) -> tuple[CausalLM, OwnTokenizer, dict[str, Any]]:
     """The model, its tokenizer, and what the saved weights say of it; a new model has as many ids as the tokenizer that
     is given."""
-    from zoo.catalog import find, import_object
+    from zoo.catalog import accepts, find
 
     from ._base import CausalLM
     from .tokenizer import ByteTokenizer, HubTokenizer, settings_of, tokenizer_of
 
+    training.check_task(name, "text-generation")
     card, weights = find(name)
-    if card.task != "text-generation":
-        raise click.UsageError(f"{name} is for {card.task}; expected one of `zoo list --task text-generation`")
     size = {**card.config, **arguments}.get("vocab_size")
     model = None
     if start is not None:
@@ -163,7 +161,7 @@ def _begun(
         place = Path(given)
         coding = ByteTokenizer() if given == "bytes" else HubTokenizer(place / FILE if place.is_dir() else place, end)
         said = settings_of(coding)
-        if model is None and "vocab_size" in inspect.signature(import_object(card.builder)).parameters:
+        if model is None and accepts(name, "vocab_size"):
             arguments = {"vocab_size": coding.size} | arguments
     if model is None:
         model = training.begun(name, None, seed, **arguments)

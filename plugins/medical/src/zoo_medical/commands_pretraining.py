@@ -57,7 +57,6 @@ def pretrain_volumes(
     import zoo
     from zoo import training as loop
     from zoo.building import trained
-    from zoo.loading import card_of
 
     from .cases import Cubes, reading
     from .plans import prepared
@@ -65,8 +64,7 @@ def pretrain_volumes(
     from .scans import read_scan
 
     settings = training.settings(options, seed)
-    if (task := card_of(name).task) != "masked-pretraining":
-        raise click.UsageError(f"{name} is for {task}; expected a model for masked-pretraining, as mambamim_pretrain")
+    training.check_task(name, "masked-pretraining")
     arguments = output.pairs(choices, "--set")
     network = zoo.create(name, device="meta", **arguments) if start is None else zoo.load(start, **arguments)
     values = None if normalisation is None else intensities(normalisation)

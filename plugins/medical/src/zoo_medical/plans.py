@@ -116,9 +116,8 @@ def planned(name: str, start: str | None, given: dict[str, Any], patch: list[int
     import zoo
     from zoo.loading import card_of, locate
 
+    training.check_task(name, "medical-segmentation")
     card = card_of(name)
-    if card.task != "medical-segmentation":
-        raise click.UsageError(f"{name} is for {card.task}; expected a model for medical-segmentation")
     given, base, pretrained = dict(given), {}, False
     settled: dict[str, Any] = {}
     if start is not None:

@@ -67,7 +67,6 @@ def train_change(
     """
     import zoo
     from zoo.building import trained
-    from zoo.loading import card_of
     from zoo.training import Shuffled, fit
     from zoo_registry import errors
 
@@ -77,9 +76,7 @@ def train_change(
     from .training import Crops, begun, check_samples, loss_of
     from .validation import SCORES, known
 
-    task = card_of(name).task
-    if task not in CHANGE_TASKS:
-        raise click.UsageError(f"{name} is for {task}; expected a model for {', '.join(CHANGE_TASKS)}")
+    task = training.check_task(name, *CHANGE_TASKS)
     share = training.held_out_share(held_out, validation, SHARE)
     require_torchmetrics()
     arguments = output.pairs(choices, "--set")
@@ -187,7 +184,6 @@ def train_pixels(
     """
     import zoo
     from zoo.building import trained
-    from zoo.loading import card_of
     from zoo.training import Shuffled, fit
     from zoo_registry import errors
 
@@ -195,9 +191,7 @@ def train_pixels(
     from .metrics import IGNORE, require_torchmetrics
     from .pixels import Pixels, pixel_loss
 
-    task = card_of(name).task
-    if task != "pixel-classification":
-        raise click.UsageError(f"{name} is for {task}; expected a model for pixel-classification")
+    training.check_task(name, "pixel-classification")
     require_torchmetrics()
     cube, truth = labelled_scene(data)
     found = truth[truth != IGNORE]

@@ -131,16 +131,17 @@ def train_classifier(
         zoo train-classifier vmamba_micro scans/ --out scans_vmamba --no-flip --set in_chans=1
     """
     from zoo.building import trained
+    from zoo.catalog import accepts
     from zoo.training import fit
     from zoo.training import held_out as apart
 
     from .pipelines import ImageClassification
     from .training import classify
-    from .training.common import accepts, check_files, check_task
+    from .training.common import check_files
     from .validation import accuracies
 
     command = "train-classifier"
-    check_task(name, "image-classification", command)
+    training.check_task(name, "image-classification")
     share = training.held_out_share(held_out, validation)
     if frozen and start is None:
         raise click.UsageError("--freeze trains the last layer on what the others know: give their weights as --start")
@@ -280,10 +281,10 @@ def train_segmenter(
     from .pipelines import transform_settings
     from .scenes import SemanticSegmentation
     from .training import segment
-    from .training.common import begun_on, check_task, preprocess_of
+    from .training.common import begun_on, preprocess_of
 
     command = "train-segmenter"
-    check_task(name, "semantic-segmentation", command)
+    training.check_task(name, "semantic-segmentation")
     share = training.held_out_share(held_out, validation)
     if names_file is None and (folder / "labels.txt").is_file():
         names_file = folder / "labels.txt"
@@ -393,11 +394,11 @@ def train_detector(
     from .objects import ObjectDetection
     from .pipelines import transform_settings
     from .training import detect
-    from .training.common import check_task, preprocess_of
+    from .training.common import preprocess_of
     from .validation import precisions
 
     command = "train-detector"
-    check_task(name, "object-detection", command)
+    training.check_task(name, "object-detection")
     share = training.held_out_share(held_out, validation)
     pycocotools("cocoeval")  # or say what lacks, before hours of work
     path, folder = detect.annotations_of(data, images)

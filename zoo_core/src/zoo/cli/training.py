@@ -181,6 +181,19 @@ def run_options(example: str | None = None) -> Decorator:
 start = click.option("--start", help="Weights to begin with: a name with its tag, or a saved folder.")
 
 
+def check_task(name: str, *tasks: str) -> str:
+    """The task of a model, which must be one of ``tasks``. Raises UsageError."""
+    from zoo.loading import card_of
+
+    task = card_of(name).task
+    if task not in tasks:
+        command = click.get_current_context().command.name
+        raise click.UsageError(
+            f"{name} is for {task}; zoo {command} trains models for {' and '.join(tasks)} (zoo list --task {tasks[0]})"
+        )
+    return task
+
+
 def begun(name: str, start: str | None, seed: int, **arguments: Any) -> nn.Module:
     """The model that a command trains: NAME with random weights from ``seed``, or the weights that ``start`` names, in
     float32. Raises BadArgument where these are another model's, and for a NAME with a tag: its weights are ``start``'s

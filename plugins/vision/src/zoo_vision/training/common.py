@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,17 +19,6 @@ from zoo_vision.validation import upright_size
 log = logging.getLogger("zoo")
 
 
-def check_task(name: str, task: str, command: str) -> None:
-    """Raise BadArgument for a model of another task than the command's."""
-    card, _ = catalog.find(name)
-    if card.task != task:
-        raise errors.BadArgument(
-            f"{name} is for {card.task}; zoo {command} trains models for {task} (zoo list --task {task})",
-            argument="name",
-            accepted=[],
-        )
-
-
 def begun_on(name: str, start: str | None, seed: int, **arguments: Any) -> nn.Module:
     """A network with a backbone: :func:`zoo.cli.training.begun`, or, where ``start`` names an image classifier, random
     weights with the classifier's in the backbone, and with what the classifier's say of themselves (preprocessing,
@@ -41,7 +29,7 @@ def begun_on(name: str, start: str | None, seed: int, **arguments: Any) -> nn.Mo
     if start is None or (classifier := card_of(start)).task != "image-classification":
         return begun(name, start, seed, **arguments)
     body = zoo.load(start, features_only=True, **{k: v for k, v in arguments.items() if k == "in_chans"}).float()
-    if named := accepts(name, "backbone"):
+    if named := catalog.accepts(name, "backbone"):
         theirs = {k: v for k, v in body.zoo_info.config.items() if classifier.config.get(k) != v}
         own_heads = {"num_classes", "features_only", "out_indices"}
         arguments = {"backbone": classifier.name} | {k: theirs[k] for k in set(theirs) - own_heads} | arguments
@@ -68,12 +56,6 @@ def preprocess_of(model: nn.Module) -> dict[str, Any]:
     """How pictures were prepared for the weights that a model begins with; {} for random ones."""
     weights = model.zoo_info.weights  # type: ignore[union-attr]
     return {} if weights is None else dict(weights.preprocess)
-
-
-def accepts(name: str, argument: str) -> bool:
-    """Whether the model's builder has an argument."""
-    card, _ = catalog.find(name)
-    return argument in inspect.signature(catalog.import_object(card.builder)).parameters
 
 
 def check_files(files: Iterable[Path]) -> None:
