@@ -412,7 +412,8 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Without what torch and onnxscript say about their own insides."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "torch.onnx", "onnx_ir", "torch.export")]
+    names = ("onnxscript", "torch.onnx", "onnx_ir", "torch.export", "torch._export")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [one.level for one in loggers]
     try:
         for one in loggers:
