@@ -258,32 +258,41 @@ def test_two_processes_train_one_model(tmp_path):
         zoo.testing.assert_close(first[key], value, tolerance=1e-6, what=key)
 
 
-def test_the_options_of_the_loop():
+def test_the_options_of_a_command_on_the_loop(tmp_path):
     @click.command()
-    @training.loop(steps=50, rate=2e-3)
-    def command(**options):
-        click.echo(training.settings(options, seed=3))
+    @click.argument("name")
+    @training.out
+    @training.planned(steps=50, rate=2e-3, batch_size=4, of="Pictures.", share=0.25)
+    def command(name, plan):
+        plans.append((name, plan))
 
-    said = CliRunner().invoke(command, ["--average", "0.9", "--warmup", "4", "--precision", "bfloat16", "--recompute"])
-    expected = Settings(steps=50, rate=2e-3, average=0.9, warmup=4, precision="bfloat16", recompute=True, seed=3)
-    assert said.output.strip() == str(expected)
-    assert CliRunner().invoke(command, ["--average", "1"]).exit_code == 2
+    plans: list[tuple[str, training.Plan]] = []
+    out = tmp_path / "out"
 
+    def given(*words: str) -> training.Plan:
+        done = CliRunner().invoke(command, ["a", "--out", str(out), *words])
+        assert done.exit_code == 0, done.output
+        return plans[-1][1]
 
-def test_what_is_measured(tmp_path):
-    @click.command()
-    @training.measuring(share=0.25)
-    def command(held_out, validation, score_every):
-        click.echo(f"{training.held_out_share(held_out, validation, 0.25)} {validation} {score_every}")
-
-    def said(*arguments: str) -> str:
-        return CliRunner().invoke(command, arguments).output.strip()
-
-    assert said() == "0.25 None None"
-    assert said("--held-out", "0", "--score-every", "3") == "0.0 None 3"
-    assert said("--validation", str(tmp_path)) == f"0.0 {tmp_path} None"
-    assert "give one, a share of the data or other data" in said("--validation", str(tmp_path), "--held-out", "0.5")
-    assert "range" in said("--held-out", "1")
+    assert given() == training.Plan(
+        out=out, share=0.25, validation=None, start=None, arguments={}, settings=Settings(steps=50, rate=2e-3),
+        batch_size=4, score_every=None, seed=0, device="cpu", resume=True, as_json=False,
+    )  # fmt: skip
+    words = ["--average", "0.9", "--warmup", "4", "--precision", "bfloat16", "--recompute", "--seed", "3"]
+    assert given(*words).settings == Settings(
+        steps=50, rate=2e-3, average=0.9, warmup=4, precision="bfloat16", recompute=True, seed=3
+    )
+    assert given("--set", "dim=8", "--start", "a.b").arguments == {"dim": 8}
+    assert given("--held-out", "0", "--score-every", "3").share == 0
+    measured = given("--validation", str(tmp_path))
+    assert (measured.share, measured.validation) == (0, tmp_path)
+    for wrong, said in (
+        (["--average", "1"], "range"),
+        (["--held-out", "1"], "range"),
+        (["--held-out", "0.5", "--validation", str(tmp_path)], "give one, a share of the data or other data"),
+    ):
+        done = CliRunner().invoke(command, ["a", "--out", str(out), *wrong])
+        assert (done.exit_code, said in done.output) == (2, True), done.output
 
 
 def test_what_comes_after_the_training_is_the_first_process_s_to_do(monkeypatch):

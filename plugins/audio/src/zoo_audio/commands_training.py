@@ -25,38 +25,23 @@ NAMED = 5
 @click.argument("name")
 @click.argument("manifest", type=click.Path(exists=True, path_type=Path))
 @training.out
-@training.measuring(of="path")
-@training.start
 @click.option("--vocabulary", help='"characters" (default), a number of pieces, or a tokenizer.json.')
 @click.option("--ctc-weight", default=1.0, show_default=True, type=click.FloatRange(min=0), help="Of the CTC head.")
 @click.option(
     "--smoothing", default=0.1, show_default=True, type=click.FloatRange(0, 1), help="Of the decoder's labels."
 )
 @click.option("--augment/--no-augment", default=True, show_default=True, help="SpecAugment.")
-@training.loop(steps=20_000, rate=1e-3, weight_decay=0.01)
-@training.batch_size(16, "Recordings.")
-@training.run_options("n_enc=6")
-@training.resume
-@output.as_json
+@training.planned(
+    steps=20_000, rate=1e-3, weight_decay=0.01, batch_size=16, of="Recordings.", validation="path", example="n_enc=6"
+)
 def train_speech(
     name: str,
     manifest: Path,
-    out: Path,
-    held_out: float | None,
-    validation: Path | None,
-    start: str | None,
     vocabulary: str | None,
     ctc_weight: float,
     smoothing: float,
     augment: bool,
-    batch_size: int,
-    score_every: int | None,
-    seed: int,
-    device: str,
-    choices: tuple[str, ...],
-    resume: bool,
-    as_json: bool,
-    **options: Any,
+    plan: training.Plan,
 ) -> None:
     """Train the speech recogniser NAME on the recordings in MANIFEST.
 
@@ -80,18 +65,14 @@ def train_speech(
     from .recordings import Spoken, survey
     from .validation import measure
 
-    settings = training.settings(options, seed)
-    share = training.held_out_share(held_out, validation)
-    if share or validation is not None:
+    if plan.share or plan.validation is not None:
         optional("jiwer", "counting errors of transcripts", "ssm-zoo-audio[metrics]")
-    pairs, held = read_manifest(manifest), [] if validation is None else read_manifest(validation)
-    if validation is None:
-        kept, rest = loop.held_out([None] * len(pairs), share, seed)
+    pairs, held = read_manifest(manifest), [] if plan.validation is None else read_manifest(plan.validation)
+    if plan.validation is None:
+        kept, rest = loop.held_out([None] * len(pairs), plan.share, plan.seed)
         pairs, held = [pairs[i] for i in kept], [pairs[i] for i in rest]
-    model, tokenizer = _begun(
-        name, start, vocabulary, [text for _, text in pairs], seed, output.pairs(choices, "--set")
-    )
-    with progress_bar(not as_json and sys.stderr.isatty(), len(pairs) + len(held), "headers") as advance:
+    model, tokenizer = _begun(name, plan.start, vocabulary, [text for _, text in pairs], plan.seed, plan.arguments)
+    with progress_bar(not plan.as_json and sys.stderr.isatty(), len(pairs) + len(held), "headers") as advance:
         recordings, refused = survey(pairs, model, tokenizer, advance)
         spoken, _ = survey(held, model, tokenizer, advance)
     _name(refused)
@@ -100,11 +81,11 @@ def train_speech(
     if held and not spoken:
         raise errors.BadArgument("nothing is said in the held-out recordings", argument="held_out", accepted=[])
     counts: dict[str, Any] = {"recordings": len(recordings), "held_out": len(held)}
-    with training.processes(device) as place, training.run(out, resume, quiet=as_json, **counts) as run:
+    with training.processes(plan.device) as place, plan.run(**counts) as run:
         model = model.to(place.device)
         facts = {"sample_rate": model.sample_rate, "tokenizer_json": tokenizer.text}
         trained(model, manifest.name, facts)
-        if not as_json:
+        if not plan.as_json:
             hours = sum(recording.seconds for recording in recordings) / 3600
             click.echo(f"{len(recordings)} recordings ({hours:.2f} h), {len(held)} held out, {len(tokenizer)} tokens")
 
@@ -118,27 +99,27 @@ def train_speech(
         mel = LogMel(model.n_mels, rate=model.sample_rate, scaling=model.scaling)
         done = loop.fit(
             model,
-            Spoken(recordings, mel, batch_size, seed, augment),
+            Spoken(recordings, mel, plan.batch_size, plan.seed, augment),
             loss,
-            settings,
+            plan.settings,
             run=run,
-            report=training.reporter(settings.steps, quiet=as_json),
+            report=plan.report(),
             score=(lambda network: -rates(network)["WER"]) if held else None,
-            score_every=score_every,
+            score_every=plan.score_every,
         )
         if not place.first:
             return
         figures, what = rates(model) if held else {}, f"{len(held)} held-out recordings"
-        where = (validation or manifest).name
+        where = (plan.validation or manifest).name
         metrics = training.measured(figures, dataset=where, split=what, command="train-speech")
-        zoo.save(model.cpu(), out, metrics=metrics)
-    if as_json:
-        more = {"left_out": len(refused), "taken_at": done.taken_at, "folder": str(out)}
+        zoo.save(model.cpu(), plan.out, metrics=metrics)
+    if plan.as_json:
+        more = {"left_out": len(refused), "taken_at": done.taken_at, "folder": str(plan.out)}
         output.emit({"metrics": figures} | counts | more)
         return
     if held:
         click.echo(f"{what}, weights of step {done.taken_at}: {training.said(figures)}")
-    click.echo(f"saved to {out}; try: zoo transcribe {training.source(out)} recording.wav")
+    click.echo(f"saved to {plan.out}; try: zoo transcribe {training.source(plan.out)} recording.wav")
 
 
 def _begun(

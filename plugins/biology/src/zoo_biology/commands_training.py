@@ -26,34 +26,26 @@ NEXT = {"DNA": "score-dna {} MORE.fa", "molecules": "generate-molecules {}", "pr
 @click.argument("name")
 @click.argument("files", nargs=-1, required=True, type=_FILES)
 @training.out
-@training.measuring(share=SHARE, of="path")
-@training.start
 @click.option("--length", type=click.IntRange(min=2), help="Letters at a time (default: those of the weights).")
 @click.option("--vocabulary", type=_FILES, help="SMILES: the init_arguments.json beside an original's model.pt.")
 @click.option("--series", is_flag=True, help="SMILES: lines hold molecules joined by '.', whose order is drawn anew.")
-@training.loop(steps=2000, rate=2e-3, weight_decay=0.1)
-@training.batch_size(16, "Windows, molecules or families.")
-@training.run_options("d_model=64")
-@training.resume
-@output.as_json
+@training.planned(
+    steps=2000,
+    rate=2e-3,
+    weight_decay=0.1,
+    batch_size=16,
+    of="Windows, molecules or families.",
+    share=SHARE,
+    validation="path",
+    example="d_model=64",
+)
 def train_sequences(
     name: str,
     files: tuple[Path, ...],
-    out: Path,
-    held_out: float | None,
-    score_every: int | None,
-    validation: Path | None,
-    start: str | None,
     length: int | None,
     vocabulary: Path | None,
     series: bool,
-    batch_size: int,
-    seed: int,
-    device: str,
-    choices: tuple[str, ...],
-    resume: bool,
-    as_json: bool,
-    **options: Any,
+    plan: training.Plan,
 ) -> None:
     """Train NAME on FILES or folders of them: DNA (FASTA, FASTQ), molecules (SMILES a line, or CSV), or proteins (FASTA
     or A3M, each file a family of homologs).
@@ -78,10 +70,9 @@ def train_sequences(
     from .training import batches, loss
     from .xlstm import XLSTMLM
 
-    share = training.held_out_share(held_out, validation, SHARE)
-    others = [] if validation is None else [validation]
-    arguments = output.pairs(choices, "--set")
-    model = training.begun(name, start, seed, **arguments)
+    others = [] if plan.validation is None else [plan.validation]
+    arguments = plan.arguments
+    model = training.begun(name, plan.start, plan.seed, **arguments)
     weights = model.zoo_info.weights
     said = {} if weights is None else dict(weights.preprocess)
     kind = "DNA" if isinstance(model, DNAXLSTM) else "proteins" if isinstance(model, ProtXLSTM) else "molecules"
@@ -89,45 +80,45 @@ def train_sequences(
         raise click.UsageError(f"--series and --vocabulary are for molecules; {name} reads {kind}")
     length = length or said.get("window", said.get("context", LENGTHS[kind]))
     if kind == "DNA":
-        data: Any = read.read_bases(model, files, others, share, length, seed)  # type: ignore[arg-type]
+        data: Any = read.read_bases(model, files, others, plan.share, length, plan.seed)  # type: ignore[arg-type]
     elif kind == "proteins":
-        data = read.read_families(model, files, others, share, length, seed)  # type: ignore[arg-type]
+        data = read.read_families(model, files, others, plan.share, length, plan.seed)  # type: ignore[arg-type]
     elif isinstance(model, XLSTMLM):
         words = None if vocabulary is None else Vocabulary.read(vocabulary)
-        if start is not None and words is None:
+        if plan.start is not None and words is None:
             from .molecules import MoleculeScoring
 
             words = MoleculeScoring(model).vocabulary
-        data = read.read_molecules(words, files, others, share, length, seed, series=series)
-        if start is None:  # as many labels as there are
-            model = training.begun(name, None, seed, **{"vocab_size": len(data.vocabulary)} | arguments)
+        data = read.read_molecules(words, files, others, plan.share, length, plan.seed, series=series)
+        if plan.start is None:  # as many labels as there are
+            model = training.begun(name, None, plan.seed, **{"vocab_size": len(data.vocabulary)} | arguments)
     else:
         raise click.UsageError(f"{name} is a {type(model).__name__}, which is no Bio-xLSTM")
-    settings = dataclasses.replace(training.settings(options, seed), betas=BETAS)
+    settings = dataclasses.replace(plan.settings, betas=BETAS)
     with (
-        training.processes(device) as place,
-        training.run(out, resume, quiet=as_json, samples=len(data), measured=len(data.held)) as run,
+        training.processes(plan.device) as place,
+        plan.run(samples=len(data), measured=len(data.held)) as run,
     ):
-        if not as_json:
+        if not plan.as_json:
             click.echo(f"{kind}: {len(data)} samples to train on, {len(data.held)} to measure on")
         fitted = fit(
-            model.to(place.device), batches(data, batch_size, seed), loss, settings, run=run,
-            report=training.reporter(settings.steps, quiet=as_json),
+            model.to(place.device), batches(data, plan.batch_size, plan.seed), loss, settings, run=run,
+            report=plan.report(),
             score=(lambda m: -data.nats(m)[0]) if data.held else None,
-            score_every=score_every,
+            score_every=plan.score_every,
         )  # fmt: skip
         nats, letters = data.nats(model) if data.held else (math.nan, 0)
         found = {"perplexity": math.exp(nats), "nats": nats} if letters else {}
         if place.first:
-            source = files[0] if validation is None else validation
-            split = "held out" if validation is None else "validation"
+            source = files[0] if plan.validation is None else plan.validation
+            split = "held out" if plan.validation is None else "validation"
             metrics = training.measured(found, dataset=source.name, split=split, command="train-sequences")
             trained(model, ", ".join(file.name for file in files), read.settings_of(data))
-            zoo.save(model.cpu(), out, metrics=metrics)
-    if as_json:
+            zoo.save(model.cpu(), plan.out, metrics=metrics)
+    if plan.as_json:
         counts = {"samples": len(data), "measured": len(data.held), "letters": letters, "taken_at": fitted.taken_at}
-        output.emit(counts | {"metrics": found, "folder": str(out)})
+        output.emit(counts | {"metrics": found, "folder": str(plan.out)})
         return
     if found:
         click.echo(f"{letters} letters that were not trained on: {training.said(found)}")
-    click.echo(f"saved to {out}; try: zoo {NEXT[kind].format(training.source(out))}")
+    click.echo(f"saved to {plan.out}; try: zoo {NEXT[kind].format(training.source(plan.out))}")

@@ -28,34 +28,26 @@ SHARE = 0.05
 @click.argument("name")
 @click.argument("texts", nargs=-1, required=True, type=_TEXTS)
 @training.out
-@training.measuring(share=SHARE, of="path")
-@training.start
 @click.option("--tokenizer", help="A tokenizer.json or its folder, or 'bytes' (default: that of the weights).")
 @click.option("--end-of-text", help="The token of --tokenizer between texts (default: <|endoftext|>, if it has it).")
 @click.option("--length", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens of a window.")
-@training.loop(steps=2000, rate=1e-3, weight_decay=0.1)
-@training.batch_size(8, "Windows.")
-@training.run_options("n_layer=4")
-@training.resume
-@output.as_json
+@training.planned(
+    steps=2000,
+    rate=1e-3,
+    weight_decay=0.1,
+    batch_size=8,
+    of="Windows.",
+    share=SHARE,
+    validation="path",
+    example="n_layer=4",
+)
 def train_language(
     name: str,
     texts: tuple[Path, ...],
-    out: Path,
-    held_out: float | None,
-    score_every: int | None,
-    validation: Path | None,
-    start: str | None,
     tokenizer: str | None,
     end_of_text: str | None,
     length: int,
-    batch_size: int,
-    seed: int,
-    device: str,
-    choices: tuple[str, ...],
-    resume: bool,
-    as_json: bool,
-    **options: Any,
+    plan: training.Plan,
 ) -> None:
     """Train the language model NAME on TEXTS: .txt and .md files, .jsonl files with a "text" a line, folders of them,
     each also with .gz.
@@ -79,55 +71,54 @@ def train_language(
     from .training import Windows, check_causal, held_out_score, next_token_loss, streams, takes_resets
     from .validation import figures
 
-    share = training.held_out_share(held_out, validation, SHARE)
     if end_of_text is not None and tokenizer in (None, "bytes"):
         raise click.UsageError("--end-of-text names a token of a tokenizer.json: give it with --tokenizer")
-    files, others = files_in(texts), files_in([] if validation is None else [validation])
-    model, coding, said = _begun(name, start, seed, tokenizer, end_of_text, output.pairs(choices, "--set"))
+    files, others = files_in(texts), files_in([] if plan.validation is None else [plan.validation])
+    model, coding, said = _begun(name, plan.start, plan.seed, tokenizer, end_of_text, plan.arguments)
     carry = streams(model)
     how: dict[str, Any] = {"window": 2048 if carry else length, "carry": carry}  # what zoo validate does by itself
-    settings = dataclasses.replace(training.settings(options, seed), betas=BETAS)
+    settings = dataclasses.replace(plan.settings, betas=BETAS)
 
-    with training.processes(device) as place:
+    with training.processes(plan.device) as place:
         check_causal(model.to(place.device), min(length, 2048), name)
         if place.first:
-            prepare(out / TOKENS, files, coding, held_out=share, validation=others, seed=seed)
+            prepare(plan.out / TOKENS, files, coding, held_out=plan.share, validation=others, seed=plan.seed)
         if place.world > 1:
             torch.distributed.barrier()
-        corpus = Corpus(out / TOKENS)
+        corpus = Corpus(plan.out / TOKENS)
         train, held = corpus.train, corpus.held
         measured = 0 if held is None else len(held) - len(held.begins)
-        with training.run(out, resume, quiet=as_json, tokens=len(train), measured=measured) as run:
-            if not as_json:
+        with plan.run(tokens=len(train), measured=measured) as run:
+            if not plan.as_json:
                 apart = "apart" if takes_resets(model) else "as one text (the model does not take resets)"
                 click.echo(f"{len(train.begins)} texts, {len(train)} tokens; {measured} to measure on")
                 click.echo(f"windows of {length} tokens, texts in one are read {apart}")
             fitted = fit(
                 model,
-                Windows(train, length, batch_size, seed),
+                Windows(train, length, plan.batch_size, plan.seed),
                 lambda m, batch: next_token_loss(m, batch, recompute=settings.recompute),  # type: ignore[arg-type]
                 settings,
                 run=run,
-                report=training.reporter(settings.steps, quiet=as_json),
+                report=plan.report(),
                 score=None if held is None else lambda m: -held_out_score(m, held, **how).bits_per_byte,
-                score_every=score_every,
+                score_every=plan.score_every,
             )
             found = {} if held is None else figures(held_out_score(model, held, **how))
             if place.first:
-                source = texts[0] if validation is None else validation
-                split = "held out" if validation is None else "validation"
+                source = texts[0] if plan.validation is None else plan.validation
+                split = "held out" if plan.validation is None else "validation"
                 metrics = training.measured(found, dataset=source.name, split=split, command="train-language")
                 trained(model, ", ".join(text.name for text in texts), said)
-                zoo.save(model.cpu(), out, metrics=metrics)
+                zoo.save(model.cpu(), plan.out, metrics=metrics)
                 corpus.remove()
-    if as_json:
+    if plan.as_json:
         counts = {"texts": len(train.begins), "tokens": len(train), "measured": measured}
-        output.emit(counts | {"taken_at": fitted.taken_at, "metrics": found, "folder": str(out)})
+        output.emit(counts | {"taken_at": fitted.taken_at, "metrics": found, "folder": str(plan.out)})
         return
     if found:
         asked = "" if carry else f" (as zoo validate -o carry=false -o window={length})"
         click.echo(f"{measured} tokens that were not trained on: {training.said(found)}{asked}")
-    click.echo(f'saved to {out}; try: zoo generate {training.source(out)} "Once"')
+    click.echo(f'saved to {plan.out}; try: zoo generate {training.source(plan.out)} "Once"')
 
 
 def _begun(

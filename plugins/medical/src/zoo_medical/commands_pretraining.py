@@ -17,32 +17,15 @@ from .commands import intensities
 @click.argument("name")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @training.out
-@training.measuring()
-@training.start
 @click.option("--spacing", nargs=3, type=float, help="Millimetres of a voxel (default: the published weights').")
 @click.option("--normalisation", help='"z-score" for MR, or LOW,HIGH (default: the published weights\', of CT).')
-@training.loop(steps=20_000, rate=1e-4)
-@training.batch_size(2, "Cubes.")
-@training.run_options("img_size=64")
-@training.resume
-@output.as_json
+@training.planned(steps=20_000, rate=1e-4, batch_size=2, of="Cubes.", example="img_size=64")
 def pretrain_volumes(
     name: str,
     folder: Path,
-    out: Path,
-    held_out: float | None,
-    validation: Path | None,
-    start: str | None,
     spacing: tuple[float, float, float] | None,
     normalisation: str | None,
-    batch_size: int,
-    score_every: int | None,
-    seed: int,
-    device: str,
-    choices: tuple[str, ...],
-    resume: bool,
-    as_json: bool,
-    **options: Any,
+    plan: training.Plan,
 ) -> None:
     """Pre-train NAME (mambamim_pretrain) on the scans in FOLDER, which need no labels.
 
@@ -63,18 +46,17 @@ def pretrain_volumes(
     from .rebuilding import VolumeRebuilding
     from .scans import read_scan
 
-    settings = training.settings(options, seed)
     training.check_task(name, "masked-pretraining")
-    arguments = output.pairs(choices, "--set")
-    network = zoo.create(name, device="meta", **arguments) if start is None else zoo.load(start, **arguments)
+    arguments = plan.arguments
+    network = zoo.create(name, device="meta", **arguments) if plan.start is None else zoo.load(plan.start, **arguments)
     values = None if normalisation is None else intensities(normalisation)
     asked = VolumeRebuilding(network, spacing=spacing, normalisation=values)
-    cases, held = find_scans(folder), [] if validation is None else find_scans(validation)
-    kept_out = loop.held_out([None] * len(cases), training.held_out_share(held_out, validation), seed)
-    if validation is None:
+    cases, held = find_scans(folder), [] if plan.validation is None else find_scans(plan.validation)
+    kept_out = loop.held_out([None] * len(cases), plan.share, plan.seed)
+    if plan.validation is None:
         cases, held = ([cases[i] for i in part] for part in kept_out)
     longest = 1.0
-    with reading(len(cases) + len(held), as_json) as advance:
+    with reading(len(cases) + len(held), plan.as_json) as advance:
         for scan in (*cases, *held):
             voxel = (asked.read(scan) if spacing is None else read_scan(scan, [1])).spacing
             longest = max(longest, max(voxel) / min(voxel))
@@ -87,10 +69,10 @@ def pretrain_volumes(
     if longest > asked.anisotropy:  # whoever gave --spacing knows of the distance of slices
         facts["anisotropy"] = round(longest + 0.01, 2)
     counts: dict[str, Any] = {"scans": len(cases), "held_out": len(held)}
-    with training.processes(device) as place, training.run(out, resume, quiet=as_json, **counts) as run:
-        model = training.begun(name, start, seed, **arguments).to(place.device)
+    with training.processes(plan.device) as place, plan.run(**counts) as run:
+        model = training.begun(name, plan.start, plan.seed, **arguments).to(place.device)
         trained(model, folder.name, facts)
-        if not as_json:
+        if not plan.as_json:
             click.echo(f"{len(cases)} scans to train on, {len(held)} held out")
             click.echo(", ".join(f"{k} {v}" for k, v in facts.items()))
 
@@ -99,33 +81,33 @@ def pretrain_volumes(
             return statistics.fmean(pipe(scan).loss for scan in held)
 
         with prepared(
-            VolumeRebuilding(model), [(scan, None) for scan in cases], 0, out / "prepared", seed, place
+            VolumeRebuilding(model), [(scan, None) for scan in cases], 0, plan.out / "prepared", plan.seed, place
         ) as kept:
             done = loop.fit(
                 model,
-                Cubes(kept, len(cases), int(model.img_size), batch_size, seed),  # type: ignore[arg-type]
+                Cubes(kept, len(cases), int(model.img_size), plan.batch_size, plan.seed),  # type: ignore[arg-type]
                 lambda network, cubes: network(cubes),
-                settings,
+                plan.settings,
                 run=run,
-                report=training.reporter(settings.steps, quiet=as_json),
+                report=plan.report(),
                 score=(lambda network: -rebuilt(network)) if held else None,
-                score_every=score_every,
+                score_every=plan.score_every,
             )
         if not place.first:
             return
         figures, what = {"loss": rebuilt(model)} if held else {}, f"{len(held)} held-out scans"
         metrics = training.measured(
-            figures, dataset=(validation or folder).name, split=what, command="pretrain-volumes"
+            figures, dataset=(plan.validation or folder).name, split=what, command="pretrain-volumes"
         )
-        zoo.save(model.cpu(), out, metrics=metrics)
-    if as_json:
-        facts = counts | {"taken_at": done.taken_at, "preprocess": facts, "folder": str(out)}
+        zoo.save(model.cpu(), plan.out, metrics=metrics)
+    if plan.as_json:
+        facts = counts | {"taken_at": done.taken_at, "preprocess": facts, "folder": str(plan.out)}
         output.emit({"metrics": figures} | facts)
         return
     if held:
         click.echo(f"{what}, weights of step {done.taken_at}: {training.said(figures)}")
-    next_step = f"zoo train-volumes mambamim_hybird FOLDER --start {training.source(out)} --out tuned"
-    click.echo(f"saved to {out}; try: {next_step}")
+    next_step = f"zoo train-volumes mambamim_hybird FOLDER --start {training.source(plan.out)} --out tuned"
+    click.echo(f"saved to {plan.out}; try: {next_step}")
 
 
 def find_scans(folder: Path) -> list[Path]:

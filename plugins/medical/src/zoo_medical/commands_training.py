@@ -19,24 +19,22 @@ if TYPE_CHECKING:
 @click.argument("name")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @training.out
-@training.measuring(share=0.2)
-@training.start
 @grid_options
 @click.option("--fit/--no-fit", default=None, help="Resize slices and pictures to the window of a 2D network.")
 @click.option("--augment/--no-augment", default=True, show_default=True)
 @click.option("--flips/--no-flips", default=None, help="Default: flips, unless labels are called left or right.")
-@training.loop(steps=10_000, rate=5e-4, weight_decay=0.01)
-@training.batch_size(2, "Patches.")
-@training.run_options("features=[16,32,64,128]")
-@training.resume
-@output.as_json
+@training.planned(
+    steps=10_000,
+    rate=5e-4,
+    weight_decay=0.01,
+    batch_size=2,
+    of="Patches.",
+    share=0.2,
+    example="features=[16,32,64,128]",
+)
 def train_volumes(
     name: str,
     folder: Path,
-    out: Path,
-    held_out: float | None,
-    validation: Path | None,
-    start: str | None,
     patch: list[int] | None,
     spacing: tuple[float, float, float] | None,
     normalisation: str | None,
@@ -44,14 +42,7 @@ def train_volumes(
     fit: bool | None,
     augment: bool,
     flips: bool | None,
-    batch_size: int,
-    score_every: int | None,
-    seed: int,
-    device: str,
-    choices: tuple[str, ...],
-    resume: bool,
-    as_json: bool,
-    **options: Any,
+    plan: training.Plan,
 ) -> None:
     """Train the segmentation network NAME on the labelled scans or pictures in FOLDER.
 
@@ -70,26 +61,26 @@ def train_volumes(
 
     from .cases import Patches, labelled
     from .pipelines import MedicalSegmentation
-    from .plans import planned, prepared
+    from .plans import prepared, trainee_of
     from .validation import measure
 
-    settings = training.settings(options, seed)
-    plan = planned(name, start, output.pairs(choices, "--set"), patch)
-    asked = plan.asked(spacing, normalisation, crop, fit)
-    grid = MedicalSegmentation(plan.network, **asked)  # which refuses what does not fit
-    share = training.held_out_share(held_out, validation, 0.2)
-    data = labelled(folder, validation, share, seed, plan.channels_of, grid.orientation, quiet=as_json)
+    trainee = trainee_of(name, plan.start, plan.arguments, patch)
+    asked = trainee.asked(spacing, normalisation, crop, fit)
+    grid = MedicalSegmentation(trainee.network, **asked)  # which refuses what does not fit
+    data = labelled(
+        folder, plan.validation, plan.share, plan.seed, trainee.channels_of, grid.orientation, quiet=plan.as_json
+    )
     if data.found.flat and spacing is not None:
         raise click.UsageError("--spacing is for scans; these are pictures")
-    facts = plan.facts(grid, data.found, asked, data.channels)
-    arguments = plan.arguments(len(data.names), data.found.channels)
+    facts = trainee.facts(grid, data.found, asked, data.channels)
+    arguments = trainee.arguments(len(data.names), data.found.channels)
     if flips is None:
         flips = not any(side in label.lower() for label in data.names for side in ("left", "right"))
     counts: dict[str, Any] = {"cases": len(data.train), "held_out": len(data.held)}
-    with training.processes(device) as place, training.run(out, resume, quiet=as_json, **counts) as run:
-        model = plan.begun(seed, arguments).to(place.device)
+    with training.processes(plan.device) as place, plan.run(**counts) as run:
+        model = trainee.begun(plan.seed, arguments).to(place.device)
         trained(model, folder.name, facts, data.names)
-        if not as_json:
+        if not plan.as_json:
             click.echo(
                 f"{len(data.train)} cases to train on, {len(data.held)} held out; labels: {', '.join(data.names)}"
             )
@@ -100,27 +91,27 @@ def train_volumes(
             return measure(MedicalSegmentation(network), data.held, distances=False)[0]["mean_dice"] or 0.0
 
         grid = MedicalSegmentation(model)
-        with prepared(grid, data.train, len(data.names), out / "prepared", seed, place) as kept:
+        with prepared(grid, data.train, len(data.names), plan.out / "prepared", plan.seed, place) as kept:
             done = loop.fit(
                 model,
-                Patches(kept, len(data.train), grid.patch, batch_size, seed, augment, flips),
+                Patches(kept, len(data.train), grid.patch, plan.batch_size, plan.seed, augment, flips),
                 objective,
-                settings,
+                plan.settings,
                 run=run,
-                report=training.reporter(settings.steps, quiet=as_json),
+                report=plan.report(),
                 score=score if data.held else None,
-                score_every=score_every,
+                score_every=plan.score_every,
             )
         if not place.first:
             return
         plain_output(model)
         figures, per_class = measure(grid, data.held) if data.held else ({}, {})
         known = {k: v for k, v in figures.items() if v is not None}
-        what, where = f"{len(data.held)} held-out cases", (validation or folder).name
+        what, where = f"{len(data.held)} held-out cases", (plan.validation or folder).name
         metrics = training.measured(known, dataset=where, split=what, command="train-volumes")
-        zoo.save(model.cpu(), out, metrics=metrics)
-    if as_json:
-        facts = counts | {"taken_at": done.taken_at, "preprocess": facts, "folder": str(out)}
+        zoo.save(model.cpu(), plan.out, metrics=metrics)
+    if plan.as_json:
+        facts = counts | {"taken_at": done.taken_at, "preprocess": facts, "folder": str(plan.out)}
         output.emit({"metrics": figures, "per_class": per_class} | facts)
         return
     for label, row in per_class.items():
@@ -130,7 +121,9 @@ def train_volumes(
     scans = "picture.png" if data.found.flat else "scan.nii.gz"
     if isinstance(data.train[0][0], tuple):
         scans = f"{' '.join(path.name for path in data.train[0][0])} --channels-together"
-    click.echo(f"saved to {out}; try: zoo segment-volume {training.source(out)} {scans} --out labels --pictures")
+    click.echo(
+        f"saved to {plan.out}; try: zoo segment-volume {training.source(plan.out)} {scans} --out labels --pictures"
+    )
 
 
 def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass
-class Plan:
+class Trainee:
     """A network that is to be trained: ``network`` of it without memory, the arguments that are settled before the data
     are read, and how the weights that it starts from read scans (``base``)."""
 
@@ -111,8 +111,8 @@ class Plan:
         return model
 
 
-def planned(name: str, start: str | None, given: dict[str, Any], patch: list[int] | None) -> Plan:
-    """The plan of a command. Raises click.UsageError for a model of another task."""
+def trainee_of(name: str, start: str | None, given: dict[str, Any], patch: list[int] | None) -> Trainee:
+    """What a command trains. Raises click.UsageError for a model of another task."""
     import zoo
     from zoo.loading import card_of, locate
 
@@ -142,7 +142,7 @@ def planned(name: str, start: str | None, given: dict[str, Any], patch: list[int
         patch = base.get("patch")
     network = zoo.create(name, device="meta", **{**settled, **given})
     base.pop("patch", None)
-    return Plan(name, start, network, given, base, patch, pretrained)
+    return Trainee(name, start, network, given, base, patch, pretrained)
 
 
 # -- scans as the network reads them ---------------------------------------------------------------------------------

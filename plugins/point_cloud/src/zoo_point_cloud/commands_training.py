@@ -25,8 +25,6 @@ SHARE = 0.2
 @click.argument("name")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @training.out_folder(file_okay=False)
-@training.measuring(share=SHARE)
-@training.start
 @click.option("--points", type=click.IntRange(min=1), help="Points of each sample (default: the model's).")
 @click.option("--voxel", type=click.FloatRange(min=0, min_open=True), help="Scenes, thinned to a point a cube so wide.")
 @click.option("--features", help="What PCM reads at a point, of xyz,normal,color,height; none: the points alone.")
@@ -41,18 +39,10 @@ SHARE = 0.2
 @click.option("--jitter", default=0.0, show_default=True, type=click.FloatRange(min=0), help="Noise of coordinates.")
 @click.option("--smoothing", default=0.2, show_default=True, type=click.FloatRange(0, 1, max_open=True))
 @click.option("--invalid", default="error", show_default=True, type=click.Choice(["error", "drop"]))
-@training.loop(steps=10_000, rate=5e-4)
-@training.batch_size(32, "Clouds.", least=2)
-@training.run_options("embed_dim=96")
-@training.resume
-@output.as_json
+@training.planned(steps=10_000, rate=5e-4, batch_size=32, of="Clouds.", least=2, share=SHARE, example="embed_dim=96")
 def train_points(
     name: str,
     folder: Path,
-    out: Path,
-    held_out: float | None,
-    validation: Path | None,
-    start: str | None,
     points: int | None,
     voxel: float | None,
     features: str | None,
@@ -65,14 +55,7 @@ def train_points(
     jitter: float,
     smoothing: float,
     invalid: str,
-    batch_size: int,
-    score_every: int | None,
-    seed: int,
-    device: str,
-    choices: tuple[str, ...],
-    resume: bool,
-    as_json: bool,
-    **options: Any,
+    plan: training.Plan,
 ) -> None:
     """Train NAME on the labelled clouds of FOLDER.
 
@@ -94,7 +77,7 @@ def train_points(
     from .pointmamba import PointMamba, PointMambaSegmentation
     from .training import Moves, cross_entropy
 
-    arguments = _taken(name, start) | (own := output.pairs(choices, "--set"))
+    arguments = _taken(name, plan.start) | (own := plan.arguments)
     if "num_classes" in own or "shapes" in own:
         raise click.UsageError("--set num_classes and shapes: they follow from the data; leave them out")
     shape: Any = zoo.create(name, device="meta", **arguments)
@@ -107,7 +90,7 @@ def train_points(
         raise click.UsageError(
             f"--label-names and --ignore are for labels of points; {name} takes a folder for each class"
         )
-    settings = _settings(name, start, points, voxel, features, up)
+    settings = _settings(name, plan.start, points, voxel, features, up)
     if isinstance(shape, (PCM, PCMSegmentation)):
         channels = _channels(settings) + 3 * shape.encoder.combine_pos
         if arguments.setdefault("in_chans", channels) != channels:
@@ -116,10 +99,10 @@ def train_points(
                 f"a point has {channels} numbers ({read}), and the model takes {arguments['in_chans']}: --features "
                 "chooses them"
             )
-    share, scene = training.held_out_share(held_out, validation, SHARE), bool(settings.get("voxel"))
+    scene = bool(settings.get("voxel"))
     if scene and points is None:
         points = shape.test_crop or 24_576
-    if start is not None and not classifies and shapes_of(shape) and not _is_pretrained(start):
+    if plan.start is not None and not classifies and shapes_of(shape) and not _is_pretrained(plan.start):
         settings["kinds"] = kinds_of(settings)  # the weights know these, in this order
     if (size := points or int(settings["points"])) < least_points(shape):
         raise click.UsageError(f"{size} points are asked for; {name} needs at least {least_points(shape)}")
@@ -130,7 +113,9 @@ def train_points(
         jitter,
         int(settings.get("gravity", 2)),
     )
-    reading = Reading(share, validation, seed, invalid, least_points(shape), not as_json and sys.stderr.isatty())
+    reading = Reading(
+        plan.share, plan.validation, plan.seed, invalid, least_points(shape), not plan.as_json and sys.stderr.isatty()
+    )
     if classifies:
         data = read_classes(folder, settings, points, moves, reading)
     else:
@@ -144,7 +129,7 @@ def train_points(
         arguments["shapes"] = len(data.kinds)
     if scene:
         arguments["test_crop"] = points  # scenes are cut as they were trained on
-    order = Shuffled(len(data.train), batch_size, seed)
+    order = Shuffled(len(data.train), plan.batch_size, plan.seed)
 
     def batch(index: int) -> dict[str, Tensor]:
         return data.train(order(index), order.random(index))
@@ -152,36 +137,33 @@ def train_points(
     def score(model: nn.Module) -> float:
         return data.scores(model)["OA" if classifies else "mIoU" if scene else "instance mIoU"]
 
-    chosen = training.settings(options, seed)
     with (
-        training.processes(device) as place,
-        training.run(
-            out, resume, quiet=as_json, clouds=len(data.train), rest=len(data.rest), classes=data.names
-        ) as run,
+        training.processes(plan.device) as place,
+        plan.run(clouds=len(data.train), rest=len(data.rest), classes=data.names) as run,
     ):
-        model = _begun(name, start, seed, arguments)
+        model = _begun(name, plan.start, plan.seed, arguments)
         trained(model, folder.name, data.settings, data.names)
         found = fit(
-            model.to(place.device), batch, cross_entropy(smoothing), chosen, run=run,
-            report=training.reporter(chosen.steps, quiet=as_json), score=score if data.rest else None,
-            score_every=score_every,
+            model.to(place.device), batch, cross_entropy(smoothing), plan.settings, run=run,
+            report=plan.report(), score=score if data.rest else None,
+            score_every=plan.score_every,
         )  # fmt: skip
         figures = data.scores(model)
         if place.first:
             measured = training.measured(
-                figures, dataset=(validation or folder).name, split="held out", command="train-points"
+                figures, dataset=(plan.validation or folder).name, split="held out", command="train-points"
             )
-            zoo.save(model.cpu(), out, labels=data.names, metrics=measured)
-    if as_json:
+            zoo.save(model.cpu(), plan.out, labels=data.names, metrics=measured)
+    if plan.as_json:
         output.emit(
-            {"figures": figures, "taken_at": found.taken_at, "steps": chosen.steps, "loss": found.losses[-1]}
-            | {"clouds": len(data.train), "held_out": len(data.rest), "classes": data.names, "folder": str(out)}
+            {"figures": figures, "taken_at": found.taken_at, "steps": plan.settings.steps, "loss": found.losses[-1]}
+            | {"clouds": len(data.train), "held_out": len(data.rest), "classes": data.names, "folder": str(plan.out)}
         )
         return
     if figures:
         click.echo(f"{len(data.rest)} held-out clouds: {training.said(figures)} (weights of step {found.taken_at})")
     then = "predict {} CLOUD" if classifies else "label-points {} CLOUD --out labelled"
-    click.echo(f"saved to {out}; try: zoo {then.format(training.source(out))}")
+    click.echo(f"saved to {plan.out}; try: zoo {then.format(training.source(plan.out))}")
 
 
 def _settings(

@@ -26,36 +26,28 @@ BEST = {"binary": "F1", "semantic": "SeK", "damage": "F1"}
 @click.argument("name")
 @click.argument("folder", type=FOLDER)
 @training.out_folder(file_okay=False)
-@training.measuring(share=SHARE)
-@training.start
 @click.option("--crop", default=256, show_default=True, type=click.IntRange(min=32), help="Pixels a side.")
 @click.option("--bands", help="Bands that the model reads, as 3,2,1; the first three otherwise.")
 @click.option("--value-range", nargs=2, type=float, help="The values that become black and white, where not uint8.")
 @click.option("--labels", type=click.Path(exists=True, dir_okay=False), help="Names of the classes, one a line.")
-@training.loop(steps=20_000, rate=1e-4, weight_decay=5e-4)
-@training.batch_size(16, "Crops.", least=2)
-@training.run_options("decoder_dim=64")
-@training.resume
-@output.as_json
+@training.planned(
+    steps=20_000,
+    rate=1e-4,
+    weight_decay=5e-4,
+    batch_size=16,
+    of="Crops.",
+    least=2,
+    share=SHARE,
+    example="decoder_dim=64",
+)
 def train_change(
     name: str,
     folder: Path,
-    out: Path,
-    held_out: float | None,
-    validation: Path | None,
-    start: str | None,
     crop: int,
     bands: str | None,
     value_range: tuple[float, float] | None,
     labels: str | None,
-    batch_size: int,
-    score_every: int | None,
-    seed: int,
-    device: str,
-    choices: tuple[str, ...],
-    resume: bool,
-    as_json: bool,
-    **options: Any,
+    plan: training.Plan,
 ) -> None:
     """Train NAME on the labelled pairs of FOLDER, laid out as `zoo validate NAME` says.
 
@@ -77,9 +69,8 @@ def train_change(
     from .validation import SCORES, known
 
     task = training.check_task(name, *CHANGE_TASKS)
-    share = training.held_out_share(held_out, validation, SHARE)
     require_torchmetrics()
-    arguments = output.pairs(choices, "--set")
+    arguments = plan.arguments
     chosen_bands = None if bands is None else numbers(bands)
     if chosen_bands is not None:
         arguments.setdefault("in_chans", len(chosen_bands))
@@ -87,22 +78,22 @@ def train_change(
         if task != "semantic-change-detection":
             raise click.UsageError(f"--labels names land cover, and {name} is for {task}; leave it out")
         arguments.setdefault("semantic_classes", len(names))
-    model: Any = begun(name, start, seed, **arguments)
+    model: Any = begun(name, plan.start, plan.seed, **arguments)
     pipe = ChangeDetection(model, bands=chosen_bands, value_range=value_range, class_names=names)
     settings = {"mean": pipe.mean.flatten().tolist(), "std": pipe.std.flatten().tolist()}
     settings |= {k: list(pipe.reading[k]) for k in ("bands", "value_range") if pipe.reading[k] is not None}
     class_names = pipe.layers.get("after", pipe.layers["changed"])
     pairs = labelled_pairs(folder, pipe.kind)
     try:
-        kept, others = zoo.training.held_out([0] * len(pairs), share, seed)
+        kept, others = zoo.training.held_out([0] * len(pairs), plan.share, plan.seed)
     except ValueError as error:
         raise errors.BadArgument(f"{folder}: {error}, or another folder to measure on (--validation)") from error
     train, rest = [pairs[i] for i in kept], [pairs[i] for i in others]
-    rest = rest if validation is None else labelled_pairs(validation, pipe.kind)
-    bar = not as_json and sys.stderr.isatty()
+    rest = rest if plan.validation is None else labelled_pairs(plan.validation, pipe.kind)
+    bar = not plan.as_json and sys.stderr.isatty()
     check_samples(pipe, train, crop, progress=bar)
     check_samples(pipe, rest, 1, progress=bar)
-    crops, order = Crops(pipe, train, crop), Shuffled(len(train), batch_size, seed)
+    crops, order = Crops(pipe, train, crop), Shuffled(len(train), plan.batch_size, plan.seed)
 
     def scores(model: nn.Module) -> dict[str, float]:
         if not rest:
@@ -110,33 +101,32 @@ def train_change(
         found = known(SCORES[pipe.kind](ChangeDetection(model, class_names=names), rest).compute())
         return {name: value for name, value in found.items() if value is not None}
 
-    chosen = training.settings(options, seed)
     with (
-        training.processes(device) as place,
-        training.run(out, resume, quiet=as_json, pairs=len(train), measured=len(rest)) as run,
+        training.processes(plan.device) as place,
+        plan.run(pairs=len(train), measured=len(rest)) as run,
     ):
         trained(model, folder.name, settings, class_names)
         found = fit(
-            model.to(place.device), lambda index: crops(order(index), order.random(index)), loss_of(model), chosen,
-            run=run, report=training.reporter(chosen.steps, quiet=as_json),
+            model.to(place.device), lambda index: crops(order(index), order.random(index)), loss_of(model),
+            plan.settings, run=run, report=plan.report(),
             score=(lambda model: scores(model).get(BEST[pipe.kind], 0.0)) if rest else None,
-            score_every=score_every,
+            score_every=plan.score_every,
         )  # fmt: skip
         figures = scores(model)
         if place.first:
             measured = training.measured(
-                figures, dataset=(validation or folder).name, split="held out", command="train-change"
+                figures, dataset=(plan.validation or folder).name, split="held out", command="train-change"
             )
-            zoo.save(model.cpu(), out, labels=class_names, metrics=measured)
-    if as_json:
+            zoo.save(model.cpu(), plan.out, labels=class_names, metrics=measured)
+    if plan.as_json:
         output.emit(
-            {"figures": figures, "taken_at": found.taken_at, "steps": chosen.steps, "loss": found.losses[-1]}
-            | {"pairs": len(train), "held_out": len(rest), "folder": str(out)}
+            {"figures": figures, "taken_at": found.taken_at, "steps": plan.settings.steps, "loss": found.losses[-1]}
+            | {"pairs": len(train), "held_out": len(rest), "folder": str(plan.out)}
         )
         return
     if figures:
         click.echo(f"{len(rest)} held-out pairs: {training.said(figures)} (weights of step {found.taken_at})")
-    click.echo(f"saved to {out}; try: zoo change {training.source(out)} BEFORE AFTER --picture change.png")
+    click.echo(f"saved to {plan.out}; try: zoo change {training.source(plan.out)} BEFORE AFTER --picture change.png")
 
 
 @click.command()
@@ -150,29 +140,16 @@ def train_change(
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Share of each class's pixels that is not trained on, but measured.",
 )
-@training.start
 @click.option("--labels", type=click.Path(exists=True, dir_okay=False), help="Names of the classes, one a line.")
-@training.loop(steps=1000, rate=1e-3, weight_decay=0.0)
-@training.batch_size(256, "Pixels.", least=2)
-@click.option("--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth of all).")
-@training.run_options("bands=9")
-@training.resume
-@output.as_json
+@training.planned(
+    steps=1000, rate=1e-3, weight_decay=0.0, batch_size=256, of="Pixels.", least=2, share=None, example="bands=9"
+)
 def train_pixels(
     name: str,
     data: Path,
-    out: Path,
     held_out: float,
-    start: str | None,
     labels: str | None,
-    batch_size: int,
-    score_every: int | None,
-    seed: int,
-    device: str,
-    choices: tuple[str, ...],
-    resume: bool,
-    as_json: bool,
-    **options: Any,
+    plan: training.Plan,
 ) -> None:
     """Train NAME on the labelled pixels of DATA, a folder with a hyperspectral cube and its labels.
 
@@ -203,40 +180,39 @@ def train_pixels(
         )
     if names is not None and len(names) < count:
         raise errors.BadArgument(f"{labels} has {len(names)} names, and {data} {count} classes; expected one for each")
-    arguments = output.pairs(choices, "--set") | {"num_classes": count if names is None else len(names)}
-    model: Any = training.begun(name, start, seed, **arguments)
+    arguments = plan.arguments | {"num_classes": count if names is None else len(names)}
+    model: Any = training.begun(name, plan.start, plan.seed, **arguments)
     names = PixelClassification(model, class_names=names).class_names
     pixels = Pixels(cube, truth, model.bands, model.window)
     try:
-        kept, rest = zoo.training.held_out(pixels.classes.tolist(), held_out, seed)
+        kept, rest = zoo.training.held_out(pixels.classes.tolist(), held_out, plan.seed)
     except ValueError as error:
         raise errors.BadArgument(f"{data}: {error}") from error
-    order = Shuffled(len(kept), batch_size, seed)
-    chosen = training.settings(options, seed)
+    order = Shuffled(len(kept), plan.batch_size, plan.seed)
     with (
-        training.processes(device) as place,
-        training.run(out, resume, quiet=as_json, pixels=len(kept), measured=len(rest)) as run,
+        training.processes(plan.device) as place,
+        plan.run(pixels=len(kept), measured=len(rest)) as run,
     ):
         trained(model, data.name, {}, names)
         fitted = fit(
-            model.to(place.device), lambda index: pixels([kept[i] for i in order(index)]), pixel_loss, chosen, run=run,
-            report=training.reporter(chosen.steps, quiet=as_json),
+            model.to(place.device), lambda index: pixels([kept[i] for i in order(index)]), pixel_loss, plan.settings,
+            run=run, report=plan.report(),
             score=lambda model: pixels.score(model, rest, names).compute()["OA"],
-            score_every=score_every,
+            score_every=plan.score_every,
         )  # fmt: skip
         figures = pixels.score(model, rest, names).compute()
         if place.first:
             measured = training.measured(figures, dataset=data.name, split="held out", command="train-pixels")
-            zoo.save(model.cpu(), out, labels=names, metrics=measured)
-    if as_json:
+            zoo.save(model.cpu(), plan.out, labels=names, metrics=measured)
+    if plan.as_json:
         output.emit(
-            {"figures": figures, "taken_at": fitted.taken_at, "steps": chosen.steps, "loss": fitted.losses[-1]}
-            | {"pixels": len(kept), "held_out": len(rest), "classes": names, "folder": str(out)}
+            {"figures": figures, "taken_at": fitted.taken_at, "steps": plan.settings.steps, "loss": fitted.losses[-1]}
+            | {"pixels": len(kept), "held_out": len(rest), "classes": names, "folder": str(plan.out)}
         )
         return
     click.echo(f"{len(rest)} held-out pixels: {training.said(figures)} (weights of step {fitted.taken_at})")
     cube_place = cube_files(data)[0]
-    click.echo(f"saved to {out}; try: zoo map-pixels {training.source(out)} {cube_place} --map classes.png")
+    click.echo(f"saved to {plan.out}; try: zoo map-pixels {training.source(plan.out)} {cube_place} --map classes.png")
 
 
 def _names(labels: str | None) -> list[str] | None:

@@ -33,9 +33,8 @@ def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
     return lambda command: functools.reduce(lambda done, option: option(done), reversed(options), command)
 
 
-def _with(arguments: dict[str, Any], choices: tuple[str, ...]) -> dict[str, Any]:
+def _with(arguments: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
     """A model's ``arguments``, and those of --set, which cannot be the same."""
-    chosen = output.pairs(choices, "--set")
     if both := sorted(set(arguments) & set(chosen)):
         raise click.UsageError(f"--set {both[0]}: it is {arguments[both[0]]} already, from the data or another option")
     return arguments | chosen
@@ -76,8 +75,6 @@ def _finished(
 @click.argument("name")
 @click.argument("folder", type=_FOLDER)
 @training.out
-@training.measuring()
-@training.start
 @click.option("--size", type=click.IntRange(min=1), help="Pixels a side (default: as the weights, or the model's own).")
 @click.option(
     "--crop",
@@ -93,19 +90,10 @@ def _finished(
 )
 @click.option("--smoothing", default=0.1, show_default=True, type=click.FloatRange(0, 1, max_open=True))
 @click.option("--freeze", "frozen", is_flag=True, help="Train the last layer alone.")
-@training.loop(steps=1000, rate=5e-4)
-@training.batch_size(32, "Pictures.")
-@training.run_options("in_chans=1")
-@training.resume
-@output.as_json
+@training.planned(steps=1000, rate=5e-4, batch_size=32, of="Pictures.", example="in_chans=1")
 def train_classifier(
     name: str,
     folder: Path,
-    out: Path,
-    held_out: float | None,
-    score_every: int | None,
-    validation: Path | None,
-    start: str | None,
     size: int | None,
     least: float,
     flip: bool,
@@ -113,13 +101,7 @@ def train_classifier(
     mixup: float,
     smoothing: float,
     frozen: bool,
-    batch_size: int,
-    seed: int,
-    device: str,
-    choices: tuple[str, ...],
-    resume: bool,
-    as_json: bool,
-    **options: Any,
+    plan: training.Plan,
 ) -> None:
     """Train the classifier NAME on FOLDER, pictures in a sub-folder for each class.
 
@@ -142,54 +124,52 @@ def train_classifier(
 
     command = "train-classifier"
     training.check_task(name, "image-classification")
-    share = training.held_out_share(held_out, validation)
-    if frozen and start is None:
+    if frozen and plan.start is None:
         raise click.UsageError("--freeze trains the last layer on what the others know: give their weights as --start")
     classes = classify.classes_in(folder)
     arguments: dict[str, Any] = {"num_classes": len(classes)}
     if size is not None and accepts(name, "img_size"):
         arguments["img_size"] = size
-    model = training.begun(name, start, seed, **_with(arguments, choices))
+    model = training.begun(name, plan.start, plan.seed, **_with(arguments, plan.arguments))
     settings = ImageClassification(model).settings
     if size is not None:
         settings["input_size"] = (settings["input_size"][0], size, size)
     trained(model, folder.name, settings | {"upright": True}, classes)
     pipe = ImageClassification(model)
     every = classify.labelled(folder, classes, pipe.in_chans)
-    kept, held = apart([label for _, label in every.samples], share, seed)
+    kept, held = apart([label for _, label in every.samples], plan.share, plan.seed)
     train = every.part(kept)
-    test = every.part(held) if validation is None else classify.labelled(validation, classes, pipe.in_chans)
+    test = every.part(held) if plan.validation is None else classify.labelled(plan.validation, classes, pipe.in_chans)
     check_files(Path(file) for file, _ in train.samples + test.samples)
     if frozen:
         classify.freeze(model)
     said = f"{len(train)} pictures of {len(classes)} classes to train on, {len(test)} to measure on"
-    plan = training.settings(options, seed)
 
     def measure(model: nn.Module) -> dict[str, float | None]:
-        return accuracies(ImageClassification(model), test, batch_size=batch_size) if len(test) else {}
+        return accuracies(ImageClassification(model), test, batch_size=plan.batch_size) if len(test) else {}
 
     with (
-        training.processes(device) as place,
-        training.run(out, resume, quiet=as_json, pictures=len(train), measured=len(test), classes=classes) as run,
+        training.processes(plan.device) as place,
+        plan.run(pictures=len(train), measured=len(test), classes=classes) as run,
     ):
-        if not as_json:
+        if not plan.as_json:
             click.echo(said)
         batches = classify.Batches(
-            train, pipe, len(classes), batch_size=batch_size, seed=seed, least=least, flip=flip, jitter=jitter,
-            mixup=mixup,
+            train, pipe, len(classes), batch_size=plan.batch_size, seed=plan.seed, least=least, flip=flip,
+            jitter=jitter, mixup=mixup,
         )  # fmt: skip
         fitted = fit(
-            model.to(place.device), batches, classify.Loss(smoothing, frozen), plan, run=run,
-            report=training.reporter(plan.steps, quiet=as_json),
+            model.to(place.device), batches, classify.Loss(smoothing, frozen), plan.settings, run=run,
+            report=plan.report(),
             score=(lambda m: measure(m)["top1"] or 0.0) if len(test) else None,
-            score_every=score_every,
+            score_every=plan.score_every,
         )  # fmt: skip
         if place.first:
             facts = {"classes": classes, "pictures": len(train), "measured": len(test), "taken_at": fitted.taken_at}
             _finished(
-                model, out, classes, measure(model), facts, data=folder, measured_on=validation,
+                model, plan.out, classes, measure(model), facts, data=folder, measured_on=plan.validation,
                 command=command, next_command="classify", example=(test.samples or train.samples)[0][0],
-                as_json=as_json,
+                as_json=plan.as_json,
             )  # fmt: skip
 
 
@@ -217,7 +197,6 @@ def _scale(least: float, most: float) -> Callable[..., Any]:
 @click.argument("name")
 @click.argument("folder", type=_FOLDER)
 @training.out
-@training.measuring()
 @click.option("--maps", type=_FOLDER, help="Folder of the label maps; FOLDER is then that of the pictures.")
 @click.option(
     "--names",
@@ -226,7 +205,6 @@ def _scale(least: float, most: float) -> Callable[..., Any]:
     help="Names of the classes, one a line (default: FOLDER/labels.txt, else the values in the label maps).",
 )
 @click.option("--ignore", multiple=True, type=int, default=(255,), show_default=True, help="A value that is no class.")
-@training.start
 @click.option(
     "--size",
     type=click.IntRange(min=1),
@@ -234,33 +212,18 @@ def _scale(least: float, most: float) -> Callable[..., Any]:
 )
 @_scale(0.5, 2.0)
 @_options(*_CHANGING)
-@training.loop(steps=4000, rate=2e-4)
-@training.batch_size(8, "Pictures.", least=2)
-@training.run_options("backbone=a2mamba_tiny")
-@training.resume
-@output.as_json
+@training.planned(steps=4000, rate=2e-4, batch_size=8, of="Pictures.", least=2, example="backbone=a2mamba_tiny")
 def train_segmenter(
     name: str,
     folder: Path,
-    out: Path,
-    held_out: float | None,
-    score_every: int | None,
-    validation: Path | None,
     maps: Path | None,
     names_file: Path | None,
     ignore: tuple[int, ...],
-    start: str | None,
     size: int | None,
     scale: tuple[float, float],
     flip: bool,
     jitter: float,
-    batch_size: int,
-    seed: int,
-    device: str,
-    choices: tuple[str, ...],
-    resume: bool,
-    as_json: bool,
-    **options: Any,
+    plan: training.Plan,
 ) -> None:
     """Train the segmentor NAME on FOLDER: pictures in FOLDER/images, and in FOLDER/labels a PNG of the same name for
     each, with the number of the class at every pixel.
@@ -285,18 +248,17 @@ def train_segmenter(
 
     command = "train-segmenter"
     training.check_task(name, "semantic-segmentation")
-    share = training.held_out_share(held_out, validation)
     if names_file is None and (folder / "labels.txt").is_file():
         names_file = folder / "labels.txt"
     every = pairs(folder, maps)
-    other = [] if validation is None else pairs(validation)
+    other = [] if plan.validation is None else pairs(plan.validation)
     values, names = segment.classes_of(
         check_sizes(every), None if names_file is None else read_names(names_file), ignore
     )
     for pair in other:
         values.read(pair.labels)
     check_sizes(other)
-    model = begun_on(name, start, seed, **_with({"num_classes": len(names)}, choices))
+    model = begun_on(name, plan.start, plan.seed, **_with({"num_classes": len(names)}, plan.arguments))
     before = preprocess_of(model)
     settings: dict[str, Any] = {k: v for k, v in transform_settings(model, before).items() if k in ("mean", "std")}
     short_side = size or before.get("short_side", 512)
@@ -304,35 +266,34 @@ def train_segmenter(
     known = {"label_values": values.classes, "ignored_values": values.ignored}
     trained(model, folder.name, settings | known, names)
     pipe = SemanticSegmentation(model)
-    kept, held = apart([0] * len(every), share, seed)
+    kept, held = apart([0] * len(every), plan.share, plan.seed)
     train = [every[i] for i in kept]
-    test = [every[i] for i in held] if validation is None else other
-    plan = training.settings(options, seed)
+    test = [every[i] for i in held] if plan.validation is None else other
 
     def measure(model: nn.Module) -> dict[str, float | None]:
         return scores(confusion(SemanticSegmentation(model), test, values), names)[0] if test else {}
 
     with (
-        training.processes(device) as place,
-        training.run(out, resume, quiet=as_json, pictures=len(train), measured=len(test), classes=names) as run,
+        training.processes(plan.device) as place,
+        plan.run(pictures=len(train), measured=len(test), classes=names) as run,
     ):
-        if not as_json:
+        if not plan.as_json:
             click.echo(f"{len(train)} pictures of {len(names)} classes to train on, {len(test)} to measure on")
         batches = segment.Batches(
-            train, values, pipe, batch_size=batch_size, seed=seed, scales=scale, flip=flip, jitter=jitter
+            train, values, pipe, batch_size=plan.batch_size, seed=plan.seed, scales=scale, flip=flip, jitter=jitter
         )
         fitted = fit(
-            model.to(place.device), batches, segment.loss, plan, run=run,
-            report=training.reporter(plan.steps, quiet=as_json),
+            model.to(place.device), batches, segment.loss, plan.settings, run=run,
+            report=plan.report(),
             score=(lambda m: measure(m)["mIoU"] or 0.0) if test else None,
-            score_every=score_every,
+            score_every=plan.score_every,
         )  # fmt: skip
         if place.first:
             facts = {"classes": names, "pictures": len(train), "measured": len(test), "taken_at": fitted.taken_at}
             _finished(
-                model, out, names, measure(model), facts, data=folder, measured_on=validation,
+                model, plan.out, names, measure(model), facts, data=folder, measured_on=plan.validation,
                 command=command, next_command="segment-images --out classes", example=(test or train)[0].picture,
-                as_json=as_json,
+                as_json=plan.as_json,
             )  # fmt: skip
 
 
@@ -341,40 +302,25 @@ def train_segmenter(
 @click.argument("data", type=click.Path(exists=True, path_type=Path))
 @training.out
 @click.option("--images", type=_FOLDER, help="Folder of the pictures (default: that of DATA).")
-@training.measuring(of="path")
-@training.start
 @click.option(
     "--size", type=click.IntRange(min=32), help="Pixels of the shorter side (default: as the weights, or 800)."
 )
 @_scale(0.75, 1.25)
 @_options(*_CHANGING)
 @click.option("--boxes", is_flag=True, help="Learn boxes alone, also where there are masks.")
-@training.loop(steps=4000, rate=1e-4)
-@training.batch_size(4, "Pictures.")
-@training.run_options("backbone=a2mamba_tiny")
-@training.resume
-@output.as_json
+@training.planned(
+    steps=4000, rate=1e-4, batch_size=4, of="Pictures.", validation="path", example="backbone=a2mamba_tiny"
+)
 def train_detector(
     name: str,
     data: Path,
-    out: Path,
     images: Path | None,
-    held_out: float | None,
-    score_every: int | None,
-    validation: Path | None,
-    start: str | None,
     size: int | None,
     scale: tuple[float, float],
     flip: bool,
     jitter: float,
     boxes: bool,
-    batch_size: int,
-    seed: int,
-    device: str,
-    choices: tuple[str, ...],
-    resume: bool,
-    as_json: bool,
-    **options: Any,
+    plan: training.Plan,
 ) -> None:
     """Train the detector NAME on DATA, a .json of COCO's format, or a folder with one and its pictures.
 
@@ -399,17 +345,16 @@ def train_detector(
 
     command = "train-detector"
     training.check_task(name, "object-detection")
-    share = training.held_out_share(held_out, validation)
     pycocotools("cocoeval")  # or say what lacks, before hours of work
     path, folder = detect.annotations_of(data, images)
     every = detect.Annotations(path, folder)
     source = every
-    if validation is not None:
-        path, folder = detect.annotations_of(validation, images)
+    if plan.validation is not None:
+        path, folder = detect.annotations_of(plan.validation, images)
         source = detect.Annotations(path, folder, every.names)
     masks = not boxes and every.has_masks()
     model = detect.begun_detector(
-        name, start, seed, boxes=not masks, **_with({"num_classes": len(every.names)}, choices)
+        name, plan.start, plan.seed, boxes=not masks, **_with({"num_classes": len(every.names)}, plan.arguments)
     )
     before, masks = preprocess_of(model), masks and bool(model.has_masks)
     settings: dict[str, Any] = {k: v for k, v in transform_settings(model, before).items() if k in ("mean", "std")}
@@ -417,12 +362,11 @@ def train_detector(
     settings |= {"short_side": short_side, "long_side": short_side * 1333 // 800}
     trained(model, data.name, settings, every.names)
     pipe = ObjectDetection(model)
-    kept, held = apart([0] * len(every.pictures), share, seed)
+    kept, held = apart([0] * len(every.pictures), plan.share, plan.seed)
     train = [every.pictures[i] for i in kept]
-    test = source.pictures if validation is not None else [every.pictures[i] for i in held]
+    test = source.pictures if plan.validation is not None else [every.pictures[i] for i in held]
     ids = {index: category for category, index in source.classes.items()}
     measure_masks = masks and source.has_masks()
-    plan = training.settings(options, seed)
 
     def measure(model: nn.Module) -> dict[str, float | None]:
         if not test:
@@ -431,28 +375,28 @@ def train_detector(
         return precisions(own, source.table, [p.entry for p in test], folder, ids, masks=measure_masks)
 
     with (
-        training.processes(device) as place,
-        training.run(out, resume, quiet=as_json, pictures=len(train), measured=len(test), classes=every.names) as run,
+        training.processes(plan.device) as place,
+        plan.run(pictures=len(train), measured=len(test), classes=every.names) as run,
     ):
-        if not as_json:
+        if not plan.as_json:
             objects = sum(len(p.labels) for p in train)
             click.echo(
                 f"{len(train)} pictures with {objects} objects of {len(every.names)} classes to train on, {len(test)} "
                 f"to measure on" + (f"; {every.left_out} crowds and empty boxes left out" if every.left_out else "")
             )
         batches = detect.Batches(
-            train, pipe, masks=masks, batch_size=batch_size, seed=seed, scales=scale, flip=flip, jitter=jitter
+            train, pipe, masks=masks, batch_size=plan.batch_size, seed=plan.seed, scales=scale, flip=flip, jitter=jitter
         )
         fitted = fit(
-            model.to(place.device), batches, detect.loss, plan, run=run,
-            report=training.reporter(plan.steps, quiet=as_json),
+            model.to(place.device), batches, detect.loss, plan.settings, run=run,
+            report=plan.report(),
             score=(lambda m: measure(m)["box AP"] or 0.0) if test else None,
-            score_every=score_every,
+            score_every=plan.score_every,
         )  # fmt: skip
         if place.first:
             facts = {"classes": every.names, "pictures": len(train), "measured": len(test), "masks": masks}
             _finished(
-                model, out, every.names, measure(model), facts | {"taken_at": fitted.taken_at}, data=data,
-                measured_on=validation, command=command, next_command="detect",
-                example=(test or train)[0].file, as_json=as_json,
+                model, plan.out, every.names, measure(model), facts | {"taken_at": fitted.taken_at}, data=data,
+                measured_on=plan.validation, command=command, next_command="detect",
+                example=(test or train)[0].file, as_json=plan.as_json,
             )  # fmt: skip

@@ -19,15 +19,20 @@ and what the command does goes on after an interruption where its loop takes a :
         fit(model, train, run=run)
         zoo.save(model, out)
 
-Commands on the shared loop of :mod:`zoo.training` take its options at once, and train in several processes as well::
+Commands on the shared loop of :mod:`zoo.training` take all of these at once, as one argument, and train in several
+processes as well::
 
-    @training.loop(steps=2000, rate=1e-3)    # --steps, --rate, --weight-decay, --warmup, ... into **options
-    ...
-    with training.processes(device) as place, training.run(out, resume, quiet=as_json, pictures=len(train)) as run:
-        model = training.begun(name, start, seed, **arguments).to(place.device)
-        fit(model, batch, loss, training.settings(options, seed), run=run, report=report)
-        if place.first:
-            zoo.save(model.cpu(), out)
+    @click.command()
+    @training.out
+    @click.option("--size", ...)             # the command's own
+    @training.planned(steps=2000, rate=1e-3, batch_size=16, of="Pictures.", example="in_chans=1")
+    def train_pictures(name, folder, size, plan: training.Plan):
+        with training.processes(plan.device) as place, plan.run(pictures=len(train)) as run:
+            model = training.begun(name, plan.start, plan.seed, **plan.arguments).to(place.device)
+            fit(model, batch, loss, plan.settings, run=run, report=plan.report(), score=score,
+                score_every=plan.score_every)
+            if place.first:
+                zoo.save(model.cpu(), plan.out)
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ import functools
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +120,7 @@ def rate(default: float, help: str | None = None) -> Decorator:
     return click.option("--rate", default=default, show_default=True, type=float, callback=positive, help=help)
 
 
-_STEPS, _RATE = steps, rate  # under names that arguments do not hide
+_STEPS, _RATE, _BATCH_SIZE = steps, rate, batch_size  # under names that arguments do not hide
 
 #: ``--seed``
 seed = click.option("--seed", default=0, show_default=True, type=int)
@@ -222,17 +228,13 @@ def begun(name: str, start: str | None, seed: int, **arguments: Any) -> nn.Modul
     return zoo.load(start, **arguments).float()
 
 
-def measuring(*, share: float = 0.1, of: str = "folder") -> Decorator:
-    """``--held-out``, ``--validation`` and ``--score-every``: what is not trained on, but measured; see
-    :func:`held_out_share`. share: the default; of: what ``--validation`` takes, "folder", "file" or "path"."""
+def _measuring(share: float, of: str) -> Decorator:
+    """``--held-out`` and ``--validation``: what is not trained on, but measured."""
     place = click.Path(exists=True, file_okay=of != "folder", dir_okay=of != "file", path_type=Path)
     kind = click.FloatRange(0, 1, max_open=True)
     options = [
         click.option("--held-out", type=kind, help=f"Share that is measured, and not trained on (default: {share:g})."),
         click.option("--validation", type=place, help="Data of the same form to measure on instead."),
-        click.option(
-            "--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth of all)."
-        ),
     ]
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -241,15 +243,19 @@ def measuring(*, share: float = 0.1, of: str = "folder") -> Decorator:
     return add
 
 
-def held_out_share(held_out: float | None, validation: object, default: float = 0.1) -> float:
+#: ``--score-every``
+score_every = click.option("--score-every", type=click.IntRange(min=1), help="Steps between scores (default: a tenth).")
+
+
+def _share(held_out: float | None, validation: object, default: float) -> float:
     """The share to hold out of the data: none where there are others to measure on. Raises UsageError for both."""
     if held_out is not None and validation:
         raise click.UsageError("--held-out and --validation: give one, a share of the data or other data")
     return 0.0 if validation else default if held_out is None else held_out
 
 
-def loop(*, steps: int, rate: float, weight_decay: float = 0.05) -> Decorator:
-    """The options of :class:`zoo.training.Settings`, for :func:`settings`; the arguments are their defaults."""
+def _loop(steps: int, rate: float, weight_decay: float) -> Decorator:
+    """The options of :class:`zoo.training.Settings`; the arguments are their defaults."""
     from_zero = click.FloatRange(min=0)
     shown: dict[str, Any] = {"show_default": True}
     options = [
@@ -282,11 +288,83 @@ def loop(*, steps: int, rate: float, weight_decay: float = 0.05) -> Decorator:
     return add
 
 
-def settings(options: Mapping[str, Any], seed: int) -> Settings:
-    """:class:`zoo.training.Settings` of what :func:`loop` gave a command."""
-    from zoo.training import Settings
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`planned` read from the command line.
 
-    return Settings(**options, seed=seed)
+    share: of the data to hold out, 0 where there is a ``validation`` set (None, a path, or as the command takes it).
+    start: weights to begin with. arguments: of the model, as --set says. settings: of the loop. score_every: steps
+    between scores (None: ten times in all).
+    """
+
+    out: Path
+    share: float
+    validation: Any
+    start: str | None
+    arguments: dict[str, Any]
+    settings: Settings
+    batch_size: int
+    score_every: int | None
+    seed: int
+    device: str
+    resume: bool
+    as_json: bool
+
+    def run(self, **facts: Any) -> contextlib.AbstractContextManager[Run]:
+        """:func:`run` of this training; ``facts``: what else it depends on."""
+        return run(self.out, self.resume, quiet=self.as_json, **facts)
+
+    def report(self) -> Callable[[int, float], None]:
+        """:func:`reporter` of this training."""
+        return reporter(self.settings.steps, quiet=self.as_json)
+
+
+def planned(
+    *,
+    steps: int,
+    rate: float,
+    batch_size: int,
+    of: str,
+    weight_decay: float = 0.05,
+    least: int = 1,
+    share: float | None = 0.1,
+    validation: str = "folder",
+    example: str | None = None,
+) -> Decorator:
+    """The options of a command on the shared loop, given to it as ``plan``, a :class:`Plan`; ``--out`` stands apart, in
+    front of the command's own.
+
+    steps, rate, weight_decay, batch_size: defaults. of: what a batch holds ("Pictures."), ``least`` or more. share: the
+    default of what is held out; None leaves that, and ``validation``, to the command. validation: what --validation
+    takes, "folder", "file" or "path". example: of --set.
+    """
+    from . import output
+
+    parts = [*([] if share is None else [_measuring(share, validation)]), score_every, start]
+    parts += [_loop(steps, rate, weight_decay), _BATCH_SIZE(batch_size, of, least=least)]
+    parts += [run_options(example), resume, output.as_json]
+    own = ("out", "start", "batch_size", "score_every", "seed", "device", "resume", "as_json")
+    of_loop = ("steps", "rate", "weight_decay", "warmup", "clip", "average", "accumulate", "precision", "recompute")
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def with_plan(**given: Any) -> Any:
+            from zoo.training import Settings
+
+            settings = Settings(**{name: given.pop(name) for name in of_loop}, seed=given["seed"])
+            others = None if share is None else given.pop("validation")
+            plan = Plan(
+                **{name: given.pop(name) for name in own},
+                share=0.0 if share is None else _share(given.pop("held_out"), others, share),
+                validation=others,
+                arguments=output.pairs(given.pop("choices"), "--set"),
+                settings=settings,
+            )
+            return command(**given, plan=plan)
+
+        return functools.reduce(lambda done, option: option(done), reversed(parts), with_plan)
+
+    return add
 
 
 @contextlib.contextmanager
