@@ -63,3 +63,19 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
+
+
+@pytest.fixture
+def cli(toys, capsys, cache, monkeypatch, tmp_path):
+    """Run words; (exit code, stdout, stderr)."""
+    from zoo.cli import run
+
+    monkeypatch.chdir(tmp_path)
+
+    def go(*words):
+        capsys.readouterr()
+        code = run(list(words))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return go

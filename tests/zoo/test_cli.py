@@ -12,23 +12,8 @@ import torch
 from toy_weights import original, toy
 
 import zoo
-from zoo.cli import COMMANDS, run
+from zoo.cli import COMMANDS
 from zoo_registry import manager
-
-
-@pytest.fixture
-def cli(toys, capsys, cache, monkeypatch, tmp_path):
-    """Run words; (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def go(*words):
-        capsys.readouterr()
-        code = run(list(words))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return go
-
 
 SAMPLE = Path(__file__).parent / "site" / "zoo_toys" / "demo" / "one.txt"
 

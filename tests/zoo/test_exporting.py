@@ -17,7 +17,6 @@ from torch import nn
 import zoo
 import zoo.testing
 import zoo_kernels
-from zoo.cli import run
 from zoo.exporting import Exported
 from zoo_kernels.runtime import forced_backend
 from zoo_registry import query
@@ -394,19 +393,6 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cli(toys, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def go(*words):
-        capsys.readouterr()
-        code = run(list(words))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return go
 
 
 def test_command(cli, tmp_path):
