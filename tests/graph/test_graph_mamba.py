@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import zoo
+import zoo_kernels
 from zoo.layers import Mamba
 from zoo_graph.graph_mamba import BUCKETS, ORDERS, GPSLayer, GPSLayers, OrderedMamba, order_named
 from zoo_graph.local_models import GAT, GINE, GENConv, GraphAttention
@@ -268,11 +269,13 @@ def test_categories_and_missing_features():
         GraphMamba(pooling="median")
 
 
-def test_segments():
+@pytest.mark.parametrize("backend", ["auto", "export"])
+def test_segments(backend):
     values, segment = torch.tensor([[1.0], [2.0], [6.0]]), torch.tensor([0, 0, 2])
-    assert segment_sum(values, segment, 4).flatten().tolist() == [3, 0, 6, 0]
-    assert segment_mean(values, segment, 4).flatten().tolist() == [1.5, 0, 6, 0]
-    assert segment_max(values, segment, 4).flatten().tolist() == [2, 0, 6, 0]
+    with zoo_kernels.backend(backend):
+        assert segment_sum(values, segment, 4).flatten().tolist() == [3, 0, 6, 0]
+        assert segment_mean(values, segment, 4).flatten().tolist() == [1.5, 0, 6, 0]
+        assert segment_max(values, segment, 4).flatten().tolist() == [2, 0, 6, 0]
     assert graph_of(torch.tensor([2, 0, 1]), 3).tolist() == [0, 0, 2]
     order = lexsort([torch.tensor([3, 1, 2, 1]), torch.tensor([1, 1, 0, 0])])
     assert order.tolist() == [3, 2, 1, 0]

@@ -126,6 +126,9 @@ def test_traced_form(make, tmp_path):
             expected = module(*other)
         found = program.module()(*other)
     assert not any("zoo_kernels" in str(node.target) for node in program.graph.nodes)
+    # onnxruntime adds up rows of one index on several threads at once, and loses some of them now and then
+    kinds = [node.attributes.get("reduction") for node in onnx.model.graph]
+    assert all(kind is None or kind.as_string() == "none" for kind in kinds)
     onnx.save(tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._backends import exporting
+
 
 def walk(
     path: Tensor | None, reverse: list[bool], lengths: Tensor | None, *, batch: int, length: int, device: torch.device
@@ -39,8 +41,15 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
 
 def put_sum(values: Tensor, rows: Tensor, walked: Tensor | None, length: int) -> Tensor:
     """The reverse: (batch, K, steps, ...) added up over K at their rows: (batch, length, ...); other rows are 0."""
-    batch, _, _ = rows.shape
+    batch, K, _ = rows.shape
     rest = values.shape[3:]
+    if exporting():
+        # onnxruntime adds up rows that are put twice on several threads at once, and loses some. No walk has a row
+        # twice; its idle steps go to a row of their own.
+        index = rows if walked is None else torch.where(walked[:, None], rows, torch.full_like(rows, length))
+        b, k = torch.arange(batch, device=rows.device), torch.arange(K, device=rows.device)
+        out = torch.zeros(batch, K, length + 1, *rest, dtype=values.dtype, device=values.device)
+        return out.index_put((b[:, None, None], k[:, None], index), values)[:, :, :length].sum(1)
     if walked is not None:
         mask = walked[:, None, :].reshape(batch, 1, -1, *([1] * len(rest)))
         values = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zoo_kernels.runtime import exporting
+
 
 def graph_of(sizes: Tensor, nodes: int) -> Tensor:
     """(graphs,) nodes of each graph to (nodes,) graph of each node."""
@@ -19,6 +21,9 @@ def graph_of(sizes: Tensor, nodes: int) -> Tensor:
 
 def segment_sum(values: Tensor, segment: Tensor, count: int) -> Tensor:
     """(items, ...) summed over the items of each of ``count`` segments."""
+    if exporting():  # as a product: onnxruntime loses some of the additions to one row that its threads make at once
+        inside = _members(segment, count).to(values.dtype)
+        return (inside @ values.reshape(values.shape[0], -1)).view(count, *values.shape[1:])
     return values.new_zeros(count, *values.shape[1:]).index_add_(0, segment, values)
 
 
@@ -32,9 +37,17 @@ def segment_mean(values: Tensor, segment: Tensor, count: int) -> Tensor:
 def segment_max(values: Tensor, segment: Tensor, count: int) -> Tensor:
     """(items, channels), the largest of each segment; segments without items give 0."""
     found = values.new_full((count, *values.shape[1:]), -torch.inf)
-    index = segment.view(-1, *(1,) * (values.dim() - 1)).expand_as(values)
-    found = found.scatter_reduce(0, index, values, "amax")
+    if exporting():
+        found = torch.where(_members(segment, count)[..., None], values, found[:, None]).amax(1)
+    else:
+        index = segment.view(-1, *(1,) * (values.dim() - 1)).expand_as(values)
+        found = found.scatter_reduce(0, index, values, "amax")
     return torch.where(torch.isinf(found), torch.zeros((), dtype=values.dtype, device=values.device), found)
+
+
+def _members(segment: Tensor, count: int) -> Tensor:
+    """(segments, items) bool: which items each segment has."""
+    return segment == torch.arange(count, device=segment.device)[:, None]
 
 
 def degree(edge_index: Tensor, nodes: int) -> Tensor:
