@@ -424,3 +424,12 @@ def test_command_says_what_is_wrong(cli, words, code, said, tmp_path):
     assert found[0] == code, found
     assert said in found[2]
     assert files(tmp_path) == []
+
+
+def test_rows_that_are_added_up_are_told(tmp_path):
+    class Sums(nn.Module):
+        def forward(self, x):
+            return x.new_zeros(3, x.shape[1]).index_add(0, torch.tensor([0, 2, 2, 0]), x)
+
+    made = zoo.export(Sums(), tmp_path / "m.onnx", inputs=torch.randn(4, 5), dynamic=())
+    assert any("intra_op_num_threads=1" in note for note in made.notes)

@@ -42,6 +42,8 @@ OPSET = 20
 #: Largest difference of an output over its largest value: what two orders of float32 operations give.
 TOLERANCE = 1e-4
 OPERATORS = ("plain", "kernels")
+#: Of a file that adds up rows of one index: seen in onnxruntime 1.32, whose threads do so without waiting for another.
+UNSAFE = "it adds up rows of one index, which onnxruntime does reliably with one thread alone (intra_op_num_threads=1)"
 Answer = Callable[[Mapping[str, Tensor]], list[Tensor]]
 
 
@@ -441,6 +443,8 @@ def _write(
 ) -> Exported:
     facts = facts | {"operators": f"ONNX opset {opset}" if kind == "onnx" else draft.operators}
     program = _onnx_program(draft, opset) if kind == "onnx" else None
+    if program is not None and _adds_up(program):
+        notes = [*notes, UNSAFE]
     with whole(path) as work, tempfile.TemporaryDirectory(prefix=".zoo.", dir=path.parent) as folder:
         file = Path(folder) / path.name  # its own name, by which an ONNX file finds its data
         if program is not None:
@@ -505,6 +509,12 @@ def _onnx_program(draft: _Draft, opset: int) -> Any:
                 if not isinstance(size, int) and size.value is not None:
                     value.shape[axis] = draft.named(str(size.value))
     return found
+
+
+def _adds_up(program: Any) -> bool:
+    """Whether rows of one index are added up (ScatterND, ScatterElements)."""
+    kinds = [node.attributes.get("reduction") for node in program.model.graph]
+    return any(kind is not None and kind.as_string() != "none" for kind in kinds)
 
 
 def _onnx_answer(draft: _Draft, file: Path, runtime: Any) -> Answer:
