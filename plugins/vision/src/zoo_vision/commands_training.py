@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
-_CHANGING = (
+_CHANGING = training.together(
     click.option("--flip/--no-flip", default=True, show_default=True, help="Show half of them from right to left."),
     click.option(
         "--jitter",
@@ -27,10 +26,6 @@ _CHANGING = (
         help="Brightness, contrast and saturation change by up to so much.",
     ),
 )
-
-
-def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda command: functools.reduce(lambda done, option: option(done), reversed(options), command)
 
 
 def _with(arguments: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +79,7 @@ def _finished(
     type=click.FloatRange(0, 1, min_open=True),
     help="Least share of a picture that is shown at a time.",
 )
-@_options(*_CHANGING)
+@_CHANGING
 @click.option(
     "--mixup", default=0.0, show_default=True, type=click.FloatRange(0), help="Blend pictures, as beta(A, A)."
 )
@@ -211,7 +206,7 @@ def _scale(least: float, most: float) -> Callable[..., Any]:
     help="Pixels of crops, and of the shorter side (default: as the weights, or 512).",
 )
 @_scale(0.5, 2.0)
-@_options(*_CHANGING)
+@_CHANGING
 @training.planned(steps=4000, rate=2e-4, batch_size=8, of="Pictures.", least=2, example="backbone=a2mamba_tiny")
 def train_segmenter(
     name: str,
@@ -306,7 +301,7 @@ def train_segmenter(
     "--size", type=click.IntRange(min=32), help="Pixels of the shorter side (default: as the weights, or 800)."
 )
 @_scale(0.75, 1.25)
-@_options(*_CHANGING)
+@_CHANGING
 @click.option("--boxes", is_flag=True, help="Learn boxes alone, also where there are masks.")
 @training.planned(
     steps=4000, rate=1e-4, batch_size=4, of="Pictures.", validation="path", example="backbone=a2mamba_tiny"

@@ -59,6 +59,11 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+def together(*options: Decorator) -> Decorator:
+    """Several options as one, in this order."""
+    return lambda command: functools.reduce(lambda done, option: option(done), reversed(options), command)
+
+
 def _place(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """A folder that can be made or written to."""
     from zoo.files import check_place
@@ -237,10 +242,7 @@ def _measuring(share: float, of: str) -> Decorator:
         click.option("--validation", type=place, help="Data of the same form to measure on instead."),
     ]
 
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.reduce(lambda done, option: option(done), reversed(options), command)
-
-    return add
+    return together(*options)
 
 
 #: ``--score-every``
@@ -282,10 +284,7 @@ def _loop(steps: int, rate: float, weight_decay: float) -> Decorator:
         click.option("--recompute", is_flag=True, help="Compute activations twice instead of keeping them in memory."),
     ]
 
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.reduce(lambda done, option: option(done), reversed(options), command)
-
-    return add
+    return together(*options)
 
 
 @dataclass(frozen=True)
@@ -362,7 +361,7 @@ def planned(
             )
             return command(**given, plan=plan)
 
-        return functools.reduce(lambda done, option: option(done), reversed(parts), with_plan)
+        return together(*parts)(with_plan)
 
     return add
 
