@@ -102,7 +102,7 @@ class WeightsCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     labels: str | None = None  #: named label set or a text file of the plugin, one label a line
     num_classes: int | None = None
     preprocess: dict[str, Any] = {}
-    companions: dict[str, tuple[str, ...]] = {}  #: Hub repository -> files there that answering needs too (a tokenizer)
+    companions: dict[str, tuple[str, ...]] = {}  #: Hub repository -> files that answering asks it for (a tokenizer)
     metrics: tuple[Metric, ...] = ()
     trained_on: str | None = None
     notes: str | None = None
