@@ -295,6 +295,15 @@ def test_the_options_of_a_command_on_the_loop(tmp_path):
         assert (done.exit_code, said in done.output) == (2, True), done.output
 
 
+def test_options_together_keep_their_order():
+    @click.command()
+    @training.together(click.option("--one"), click.option("--two"))
+    def command(**given):
+        pass
+
+    assert [option.name for option in command.params] == ["one", "two"]
+
+
 def test_what_comes_after_the_training_is_the_first_process_s_to_do(monkeypatch):
     @click.command()
     def command():

@@ -1,4 +1,4 @@
-"""The vision plugin's commands that train: ``zoo train-classifier``, ``zoo train-segmenter``."""
+"""The vision plugin's commands that train: ``zoo train-classifier``, ``zoo train-segmenter``, ``zoo train-detector``."""
 
 from __future__ import annotations
 
