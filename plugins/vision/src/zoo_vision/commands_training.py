@@ -1,4 +1,4 @@
-"""The vision plugin's commands that train: ``zoo train-classifier``, ``zoo train-segmenter``, ``zoo train-detector``."""
+"""The vision plugin's commands that train: classifiers, segmentors and detectors."""
 
 from __future__ import annotations
 
